@@ -1,0 +1,1 @@
+"""Gradient balancing between the branches of a model, for any PyTorch optimizer."""
