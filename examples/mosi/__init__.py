@@ -1,0 +1,1 @@
+"""The reference consumer: multimodal sentiment analysis on CMU-MOSI."""
