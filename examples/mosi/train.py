@@ -1,0 +1,183 @@
+"""Training: one process or several, resumable bit for bit after any kill."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from examples.mosi import run
+from examples.mosi.config import Config
+from examples.mosi.data import Dataset
+from examples.mosi.metrics import metrics
+from examples.mosi.model import Adapter, Draw, Model, Transformer, losses
+from examples.mosi.text import prepare, transformer
+from gradbalance import PAPER, ConflictAwarePenalty, Recorder
+
+WATCH = {"eta": 1.0, "alpha": 0.0}  # the plain optimizer, bit for bit, with the norms on record
+
+
+def train(
+    config: Config, dataset: Dataset | None = None, *, out: Path | None = None, resume: bool = False, bars: bool = False
+) -> dict[str, Any]:
+    """Trains, and returns the test metrics of the epoch with the best validation MAE.
+
+    Args:
+        config: All settings.
+        dataset: Shared by runs of one process; otherwise prepared from the configuration.
+        out: The run folder; without it nothing is written.
+        resume: Go on from the checkpoint in `out`: the result is bitwise that of the uninterrupted run.
+        bars: Show progress.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = torch.device(config.device)
+    dataset = prepare(config) if dataset is None else dataset
+    names = others(config, dataset)
+    corpus, writes = dataset.corpus, out is not None and rank == 0
+
+    torch.manual_seed(config.seed)
+    draw, noise = Draw(device), torch.Generator(device)
+    model = build(config, dataset, names, draw).to(device)
+    network = DistributedDataParallel(model) if world > 1 else model
+    size = config.batch_size * world
+    steps = -(-len(corpus.split["train"]) // size)
+    optimizer = optimizer_of(model, config, steps, noise)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(ramp, config=config, total=steps * config.epochs))
+    state: dict[str, Any] = {"epoch": 0, "best_epoch": -1, "best_mae": float("inf"), "history": []}
+
+    if resume:
+        state = run.restore(out, config, corpus)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    elif writes:
+        run.start(out, config, corpus)
+
+    def save() -> None:
+        state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
+        if writes:
+            run.save(out, state, config, corpus)
+
+    if not resume:
+        save()
+    while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] <= config.patience:
+        epoch = state["epoch"]
+        # Every epoch has seeds of its own: a checkpoint between two epochs needs no generator's state.
+        seed = 4 * (10_000 * config.seed + epoch)
+        draw.generator.manual_seed(seed + 1)
+        noise.manual_seed(seed + 2)
+        torch.manual_seed(seed + 3 + (rank << 32))
+        batches = dataset.batches("train", size, torch.Generator().manual_seed(seed))
+        bar = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not bars or rank > 0)
+        shards = (dataset.batch(index, names).shard(rank, world).to(device) for index in bar)
+        line = {"epoch": epoch} | train_epoch(network, optimizer, scheduler, shards, config)
+        valid = metrics(predict(model, dataset, "valid", names), corpus.labels[corpus.split["valid"]])
+        state["history"].append(line | {"valid": valid})
+        if valid["mae"] < state["best_mae"]:
+            state |= {"best_mae": valid["mae"], "best_epoch": epoch}
+            state["best"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state["epoch"] = epoch + 1
+        save()
+
+    model.load_state_dict(state["best"])
+    index = corpus.split["test"]
+    prediction = predict(model, dataset, "test", names)
+    test = metrics(prediction, corpus.labels[index])
+    test |= {"data": corpus.source, "banner": corpus.banner, "best_epoch": state["best_epoch"]}
+    if writes:
+        run.finish(out, test, corpus, index, prediction, state["history"])
+    return test | {"history": state["history"]}
+
+
+def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Config) -> dict[str, Any]:
+    """One epoch; the mean of each loss and, where two modalities or more are watched, how they were balanced."""
+    network.train()
+    watched = isinstance(optimizer, ConflictAwarePenalty)
+    recorder = Recorder(optimizer) if watched else None
+    weights = {"task": 1.0, "uni": config.uni, "recon": config.recon, "div": config.div, "stat": config.stat}
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for batch in batches:
+        terms, errors = losses(network(batch), batch, config)
+        optimizer.zero_grad()
+        sum(weights[name] * term for name, term in terms.items()).backward()
+        if config.balance == "paper":
+            errors.pop("text", None)  # the paper compares audio with visual alone
+        if watched and config.balance in ("errors", "paper"):
+            optimizer.observe(**errors)
+        optimizer.step()
+        scheduler.step()
+        count += 1
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0) + term.detach()
+    line: dict[str, Any] = {"train": {name: float(total / count) for name, total in totals.items()}}
+    if recorder is not None:
+        line["balance"] = balance(recorder)
+    return line
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, dataset: Dataset, part: str, names: list[str]) -> Tensor:
+    """Predictions for a split, in its order; several processes share the work and all hold the result."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    model.eval()
+    index = dataset.corpus.split[part]
+    prediction = torch.zeros(len(index), device=device)
+    chunks = dataset.tokens.lengths[index].argsort(stable=True).split(64)
+    for chunk in chunks[rank::world]:
+        batch = dataset.batch(index[chunk], names).to(device)
+        prediction[chunk.to(device)] = model(batch).prediction
+    if world > 1:
+        dist.all_reduce(prediction)
+    return prediction.cpu()
+
+
+def others(config: Config, dataset: Dataset) -> list[str]:
+    """The non-text modalities that the configuration asks for."""
+    known = ["text", *dataset.widths]
+    for name in config.modalities:
+        if name not in known:
+            hint = " It leaks into the standard split: use `--split poria`." if name == "visual" else ""
+            raise ValueError(f"`modalities` must be among {known}. Got {name!r}.{hint} Choose others.")
+    return [name for name in known[1:] if not config.modalities or name in config.modalities]
+
+
+def build(config: Config, dataset: Dataset, names: list[str], draw: Draw) -> Model:
+    text, width = None, config.fused
+    if not config.modalities or "text" in config.modalities:
+        if config.text == "frozen":
+            width = dataset.tokens.rows.shape[1]
+            text = Adapter(width, config.hidden, config.dropout, draw)
+        else:
+            text = Transformer(transformer(config.text_encoder))
+            width = text.encoder.config.hidden_size
+    return Model(config, text, width, {name: dataset.widths[name] for name in names}, draw)
+
+
+def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generator) -> torch.optim.Optimizer:
+    """AdamW, under the penalty if there is more than one modality to balance."""
+    slow = list(model.text.parameters()) if isinstance(model.text, Transformer) else []
+    fast = [p for p in model.parameters() if all(p is not q for q in slow)]
+    parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": config.text_lr}] * bool(slow)
+    optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay)
+    groups = model.groups()
+    if len(groups) < 2:
+        return optimizer
+    options = {"off": WATCH, "norms": {}, "errors": {}, "paper": paper(config, steps)}[config.balance]
+    return ConflictAwarePenalty(optimizer, groups, generator=noise, **(options | config.penalty))
+
+
+def paper(config: Config, steps: int) -> dict[str, Any]:
+    """The paper's settings; its window is the first 25 of 30 epochs."""
+    return PAPER | {"window": (0, round(steps * config.epochs * 25 / 30))}
+
+
+def ramp(step: int, *, config: Config, total: int) -> float:
+    """Linear warm-up, then linear decay to 0."""
+    warm = max(1, round(config.warmup * total))
+    return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
