@@ -1,0 +1,502 @@
+"""The penalty on an optimizer: hooks around its step that take norms, ask the rule, and scale."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import wraps
+from itertools import chain
+from operator import is_
+from types import MethodType
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradbalance import _groups, _norms, _rule
+from gradbalance._groups import Groups
+from gradbalance._rates import LearningRates
+from gradbalance._rule import UNSEEN, Options, Settings
+
+# Where wrappers keep the optimizer that they wrap: accelerate, Lightning, Opacus, SAM, schedule-free.
+WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer", "base")
+# Their step is not proportional to the learning rate of the same step.
+NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD)
+
+
+class Balance(NamedTuple):
+    """What the rule saw and decided in the last step, as device tensors.
+
+    Attributes:
+        norms: Gradient norm of each group, as the option ``norm`` defines it, shape ``[N]``.
+        shares: Running share of each group in the sum of the norms, NaN before the first, shape ``[N]``.
+        errors: Running error of each group, NaN where none is in force, shape ``[N]``.
+        coefficients: Coefficient of each group, in [0, 1], shape ``[N]``.
+        conflicts: ``conflicts[m, k]``: group m outweighs group k, bool, shape ``[N, N]``.
+        step: Optimizer steps that took place, shape ``[]``.
+        names: The groups, in order.
+    """
+
+    norms: Tensor
+    shares: Tensor
+    errors: Tensor
+    coefficients: Tensor
+    conflicts: Tensor
+    step: Tensor
+    names: tuple[str, ...]
+
+
+class _Plan(NamedTuple):
+    """How the parameters lie in memory, as long as the optimizer holds the same ones."""
+
+    params: list[list[Tensor]]  # of each param_group, to notice a change
+    buckets: list[_norms.Bucket]
+    rows: int  # N, or N + 1 where clipping takes in the parameters of no group
+    group_of: dict[int, int]  # id of a parameter -> its group
+    sizes: Tensor  # [N] number of entries
+    home: torch.device
+
+
+class Penalty:
+    """The penalty on one optimizer; made by :func:`attach`."""
+
+    def __init__(self, optimizer: Optimizer, groups: Groups, settings: Settings) -> None:
+        # The reader lists all parameters, the stepper is hooked. They differ under ZeroRedundancyOptimizer alone,
+        # whose inner optimizer steps this rank's share of the parameters.
+        self._reader, self._stepper = _unwrap(optimizer)
+        _check_optimizer(self._stepper, settings)
+        self.settings = settings
+        self._assignment = _groups.assign(self._reader.param_groups, groups)
+        self._plan: _Plan | None = None
+        self._rates = LearningRates(self._stepper)
+        self._observed: dict[str, tuple[Tensor, int]] = {}
+        self._applied: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
+        self._listeners: list[Callable[[Balance], None]] = []
+        self._set_state(0.0, [UNSEEN] * len(self.names), [UNSEEN] * len(self.names), torch.device("cpu"))
+        self._handles = [
+            self._stepper.register_step_pre_hook(self._before_step),
+            self._stepper.register_step_post_hook(self._after_step),
+            self._reader.register_state_dict_post_hook(self._save),
+            self._reader.register_load_state_dict_pre_hook(self._load),
+        ]
+        self._patched_step = vars(self._stepper).get("step")  # by a scheduler, say
+        _set_method(self._stepper, "step", self._guarded(self._stepper.step))
+        _set_method(self._stepper, "__reduce_ex__", self._reduce)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The groups, in order."""
+        return self._assignment.names
+
+    @property
+    def balance(self) -> Balance:
+        """What the rule saw and decided in the last step: a copy on the device, without a host read."""
+        shares, errors = (torch.where(t < 0, torch.nan, t) for t in (self._shares, self._errors))
+        norms, coefficients, conflicts = self._norms.clone(), self._coefficients.clone(), self._conflicts.clone()
+        return Balance(norms, shares, errors, coefficients, conflicts, self._step.clone(), self.names)
+
+    def coefficients(self) -> dict[str, float]:
+        """The coefficient of each group in the last step, by name; one host read."""
+        return dict(zip(self.names, self._coefficients.tolist(), strict=True))
+
+    def observe(self, **errors: Tensor | float) -> None:
+        """Tell the errors of the groups' own predictions, lower is better; their mean counts at the next step.
+
+        Without errors the norms alone decide. With them only the groups named take part: the paper names audio and
+        visual and leaves text out. They stay in force until the next call. In distributed training every rank has to
+        call it; the errors are averaged over the ranks.
+
+        Args:
+            **errors: For at least two groups a number >= 0, or a tensor with one element, which is detached.
+
+        Raises:
+            ValueError: If a group is unknown, only one is named, or an error is negative or not a scalar. On an
+                accelerator a negative error is not read; it makes the step not count, as NaN does.
+            TypeError: If an error is not a real number.
+        """
+        for name in errors:
+            if name not in self.names:
+                known = ", ".join(self.names)
+                raise ValueError(f"`observe` must name groups. Got {name!r}. The groups are: {known}.")
+        if len(errors) < 2:
+            raise ValueError(
+                f"`observe` must get at least two groups in a call. Got {', '.join(errors) or 'none'}. "
+                "An error says something only beside another one: name all of them in one call."
+            )
+        for name, value in {name: _checked_error(name, error) for name, error in errors.items()}.items():
+            total, count = self._observed.get(name, (torch.zeros_like(value), 0))
+            self._observed[name] = (total + value.to(total.device), count + 1)
+
+    def coefficients_for(
+        self, norms: Mapping[str, Tensor | float], errors: Mapping[str, Tensor | float] | None = None
+    ) -> dict[str, float]:
+        """The coefficients that the rule gives for norms measured elsewhere; counts as a step.
+
+        For engines that keep no gradient per parameter (DeepSpeed ZeRO, FSDP1): measure the norms with the engine's
+        own means between backward and step, and scale the gradients by the result. The same on every rank if the
+        norms are.
+
+        Args:
+            norms: Gradient norm of each group.
+            errors: As in :meth:`observe`, or None.
+
+        Raises:
+            ValueError: If ``norms`` does not name exactly the groups; for errors as in :meth:`observe`.
+        """
+        if set(norms) != set(self.names):
+            raise ValueError(
+                f"`norms` must name exactly the groups. Got {', '.join(norms) or 'none'}. "
+                f"The groups are: {', '.join(self.names)}."
+            )
+        if errors is not None:
+            self.observe(**errors)
+        home = self._coefficients.device
+        values = torch.stack([torch.as_tensor(norms[name], dtype=_norms.wide(home)).to(home) for name in self.names])
+        self._decide(values, _norms.average(self._take_observed(), self.settings.process_group))
+        return self.coefficients()
+
+    def remove(self) -> None:
+        """Take the penalty off: the optimizer steps as if it had never been there."""
+        self._rates.restore()
+        for handle in self._handles:
+            handle.remove()
+        own = vars(self._stepper)
+        if getattr(own.get("step"), "_penalty", None) is self:  # else a scheduler patched it since; it does no harm
+            del own["step"]
+            own.update({} if self._patched_step is None else {"step": self._patched_step})
+        own.pop("__reduce_ex__", None)
+
+    def __repr__(self) -> str:
+        """The groups with their sizes, the mode, and the settings that differ from the defaults."""
+        sizes = [0] * len(self.names)
+        for m, p in self._assignment.members.values():
+            sizes[m] += p.numel()
+        groups = ", ".join(f"{name}: {size:,}" for name, size in zip(self.names, sizes, strict=True))
+        options = {f.name: getattr(self.settings, f.name) for f in fields(Settings)}
+        shown = {f.name for f in fields(Settings) if options[f.name] != f.default} | {"apply_to"}
+        return f"Penalty({{{groups}}}, {', '.join(f'{k}={v!r}' for k, v in options.items() if k in shown)})"
+
+    # Around the step.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._apply()
+            return None
+
+        def closure_then_apply() -> Any:  # the gradients are there only after the closure
+            with torch.enable_grad():
+                loss = closure()
+            self._apply()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_apply}
+        return (args[0], closure_then_apply, *args[2:]), kwargs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_step(self, *_: Any) -> None:
+        self._rates.restore()
+
+    def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """``step`` that restores the learning rates even if it raises: then post-hooks do not run."""
+
+        @wraps(step)
+        def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._rates.restore()
+
+        guarded._penalty = self  # type: ignore[attr-defined]
+        return guarded
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Take the norms, ask the rule, scale gradients or learning rates."""
+        update = self.settings.apply_to == "update"
+        if self._is_applied() and (self._rates.scaled or not update):
+            return  # a step nested in a step, or a second one without a new backward: it must not compound
+        self._rates.restore()
+        plan = self._current_plan()
+        gathered = _norms.gather(plan.buckets, _gradient)
+        norms, observed = _norms.reduce_norms(
+            gathered, plan.rows, plan.home, self._take_observed(), self.settings.process_group
+        )
+        scale, found_inf = (getattr(self._stepper, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is not None:  # GradScaler leaves it to fused optimizers to unscale
+            norms = norms / scale.to(norms)
+        due = self._decide(self._ruled_norms(norms, found_inf, plan), observed)
+
+        stds = _norms.spreads(gathered, len(self.names)) if self.settings.noise else None
+        factors = None if update or self.settings.is_passive else self._coefficients
+        if self.settings.max_norm is not None:
+            factors = _clipped(norms, factors, self.settings.max_norm)
+        if factors is not None:
+            _norms.scale_(gathered, factors)
+        if stds is not None:
+            amount = self.settings.noise * due
+            _norms.add_noise_(gathered, len(self.names), stds, amount, self.settings.generator)
+        if update and not self.settings.is_passive:
+            self._rates.scale(self._coefficients, plan.group_of)
+        self._applied = _first_gradients(plan.buckets)
+        for listener in self._listeners:
+            listener(self.balance)
+
+    def _is_applied(self) -> bool:
+        """Whether the gradients are those of the last step, untouched since."""
+        return bool(self._applied) and all(
+            p.grad is not None and p.grad is ref() and _version(p.grad) == version for p, ref, version in self._applied
+        )
+
+    def _current_plan(self) -> _Plan:
+        """The plan, made anew when the optimizer's parameters changed."""
+        param_groups = self._reader.param_groups
+        plan = self._plan
+        if plan is not None and len(plan.params) == len(param_groups):
+            pairs = [(old, group["params"]) for old, group in zip(plan.params, param_groups, strict=True)]
+            if all(len(old) == len(new) and all(map(is_, old, new)) for old, new in pairs):
+                return plan
+        self._assignment = _groups.reassign(self._assignment, param_groups)
+        n = len(self.names)
+        rows = n if self.settings.max_norm is None else n + 1
+        members: list[list[Tensor]] = [[] for _ in range(n + 1)]
+        group_of = {}
+        for group, of in zip(param_groups, self._assignment.of, strict=True):
+            for p, m in zip(group["params"], of, strict=True):
+                members[m].append(p)  # UNGROUPED is -1, the last row
+                group_of[id(p)] = m
+        home = next(p.device for p in chain.from_iterable(members[:n]))
+        sizes = torch.tensor([sum(p.numel() for p in row) for row in members[:n]], device=home)
+        params = [list(group["params"]) for group in param_groups]
+        self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, group_of, sizes, home)
+        _check_noise(self._plan, self.settings)
+        if self._step.device != home:
+            step, shares, errors = self._numbers().values()
+            self._set_state(step, shares, errors, home)
+        return self._plan
+
+    def _ruled_norms(self, norms: Tensor, found_inf: Tensor | None, plan: _Plan) -> Tensor:
+        """The norms that the rule compares, NaN where GradScaler will skip the step."""
+        norms = norms[: len(self.names)]
+        if self.settings.norm == "rms":
+            norms = norms / plan.sizes.sqrt()
+        elif self.settings.norm == "relative":
+            weights, _ = _norms.reduce_norms(_norms.gather(plan.buckets, _itself), plan.rows, plan.home, None)
+            norms = norms / weights[: len(self.names)]
+        return norms if found_inf is None else torch.where(found_inf.to(norms) > 0, torch.nan, norms)
+
+    def _decide(self, norms: Tensor, observed: Tensor | None) -> Tensor:
+        """Run the rule and keep what it gives; the state in place, so that a CUDA graph may hold it."""
+        decision = _rule.decide(norms, observed, self._step, self._shares, self._errors, self.settings)
+        self._step.copy_(decision.step)
+        self._shares.copy_(decision.shares)
+        self._errors.copy_(decision.errors)
+        self._norms, self._conflicts, self._coefficients = norms, decision.conflicts, decision.coefficients
+        return decision.due
+
+    def _take_observed(self) -> Tensor | None:
+        """The mean errors since the last step, UNSEEN where there are none; None without any."""
+        if not self._observed:
+            return None
+        home = self._step.device
+        means = {name: (total / count).to(home, self._step.dtype) for name, (total, count) in self._observed.items()}
+        self._observed = {}
+        unseen = torch.full_like(self._step, UNSEEN)
+        return torch.stack([means.get(name, unseen) for name in self.names])
+
+    # Copies and checkpoints.
+
+    def _set_state(self, step: float, shares: list[float], errors: list[float], home: torch.device) -> None:
+        dtype = _norms.wide(home)
+        self._step, self._shares, self._errors = (
+            torch.tensor(value, dtype=dtype, device=home) for value in (step, shares, errors)
+        )
+        n = len(self.names)
+        self._norms = torch.zeros(n, dtype=dtype, device=home)
+        self._coefficients = torch.ones(n, dtype=dtype, device=home)
+        self._conflicts = torch.zeros(n, n, dtype=torch.bool, device=home)
+
+    def _numbers(self) -> dict[str, Any]:
+        """The state in builtin types, which every checkpoint format takes."""
+        return {
+            "gradbalance_step": self._step.item(),
+            "gradbalance_shares": self._shares.tolist(),
+            "gradbalance_errors": self._errors.tolist(),
+        }
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if self.settings.persist:
+            state_dict["param_groups"][0].update(self._numbers())
+
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._rates.restore()
+        first, *others = state_dict["param_groups"]
+        keys = tuple(self._numbers())
+        if all(key in first for key in keys):
+            step, shares, errors = (first[key] for key in keys)
+            if len(shares) != len(self.names):
+                raise ValueError(
+                    f"`state_dict` must hold the state of {len(self.names)} groups. Got {len(shares)}. "
+                    "Load a checkpoint of the same groups, or build with `persist=False`."
+                )
+            self._set_state(float(step), list(shares), list(errors), self._step.device)
+        first = {key: value for key, value in first.items() if key not in keys}
+        return {**state_dict, "param_groups": [first, *others]}
+
+    def _reduce(self, optimizer: Optimizer, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles put the penalty on again: `Optimizer.__getstate__` drops hooks."""
+        groups: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for m, p in self._assignment.members.values():
+            groups[self.names[m]].append(p)
+        make, args, state = object.__reduce_ex__(optimizer, max(2, int(protocol)))[:3]
+        return _rebuild, (make, args, state, groups, self.settings, self._numbers())
+
+
+def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> Penalty:
+    """Put the conflict-aware penalty on an optimizer, which stays the object that you step.
+
+    The mechanism of :class:`ConflictAwarePenalty` for code that has to keep its optimizer object.
+
+    Args:
+        optimizer: The optimizer; of a wrapped one the innermost is hooked.
+        groups: As in :class:`ConflictAwarePenalty`.
+        **options: As in :class:`ConflictAwarePenalty`.
+
+    Returns:
+        The handle: ``observe``, ``coefficients``, ``balance``, ``remove``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As in :class:`ConflictAwarePenalty`.
+
+    Example:
+        >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, eta=0.5)
+        >>> (10 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
+        >>> optimizer.step()
+        >>> penalty.coefficients()
+        {'text': 0.5, 'audio': 1.0}
+    """
+    return Penalty(optimizer, groups, Settings(**options))
+
+
+def penalty_of(optimizer: Optimizer) -> Penalty | None:
+    """The penalty attached to an optimizer, or to the one it wraps, if any."""
+    owners = (getattr(hook, "__self__", None) for hook in _unwrap(optimizer)[1]._optimizer_step_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Penalty)), None)
+
+
+def _rebuild(
+    make: Callable[..., Any],
+    args: tuple[Any, ...],
+    state: dict[str, Any],
+    groups: Groups,
+    settings: Settings,
+    numbers: dict[str, Any],
+) -> Any:
+    optimizer = make(*args)
+    optimizer.__setstate__(state)
+    penalty = Penalty(optimizer, groups, settings)
+    step, shares, errors = numbers.values()
+    penalty._set_state(step, shares, errors, torch.device("cpu"))
+    return optimizer
+
+
+def _unwrap(optimizer: Any) -> tuple[Optimizer, Optimizer]:
+    """The optimizer that lists all parameters, and the innermost one, which steps."""
+    found = optimizer
+    while True:
+        inner = next((o for name in WRAPPED_AS if isinstance(o := getattr(found, name, None), Optimizer)), None)
+        if inner is None or inner is found:
+            break
+        found = inner
+    if not isinstance(found, Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer. Got {type(optimizer).__name__}. "
+            "Build the optimizer first, then wrap it."
+        )
+    shard = getattr(found, "optim", None)
+    return found, shard if isinstance(shard, Optimizer) else found
+
+
+def _check_optimizer(optimizer: Optimizer, settings: Settings) -> None:
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "`optimizer` must take one gradient a step. Got LBFGS, which evaluates the closure many times. "
+            "Use SGD, Adam or another first-order optimizer."
+        )
+    if penalty_of(optimizer) is not None:
+        raise ValueError(
+            f"`optimizer` must not be wrapped twice. Got {name} with a penalty on it. Call its `remove()` first."
+        )
+    if settings.apply_to == "update":
+        lacking = any(group.get("lr") is None for group in optimizer.param_groups)
+        if lacking or isinstance(optimizer, NOT_PROPORTIONAL):
+            raise ValueError(
+                '`apply_to="update"` must have an optimizer whose step is proportional to its learning rate. '
+                f'Got {name}. Use `apply_to="gradient"`.'
+            )
+
+
+def _check_noise(plan: _Plan, settings: Settings) -> None:
+    if not settings.noise:
+        return
+    if any(bucket.mesh is not None for bucket in plan.buckets):
+        raise RuntimeError("`noise` must be 0 with sharded parameters. Got DTensors. Leave the noise off.")
+    if settings.generator is None and _norms.world_size(settings.process_group) > 1:
+        raise RuntimeError(
+            "`generator` must be given with `noise` on several ranks. Got None, which draws other noise on each rank. "
+            "Pass a generator with the same seed on every rank."
+        )
+
+
+def _checked_error(name: str, error: Any) -> Tensor:
+    if not isinstance(error, Tensor | int | float):
+        raise TypeError(f"`{name}` must be a number or a tensor. Got {type(error).__name__}. Pass the mean error.")
+    value = torch.as_tensor(error).detach()
+    if value.is_complex():
+        raise TypeError(f"`{name}` must be real. Got {value.dtype}. Pass the mean error.")
+    if value.numel() != 1:
+        raise ValueError(f"`{name}` must be a scalar. Got shape {tuple(value.shape)}. Reduce it, with `.mean()` say.")
+    value = value.reshape(()).to(_norms.wide(value.device))
+    if value.device.type != "cpu":
+        return torch.where(value < 0, torch.nan, value)
+    if value < 0:
+        raise ValueError(f"`{name}` must be >= 0, lower is better. Got {value.item()}. Pass an error, not a score.")
+    return value
+
+
+def _clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
+    """The factor of each row after clipping the global norm, as `clip_grad_norm_` would after the penalty."""
+    rows = torch.ones_like(norms)
+    if factors is not None:
+        rows[: len(factors)] = factors
+    total = torch.linalg.vector_norm(norms * rows)
+    clip = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    return rows * torch.where(total.isfinite(), clip, 1.0)
+
+
+def _gradient(p: Tensor) -> Tensor | None:
+    return p.grad
+
+
+def _itself(p: Tensor) -> Tensor:
+    return p
+
+
+def _first_gradients(buckets: list[_norms.Bucket]) -> list[tuple[Tensor, weakref.ref[Tensor], int]]:
+    """By one gradient of each group, the way to know them again: the tensor and its version."""
+    firsts = [next((p for p in row if p.grad is not None), None) for bucket in buckets for row in bucket.parameters]
+    return [(p, weakref.ref(p.grad), _version(p.grad)) for p in firsts if p is not None and p.grad is not None]
+
+
+def _version(t: Tensor) -> int:
+    return int(getattr(t, "_local_tensor", t)._version)
+
+
+def _set_method(optimizer: Optimizer, name: str, function: Callable[..., Any]) -> None:
+    # On the instance, since the class is the user's; frameworks and schedulers patch `step` in the same place.
+    setattr(optimizer, name, MethodType(function, optimizer))

@@ -1,0 +1,253 @@
+"""The rule: norms and errors of N groups in, N coefficients out. Pure arithmetic on small tensors."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
+
+import torch
+from torch import Tensor
+
+ApplyTo = Literal["update", "gradient"]
+Norm = Literal["l2", "rms", "relative"]
+
+UNSEEN = -1.0  # the share or error of a group that has none yet; both are >= 0 otherwise
+EPS = 1e-8
+DEAD_BAND = 1e-6  # the mean of equal floats can differ from them by one ulp, and that must not count as a lead
+
+#: Settings of the paper (arXiv 2605.28575): ``ConflictAwarePenalty(optimizer, groups, **PAPER)``. Its window, epochs
+#: 0 to 25 of 30, depends on the number of steps of an epoch and is left to the caller.
+PAPER: dict[str, Any] = {
+    "alpha": 1.0,
+    "eta": 0.5,
+    "threshold": 1.0,
+    "smoothing": 0.0,
+    "centred": False,
+    "apply_to": "gradient",
+    "noise": 1.0,
+}
+
+
+class Options(TypedDict, total=False):
+    """The types of the keyword options; their meaning and defaults are those of :class:`Settings`."""
+
+    alpha: float
+    eta: float
+    threshold: float
+    smoothing: float
+    centred: bool
+    apply_to: ApplyTo
+    norm: Norm
+    min_coefficient: float
+    window: tuple[int, int | None] | None
+    noise: float
+    max_norm: float | None
+    generator: torch.Generator | None
+    process_group: Any
+    persist: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The checked options of a penalty.
+
+    Raises:
+        ValueError: If a value is out of its range.
+        TypeError: If an option is of the wrong kind.
+    """
+
+    alpha: float = 1.0
+    eta: float = 0.1
+    threshold: float = 3.0
+    smoothing: float = 0.9
+    centred: bool = True
+    apply_to: ApplyTo = "update"
+    norm: Norm = "l2"
+    min_coefficient: float = 0.0
+    window: tuple[int, int | None] | None = None
+    noise: float = 0.0
+    max_norm: float | None = None
+    generator: torch.Generator | None = None
+    process_group: Any = None
+    persist: bool = True
+
+    def __post_init__(self) -> None:
+        _check_range("alpha", self.alpha, 0, None)
+        _check_range("eta", self.eta, 0, 1)
+        _check_range("threshold", self.threshold, 1, None)
+        _check_range("smoothing", self.smoothing, 0, 1, below=True)
+        _check_range("min_coefficient", self.min_coefficient, 0, 1)
+        _check_range("noise", self.noise, 0, None)
+        _check_choice("apply_to", self.apply_to, get_args(ApplyTo))
+        _check_choice("norm", self.norm, get_args(Norm))
+        _check_kind("centred", self.centred, bool)
+        _check_kind("persist", self.persist, bool)
+        if self.max_norm is not None:
+            _check_range("max_norm", self.max_norm, 0, None, above=True)
+        if self.generator is not None:
+            _check_kind("generator", self.generator, torch.Generator)
+        if self.window is not None:
+            _check_window(self.window)
+
+    @property
+    def is_passive(self) -> bool:
+        """Whether every coefficient is 1 whatever the norms: nothing has to be written or read."""
+        return self.eta == 1 and self.alpha == 0
+
+
+class Decision(NamedTuple):
+    """What one step of the rule gives: the new state, and what follows from it."""
+
+    step: Tensor  # [] steps that took place, this one included
+    shares: Tensor  # [N] running shares
+    errors: Tensor  # [N] running errors, UNSEEN where none is in force
+    conflicts: Tensor  # [N, N] bool
+    coefficients: Tensor  # [N]
+    due: Tensor  # [] bool, whether the step counts and lies inside the window
+
+
+def decide(
+    norms: Tensor, observed: Tensor | None, step: Tensor, shares: Tensor, errors: Tensor, settings: Settings
+) -> Decision:
+    """One step of the rule: the coefficients, and the state after it. No host read.
+
+    A step with a non-finite norm or error, or with fewer than two active groups, does not count: every coefficient
+    is 1 and the state stays as it was.
+
+    Args:
+        norms: Gradient norm of each group, shape ``[N]``; NaN where the step must not count.
+        observed: Error of each group observed since the last step, >= 0, ``UNSEEN`` where not observed, shape
+            ``[N]``; None keeps the errors in force.
+        step: Steps that took place so far, shape ``[]``.
+        shares: Running shares, ``UNSEEN`` before the first, shape ``[N]``.
+        errors: Running errors, ``UNSEEN`` where none is in force, shape ``[N]``.
+        settings: The options.
+    """
+    active = norms > 0
+    counts = norms.isfinite().all() & (active.sum() >= 2)
+    new_shares = torch.where(active, running_mean(shares, norms / norms.sum(), settings.smoothing), shares)
+    new_errors = errors
+    if observed is not None:
+        counts = counts & observed.isfinite().all()
+        new_errors = torch.where(observed < 0, UNSEEN, running_mean(errors, observed, settings.smoothing))
+    due = counts
+    if settings.window is not None:
+        start, stop = settings.window
+        due = due & (step >= start)
+        if stop is not None:
+            due = due & (step < stop)
+
+    # Where no error was ever observed the norms alone decide; else the rule runs among the groups that have one.
+    seen = new_errors >= 0
+    blind = ~seen.any()
+    members = active & (seen | blind)
+    conflicts = conflict_matrix(new_shares, settings.threshold) & members[:, None] & members[None, :]
+    conflicts = conflicts & ((new_errors[:, None] < new_errors[None, :]) | blind) & due
+    factor = penalty(conflicts, members, settings.eta)
+    if settings.alpha > 0:
+        factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
+    coefficients = torch.where(members & due, factor.clamp(min=settings.min_coefficient), 1.0)
+    return Decision(
+        step + counts,
+        torch.where(counts, new_shares, shares),
+        torch.where(counts, new_errors, errors),
+        conflicts,
+        coefficients,
+        due,
+    )
+
+
+def running_mean(mean: Tensor, value: Tensor, smoothing: float) -> Tensor:
+    """The exponential running mean after one more value, starting at the first one."""
+    return torch.where(mean < 0, value, smoothing * mean + (1 - smoothing) * value)
+
+
+def conflict_matrix(shares: Tensor, threshold: float) -> Tensor:
+    r"""Which group outweighs which, :math:`X_{mk} = p_m > \tau\,p_k`, shape ``[N, N]``.
+
+    Args:
+        shares: Share of the gradient norm of each group, in [0, 1], shape ``[N]``.
+        threshold: How many times the other share counts as a conflict, >= 1.
+
+    Example:
+        >>> conflict_matrix(torch.tensor([0.6, 0.3, 0.1]), threshold=2.5)[0].tolist()
+        [False, False, True]
+    """
+    return shares[:, None] > threshold * shares[None, :]
+
+
+def penalty(conflicts: Tensor, members: Tensor, eta: float) -> Tensor:
+    r"""The factor :math:`\pi_m = \eta^{\kappa_m}`, :math:`\kappa_m` the fraction of peers in conflict, shape ``[N]``.
+
+    [P] for two groups: ``eta`` or 1. [R] for more: the mean over the peers.
+
+    Args:
+        conflicts: Which group outweighs which, shape ``[N, N]``.
+        members: Which groups take part, shape ``[N]``.
+        eta: The factor of a group in conflict with every peer, in [0, 1].
+
+    Example:
+        >>> conflicts = torch.tensor([[False, True, True], [False, False, True], [False, False, False]])
+        >>> penalty(conflicts, torch.ones(3, dtype=torch.bool), eta=0.25).tolist()
+        [0.25, 0.5, 1.0]
+    """
+    peers = (members.sum() - 1).clamp(min=1)
+    return torch.pow(eta, conflicts.sum(1) / peers)
+
+
+def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:
+    r"""The factor :math:`q_m = 1 - \tanh(\alpha\,\varphi(r_m))` where :math:`r_m > 1`, else 1, shape ``[N]``.
+
+    :math:`r_m` is the score :math:`s_m = 1/(e_m + \epsilon)` over the mean score of the peers.
+
+    Args:
+        errors: Error of each group, >= 0, shape ``[N]``.
+        members: Which groups take part, shape ``[N]``; the others get 1.
+        alpha: Strength, >= 0.
+        centred: Whether :math:`\varphi(r) = r - 1` [R], which starts at no modulation, instead of
+            :math:`\varphi(r) = r` [P], which jumps from 1 to 0.24 at equality.
+
+    Example:
+        >>> modulation(torch.tensor([1.0, 2.0]), torch.ones(2, dtype=torch.bool), alpha=1.0, centred=False)
+        tensor([0.0360, 1.0000])
+
+    Reference:
+        arXiv 2605.28575; Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022.
+    """
+    scores = torch.where(members, 1 / (errors + EPS), 0.0)
+    # The mean over the peers is summed without the group's own score: subtracting it from the total would cancel.
+    others = scores.expand(len(scores), -1).clone().fill_diagonal_(0).sum(1) / (members.sum() - 1)
+    ratio = scores / others
+    lead = ratio - 1 if centred else ratio
+    return torch.where(members & (ratio > 1 + DEAD_BAND), 1 - torch.tanh(alpha * lead), 1.0)
+
+
+def _check_range(
+    name: str, value: object, low: float, high: float | None, *, above: bool = False, below: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a plain Python number.")
+    inside = (value > low if above else value >= low) and (high is None or (value < high if below else value <= high))
+    if not inside or value == float("inf"):
+        closing = f"{high}]" if high is not None and not below else f"{'inf' if high is None else high})"
+        interval = f"{'(' if above else '['}{low}, {closing}"
+        raise ValueError(f"`{name}` must be in {interval}. Got {value}. Choose a value inside the interval.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Got {value!r}. Pick one of these.")
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}. Got {value!r}. Pass a {kind.__name__}.")
+
+
+def _check_window(window: Any) -> None:
+    if isinstance(window, tuple | list) and len(window) == 2:
+        start, stop = window
+        if type(start) is int and start >= 0 and (stop is None or (type(stop) is int and stop > start)):
+            return
+    raise ValueError(
+        f"`window` must be (start, stop) with 0 <= start < stop, or stop None. Got {window!r}. "
+        "Count optimizer steps, not epochs."
+    )
