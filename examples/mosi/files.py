@@ -1,6 +1,7 @@
 """The real CMU-MOSI files (Zadeh et al. 2016), read with every check at the door."""
 
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import torch
 from examples.mosi.data import Corpus, Feature, Ragged
 
 UTTERANCES, WORDS, VISUAL = "mosi_utterance.npz", "mosi_words.json", "visual_cnn3d_SUPERVISED_ON_PORIA_TRAIN"
+Word = tuple[str, float, float]  # with start and stop in seconds
 LEAK = (
     "LEAK: the visual features come from a network trained with the labels of the Poria training videos; "
     "train and validation are in-sample for `visual`, only test is clean."
@@ -69,33 +71,35 @@ def per_utterance(vectors: np.ndarray) -> Feature:
 
 def word_timing(path: Path, ids: list[str], words: list[list[str]]) -> Feature:
     """When and how fast each word is said; words of the transcript that the aligner missed have no timing."""
-    timed = {entry["id"]: entry["words"] for entry in read_json(path)}
+    timed = read_words(path)
     missing = [name for name in ids if name not in timed]
     if missing:
         raise ValueError(f"`words` of {path} must cover every utterance. Got nothing for {missing[0]}. Copy it again.")
-    vectors, at, total = [], [], 0
+    vectors, at, owners = [], [], []
     for name, spoken in zip(ids, words, strict=True):
-        said = [word for word in timed[name] if word[0] != "sp"]
+        said = timed[name]
         row = torch.full((len(spoken),), -1)
-        matcher = SequenceMatcher(None, [plain(w) for w in spoken], [plain(w[0]) for w in said], autojunk=False)
+        matcher = SequenceMatcher(None, [plain(w) for w in spoken], [plain(w) for w, _, _ in said], autojunk=False)
         for i, j, count in matcher.get_matching_blocks():
-            row[i : i + count] = torch.arange(total + j, total + j + count)
+            row[i : i + count] = torch.arange(len(owners) + j, len(owners) + j + count)
         vectors += describe(said)
-        total += len(said)
+        owners += [name] * len(said)
         at.append(row)
     rows = np.array(vectors)
-    check_finite(rows, path, "words", [name for name in ids for w in timed[name] if w[0] != "sp"])
+    check_finite(rows, path, "words", owners)
     return Feature(torch.from_numpy(rows).float(), Ragged.of(at), "word")
 
 
-def describe(said: list[tuple[str, float, float]]) -> list[list[float]]:
+def describe(said: list[Word]) -> list[list[float]]:
     """Per word: seconds, log seconds, pause before, pause after, place in the utterance, letters a second."""
-    ends, starts = [0.0, *(w[2] for w in said)], [*(w[1] for w in said[1:]), said[-1][2]] if said else []
-    return [
-        [stop - start, np.log(max(stop - start, 0.01)), start - before, after - stop, start / max(ends[-1], 0.01),
-         len(word) / max(stop - start, 0.01)]
-        for (word, start, stop), before, after in zip(said, ends, starts, strict=False)
-    ]  # fmt: skip
+    ends = [0.0, *(stop for _, _, stop in said)]
+    nexts = [*(start for _, start, _ in said[1:]), ends[-1]]
+    vectors = []
+    for (word, start, stop), before, after in zip(said, ends, nexts, strict=False):
+        seconds = max(stop - start, 0.01)
+        place = start / max(ends[-1], 0.01)
+        vectors.append([stop - start, math.log(seconds), start - before, after - stop, place, len(word) / seconds])
+    return vectors
 
 
 def plain(word: str) -> str:
@@ -109,7 +113,7 @@ def utterance_file(place: Path) -> Path:
 
 def read_npz(path: Path, fields: list[str]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {field: file[field] for field in fields}
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -122,13 +126,18 @@ def read_npz(path: Path, fields: list[str]) -> dict[str, np.ndarray]:
         raise ValueError(f"`{path}` must be a complete npz file. Got {error}. Copy it again.") from error
 
 
-def read_json(path: Path) -> list[dict]:
+def read_words(path: Path) -> dict[str, list[Word]]:
+    """The timed words of each utterance, without pauses."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            entry["id"]: [(str(w), float(start), float(stop)) for w, start, stop in entry["words"] if w != "sp"]
+            for entry in entries
+        }
     except FileNotFoundError:
         raise FileNotFoundError(f"`data` must hold {WORDS}. Got no {path}. Copy it beside {UTTERANCES}.") from None
-    except ValueError as error:
-        raise ValueError(f"`{path}` must be a complete JSON file. Got {error}. Copy it again.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`{path}` must be a complete list of timed words. Got {error!r}. Copy it again.") from error
 
 
 def check_finite(values: np.ndarray, path: Path, field: str, ids: list[str]) -> None:

@@ -35,9 +35,11 @@ def train(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(config.device)
-    dataset = prepare(config) if dataset is None else dataset
+    dataset = prepare_once(config, rank, world) if dataset is None else dataset
     names = others(config, dataset)
     corpus, writes = dataset.corpus, out is not None and rank == 0
+    if bars:
+        print(corpus.banner)
 
     torch.manual_seed(config.seed)
     draw, noise = Draw(device), torch.Generator(device)
@@ -91,6 +93,16 @@ def train(
     if writes:
         run.finish(out, test, corpus, index, prediction, state["history"])
     return test | {"history": state["history"]}
+
+
+def prepare_once(config: Config, rank: int, world: int) -> Dataset:
+    """The first of several processes fills the cache of states, the others read it."""
+    if rank > 0:
+        dist.barrier()
+    dataset = prepare(config)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return dataset
 
 
 def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Config) -> dict[str, Any]:
