@@ -20,10 +20,12 @@ class Bucket:
         self.device = like.device
         self.precision = torch.float64 if like.dtype in (torch.float64, torch.complex128) else torch.float32
         self.parameters: list[list[Tensor]] = [[] for _ in range(n_groups)]
-        self.mesh: Any = getattr(like, "device_mesh", None)  # a DTensor has one; importing DTensor to ask would be slow
-        self.placements = getattr(like, "placements", ())
+        # A DTensor has these; importing DTensor to ask would make `import gradbalance` slow.
+        mesh: Any = getattr(like, "device_mesh", None)
+        self.mesh = mesh
+        self.placements: tuple[Any, ...] = getattr(like, "placements", ())
         # The ranks that hold the same shard: in a sum over the whole mesh it is counted that often.
-        self.copies = math.prod(self.mesh.size(i) for i, p in enumerate(self.placements) if not p.is_shard())
+        self.copies = math.prod(mesh.size(i) for i, at in enumerate(self.placements) if not at.is_shard())
         self.plain = self.mesh is None and not like.is_complex()
         self._counts: list[int] = []
         self._lengths = torch.empty(0)

@@ -76,6 +76,7 @@ class ConflictAwarePenalty(Optimizer):
         RuntimeError: At a step, if the optimizer no longer holds the groups' parameters (DeepSpeed ZeRO, FSDP1).
 
     Example:
+        >>> import torch
         >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
         >>> optimizer = ConflictAwarePenalty(torch.optim.AdamW(model.parameters(), lr=1e-3), dict(model.items()))
         >>> (10 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()

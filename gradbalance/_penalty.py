@@ -332,7 +332,8 @@ class Penalty:
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._rates.restore()
-        first, *others = state_dict["param_groups"]
+        param_groups: list[dict[str, Any]] = state_dict["param_groups"]
+        first, others = param_groups[0], param_groups[1:]
         keys = tuple(self._numbers())
         if all(key in first for key in keys):
             step, shares, errors = (first[key] for key in keys)
@@ -350,8 +351,8 @@ class Penalty:
         groups: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for m, p in self._assignment.members.values():
             groups[self.names[m]].append(p)
-        make, args, state = object.__reduce_ex__(optimizer, max(2, int(protocol)))[:3]
-        return _rebuild, (make, args, state, groups, self.settings, self._numbers())
+        parts: Any = object.__reduce_ex__(optimizer, max(2, int(protocol)))
+        return _rebuild, (*parts[:3], groups, self.settings, self._numbers())
 
 
 def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> Penalty:

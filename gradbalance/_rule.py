@@ -141,7 +141,7 @@ def decide(
     members = active & (seen | blind)
     conflicts = conflict_matrix(new_shares, settings.threshold) & members[:, None] & members[None, :]
     conflicts = conflicts & ((new_errors[:, None] < new_errors[None, :]) | blind) & due
-    factor = penalty(conflicts, members, settings.eta)
+    factor = penalty(conflicts, members, settings.eta, norms.dtype)
     if settings.alpha > 0:
         factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
     coefficients = torch.where(members & due, factor.clamp(min=settings.min_coefficient), 1.0)
@@ -174,7 +174,7 @@ def conflict_matrix(shares: Tensor, threshold: float) -> Tensor:
     return shares[:, None] > threshold * shares[None, :]
 
 
-def penalty(conflicts: Tensor, members: Tensor, eta: float) -> Tensor:
+def penalty(conflicts: Tensor, members: Tensor, eta: float, dtype: torch.dtype = torch.float64) -> Tensor:
     r"""The factor :math:`\pi_m = \eta^{\kappa_m}`, :math:`\kappa_m` the fraction of peers in conflict, shape ``[N]``.
 
     [P] for two groups: ``eta`` or 1. [R] for more: the mean over the peers.
@@ -183,6 +183,7 @@ def penalty(conflicts: Tensor, members: Tensor, eta: float) -> Tensor:
         conflicts: Which group outweighs which, shape ``[N, N]``.
         members: Which groups take part, shape ``[N]``.
         eta: The factor of a group in conflict with every peer, in [0, 1].
+        dtype: Of the result.
 
     Example:
         >>> conflicts = torch.tensor([[False, True, True], [False, False, True], [False, False, False]])
@@ -190,7 +191,7 @@ def penalty(conflicts: Tensor, members: Tensor, eta: float) -> Tensor:
         [0.25, 0.5, 1.0]
     """
     peers = (members.sum() - 1).clamp(min=1)
-    return torch.pow(eta, conflicts.sum(1) / peers)
+    return torch.pow(eta, conflicts.sum(1, dtype=dtype) / peers)
 
 
 def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:
