@@ -1,0 +1,155 @@
+"""Central moments of ``[K, R, D]`` over ``R``: one pass over the data forward, one backward."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of a block on the CPU: its temporaries stay in a cache of 1 MiB and are small beside a large input.
+_BLOCK = 100_000
+# Rows of the pilot sample: its mean lies within a fraction of a standard deviation of the true one.
+_PILOT = 32
+
+
+class CentralMoments(torch.autograd.Function):
+    """``(x [K, R, D], mask [K, R], order)`` -> ``(count [K], shift [K, D], powers [order, K, D])``."""
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor | None, order: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not _in_blocks(x):
+            return _reduced(x, mask, order)
+        groups = max(1, _BLOCK // max(1, x[:1].numel()))
+        starts = range(0, max(1, len(x)), groups)
+        masks = [None if mask is None else mask[k : k + groups] for k in starts]
+        parts = [_reduced(x[k : k + groups], valid, order) for k, valid in zip(starts, masks, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        count, shift, powers = zip(*parts, strict=True)
+        return torch.cat(count), torch.cat(shift), torch.cat(powers, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[:2])
+        ctx.save_for_backward(*inputs[:2], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, mask, count, shift, powers = ctx.saved_tensors
+        slopes = _slopes(grads[2], count, powers)
+        if torch.is_grad_enabled() or not _in_blocks(x):
+            gradient = _polynomial(x, shift[:, None], slopes)
+            return gradient if mask is None else torch.where(mask[..., None], gradient, 0), None, None
+        gradient = torch.empty_like(x)
+        rows = max(1, _BLOCK // x.shape[-1])
+        groups = max(1, rows // max(1, x.shape[1]))
+        for k in range(0, len(x), groups):
+            near, curve = shift[k : k + groups, None], [slope[k : k + groups] for slope in slopes]
+            for r in range(0, x.shape[1], rows):
+                gradient[k : k + groups, r : r + rows] = _polynomial(x[k : k + groups, r : r + rows], near, curve)
+        if mask is not None:
+            padding = (~mask).flatten().nonzero()[:, 0]
+            gradient.view(-1, x.shape[-1]).index_fill_(0, padding, 0)
+        return gradient, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, mask: Tensor | None, order: int) -> Any:
+        def folded(tensor: Tensor, axis: int | None) -> Tensor:
+            batched = tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            return batched.flatten(0, 1).contiguous()
+
+        valid = None if mask is None else folded(mask, in_dims[1])
+        count, shift, powers = CentralMoments.apply(folded(x, in_dims[0]), valid, order)  # type: ignore[no-untyped-call]
+        size = (info.batch_size, -1)
+        return (count.unflatten(0, size), shift.unflatten(0, size), powers.unflatten(1, size)), (0, 0, 1)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    """Whether each operation walks through memory by itself, so that it had better walk through a cache."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _reduced(x: Tensor, mask: Tensor | None, order: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`CentralMoments` of one block of groups; a single group may be long, and is then cut into blocks of rows."""
+    shift = _pilot_mean(x, mask)
+    blocks: Iterable[tuple[Tensor, Tensor | None]] = [(x, mask)]
+    if len(x) == 1 and _in_blocks(x):
+        rows = max(1, _BLOCK // x.shape[-1])
+        if mask is None:
+            blocks = ((part, None) for part in torch.split(x, rows, 1))
+        else:  # gathering the valid rows costs a quarter of blanking the others
+            blocks = ((x.index_select(1, part), None) for part in torch.split(mask[0].nonzero()[:, 0], rows))
+    sums = sum(_power_sums(part, valid, shift[:, None], order) for part, valid in blocks)
+    count = torch.full(x.shape[:1], x.shape[1], device=x.device) if mask is None else mask.sum(1)
+    raw = (sums / count.clamp(min=1)[:, None]).unbind()
+    powers = torch.stack([raw[0], *recentre(raw, -raw[0])])
+    powers[1::2].clamp_(min=0)  # rounding can leave an even moment of equal samples below 0
+    return count, shift, powers
+
+
+def _pilot_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of a few dozen valid rows, ``[K, D]``, in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if mask is None:
+        rows = x[:, :: max(1, x.shape[1] // _PILOT)]
+        return rows.sum(1, dtype=dtype) / max(1, rows.shape[1])
+    valid, index = mask.byte().topk(min(_PILOT, x.shape[1]), dim=1)
+    rows = torch.where(valid[..., None] > 0, x.take_along_dim(index[..., None], dim=1), 0)
+    return rows.sum(1, dtype=dtype) / valid.sum(1).clamp(min=1)[:, None]
+
+
+def _power_sums(x: Tensor, mask: Tensor | None, shift: Tensor, order: int) -> Tensor:
+    """Sums of the powers 1 to ``order`` of ``x - shift`` over the valid rows, ``[order, K, D]``."""
+    deviation = x - shift
+    if mask is not None:  # not a product, which would let NaN padding through
+        deviation = torch.where(mask[..., None], deviation, 0)
+    power, sums = deviation, [deviation.sum(1)]
+    for _ in range(order - 1):
+        power = power * deviation
+        sums.append(power.sum(1))
+    return torch.stack(sums)
+
+
+def recentre(raw: Sequence[Tensor], distance: Tensor) -> list[Tensor]:
+    """Moments of order 2, 3, ... of ``d + distance`` out of those of ``d`` of order 1, 2, 3, ...: binomial theorem."""
+    moved = []
+    for k in range(2, len(raw) + 1):
+        value = distance + k * raw[0]
+        for j in range(2, k + 1):
+            value = torch.addcmul(math.comb(k, j) * raw[j - 1], value, distance)
+        moved.append(value)
+    return moved
+
+
+def _slopes(grad: Tensor, count: Tensor, powers: Tensor) -> list[Tensor]:
+    """Coefficients of the gradient as a polynomial in ``x - shift``, ``[K, 1, D]`` each.
+
+    About the mean, the moment of order k contributes ``k/n (d^(k-1) - m_(k-1))``; a Taylor shift leads to ``shift``.
+    """
+    slopes = [k * slope for k, slope in enumerate((grad / count.clamp(min=1)[:, None]).unbind(), 1)]
+    for k in range(2, len(slopes)):
+        slopes[0] = slopes[0] - slopes[k] * powers[k - 1]
+    for i in range(len(slopes) - 1):
+        for j in reversed(range(i, len(slopes) - 1)):
+            slopes[j] = slopes[j] - powers[0] * slopes[j + 1]
+    return [slope[:, None] for slope in slopes]
+
+
+def _polynomial(x: Tensor, shift: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+    """``sum_j slopes_j (x - shift)^j`` by Horner's rule, in the dtype of ``x``."""
+    deviation = x - shift
+    value = slopes[-1].expand_as(x)
+    for slope in slopes[-2::-1]:
+        value = torch.addcmul(slope, deviation, value)
+    if x.dtype == torch.float16:  # the cast would make a large gradient an infinite one
+        value = value.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
+    return value.to(x.dtype)
+
+
+def covariance(x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor) -> Tensor:
+    """Population covariance ``[K, D, D]``. The mean needs no gradient, as the deviations from it sum to 0."""
+    deviation = x - mean.detach()[:, None]
+    if mask is not None:
+        deviation = torch.where(mask[..., None], deviation, 0)
+    return deviation.mT @ deviation / count.clamp(min=1)[:, None, None]
