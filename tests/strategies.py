@@ -3,6 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
+from gradbalance._rule import Settings
+
 # Eighths of integers: repeated and zero values are common, and no variance is small by underflow.
 _EIGHTHS = st.integers(-8000, 8000).map(lambda n: n / 8)
 
@@ -24,3 +26,39 @@ def moment_inputs(draw, dtype=torch.float64):
     flags = st.lists(st.booleans(), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])
     mask = draw(st.none() | flags.map(lambda values: torch.tensor(values).reshape(shape[:2])))
     return draw(samples(shape, dtype)), mask
+
+
+# Thresholds that no ratio of the norms below meets exactly: at a tie the last bit of a sum would decide.
+THRESHOLDS = st.sampled_from([1.0, 3.0**0.5, 11.0**0.5])
+_NORM = st.one_of(
+    st.sampled_from([0.5, 1.0, 2.0]), st.integers(1, 10**6).map(lambda n: n / 64), st.sampled_from([1e-30, 1e-12, 1e30])
+)
+_ERROR = st.integers(0, 400).map(lambda n: n / 64)
+
+
+@st.composite
+def group_norms(draw, min_groups=2, inactive=False):
+    """A list of norms >= 0: repeated, tiny and huge ones included, and zeros if ``inactive``."""
+    norm = _NORM | st.just(0.0) if inactive else _NORM
+    return draw(st.lists(norm, min_size=min_groups, max_size=6))
+
+
+def group_errors(n, partial=False):
+    """A list of ``n`` errors >= 0, with None for at most n - 2 groups if ``partial``."""
+    error = _ERROR | st.none() if partial else _ERROR
+    return st.lists(error, min_size=n, max_size=n).filter(lambda errors: sum(e is not None for e in errors) >= 2)
+
+
+@st.composite
+def rule_settings(draw, **fixed):
+    """Settings of the rule over the whole range of its options."""
+    options = {
+        "alpha": st.sampled_from([0.0, 0.5, 1.0, 4.0]),
+        "eta": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        "threshold": THRESHOLDS,
+        "smoothing": st.sampled_from([0.0, 0.5, 0.9]),
+        "centred": st.booleans(),
+        "min_coefficient": st.sampled_from([0.0, 0.05, 1.0]),
+        "window": st.sampled_from([None, (0, 2), (1, 3), (1, None)]),
+    }
+    return Settings(**{k: draw(s) for k, s in options.items() if k not in fixed}, **fixed)
