@@ -14,55 +14,61 @@ _PILOT = 32
 
 
 class CentralMoments(torch.autograd.Function):
-    """``(x [K, R, D], mask [K, R], order)`` -> ``(count [K], shift [K, D], powers [order, K, D])``."""
+    """``(x [K, R, D], mask [K, R], order, covariance)`` -> ``(count [K], shift [K, D], powers [order, K, D])``.
+
+    With ``covariance`` also ``[K, D, D]``. The fields are those of `gradbalance._moments.Central`.
+    """
 
     @staticmethod
-    def forward(x: Tensor, mask: Tensor | None, order: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tuple[Tensor, ...]:
         if not _in_blocks(x):
-            return _reduced(x, mask, order)
+            return _reduced(x, mask, order, covariance)
         groups = max(1, _BLOCK // max(1, x[:1].numel()))
         starts = range(0, max(1, len(x)), groups)
         masks = [None if mask is None else mask[k : k + groups] for k in starts]
-        parts = [_reduced(x[k : k + groups], valid, order) for k, valid in zip(starts, masks, strict=True)]
+        parts = [_reduced(x[k : k + groups], valid, order, covariance) for k, valid in zip(starts, masks, strict=True)]
         if len(parts) == 1:
             return parts[0]
-        count, shift, powers = zip(*parts, strict=True)
-        return torch.cat(count), torch.cat(shift), torch.cat(powers, 1)
+        count, shift, powers, *rest = zip(*parts, strict=True)
+        return torch.cat(count), torch.cat(shift), torch.cat(powers, 1), *map(torch.cat, rest)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[:2])
-        ctx.save_for_backward(*inputs[:2], *output)
+        ctx.save_for_backward(*inputs[:2], *output[:3])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, mask, count, shift, powers = ctx.saved_tensors
-        slopes = _slopes(grads[2], count, powers)
+        slopes, mixing = _slopes(grads[2:], count, powers)
         if torch.is_grad_enabled() or not _in_blocks(x):
-            gradient = _polynomial(x, shift[:, None], slopes)
-            return gradient if mask is None else torch.where(mask[..., None], gradient, 0), None, None
+            gradient = _polynomial(x, shift, slopes, mixing)
+            return gradient if mask is None else torch.where(mask[..., None], gradient, 0), None, None, None
         gradient = torch.empty_like(x)
         rows = max(1, _BLOCK // x.shape[-1])
         groups = max(1, rows // max(1, x.shape[1]))
         for k in range(0, len(x), groups):
-            near, curve = shift[k : k + groups, None], [slope[k : k + groups] for slope in slopes]
+            part = slice(k, k + groups)
+            curve, mixed = [slope[part] for slope in slopes], None if mixing is None else mixing[part]
             for r in range(0, x.shape[1], rows):
-                gradient[k : k + groups, r : r + rows] = _polynomial(x[k : k + groups, r : r + rows], near, curve)
+                block = part, slice(r, r + rows)
+                gradient[block] = _polynomial(x[block], shift[part], curve, mixed)
         if mask is not None:
             padding = (~mask).flatten().nonzero()[:, 0]
             gradient.view(-1, x.shape[-1]).index_fill_(0, padding, 0)
-        return gradient, None, None
+        return gradient, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, mask: Tensor | None, order: int) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, mask: Tensor | None, *options: Any) -> Any:
         def folded(tensor: Tensor, axis: int | None) -> Tensor:
             batched = tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
             return batched.flatten(0, 1).contiguous()
 
         valid = None if mask is None else folded(mask, in_dims[1])
-        count, shift, powers = CentralMoments.apply(folded(x, in_dims[0]), valid, order)  # type: ignore[no-untyped-call]
+        found = CentralMoments.apply(folded(x, in_dims[0]), valid, *options)  # type: ignore[no-untyped-call]
+        axes = (0, 0, 1, 0)[: len(found)]
         size = (info.batch_size, -1)
-        return (count.unflatten(0, size), shift.unflatten(0, size), powers.unflatten(1, size)), (0, 0, 1)
+        return tuple(field.unflatten(axis, size) for field, axis in zip(found, axes, strict=True)), axes
 
 
 def _in_blocks(x: Tensor) -> bool:
@@ -70,7 +76,7 @@ def _in_blocks(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _reduced(x: Tensor, mask: Tensor | None, order: int) -> tuple[Tensor, Tensor, Tensor]:
+def _reduced(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tuple[Tensor, ...]:
     """`CentralMoments` of one block of groups; a single group may be long, and is then cut into blocks of rows."""
     shift = _pilot_mean(x, mask)
     blocks: Iterable[tuple[Tensor, Tensor | None]] = [(x, mask)]
@@ -80,11 +86,22 @@ def _reduced(x: Tensor, mask: Tensor | None, order: int) -> tuple[Tensor, Tensor
             blocks = ((part, None) for part in torch.split(x, rows, 1))
         else:  # gathering the valid rows costs a quarter of blanking the others
             blocks = ((x.index_select(1, part), None) for part in torch.split(mask[0].nonzero()[:, 0], rows))
-    sums = sum(_power_sums(part, valid, shift[:, None], order) for part, valid in blocks)
+    sums: Any = 0
+    products: Any = 0
+    for part, valid in blocks:
+        deviation = part - shift[:, None]
+        if valid is not None:  # not a product, which would let NaN padding through
+            deviation = torch.where(valid[..., None], deviation, 0)
+        sums = sums + _power_sums(deviation, order)
+        if covariance:
+            products = products + deviation.mT @ deviation
     count = torch.full(x.shape[:1], x.shape[1], device=x.device) if mask is None else mask.sum(1)
-    raw = (sums / count.clamp(min=1)[:, None]).unbind()
+    n = count.clamp(min=1)[:, None]
+    raw = (sums / n).unbind()
     powers = torch.stack([raw[0], *recentre(raw, -raw[0])])
     powers[1::2].clamp_(min=0)  # rounding can leave an even moment of equal samples below 0
+    if covariance:
+        return count, shift, powers, products / n[..., None] - raw[0][..., None] * raw[0][..., None, :]
     return count, shift, powers
 
 
@@ -99,11 +116,8 @@ def _pilot_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return rows.sum(1, dtype=dtype) / valid.sum(1).clamp(min=1)[:, None]
 
 
-def _power_sums(x: Tensor, mask: Tensor | None, shift: Tensor, order: int) -> Tensor:
-    """Sums of the powers 1 to ``order`` of ``x - shift`` over the valid rows, ``[order, K, D]``."""
-    deviation = x - shift
-    if mask is not None:  # not a product, which would let NaN padding through
-        deviation = torch.where(mask[..., None], deviation, 0)
+def _power_sums(deviation: Tensor, order: int) -> Tensor:
+    """Sums of the powers 1 to ``order`` over the rows, ``[order, K, D]``."""
     power, sums = deviation, [deviation.sum(1)]
     for _ in range(order - 1):
         power = power * deviation
@@ -122,34 +136,34 @@ def recentre(raw: Sequence[Tensor], distance: Tensor) -> list[Tensor]:
     return moved
 
 
-def _slopes(grad: Tensor, count: Tensor, powers: Tensor) -> list[Tensor]:
-    """Coefficients of the gradient as a polynomial in ``x - shift``, ``[K, 1, D]`` each.
+def _slopes(grads: Sequence[Tensor], count: Tensor, powers: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The gradient as a polynomial in ``x - shift``: coefficients ``[K, D]``, and a matrix ``[K, D, D]`` or None.
 
-    About the mean, the moment of order k contributes ``k/n (d^(k-1) - m_(k-1))``; a Taylor shift leads to ``shift``.
+    About the mean, the moment of order k contributes ``k/n (d^(k-1) - m_(k-1))`` and the covariance
+    ``d (G + G^T)/n``; a Taylor shift leads from there to ``shift``.
     """
-    slopes = [k * slope for k, slope in enumerate((grad / count.clamp(min=1)[:, None]).unbind(), 1)]
+    remainder, n = powers[0], count.clamp(min=1)[:, None]
+    slopes = [k * slope for k, slope in enumerate((grads[0] / n).unbind(), 1)]
     for k in range(2, len(slopes)):
         slopes[0] = slopes[0] - slopes[k] * powers[k - 1]
     for i in range(len(slopes) - 1):
         for j in reversed(range(i, len(slopes) - 1)):
-            slopes[j] = slopes[j] - powers[0] * slopes[j + 1]
-    return [slope[:, None] for slope in slopes]
+            slopes[j] = slopes[j] - remainder * slopes[j + 1]
+    if len(grads) == 1:
+        return slopes, None
+    mixing = (grads[1] + grads[1].mT) / n[..., None]
+    slopes[0] = slopes[0] - (remainder[:, None] @ mixing)[:, 0]
+    return slopes, mixing
 
 
-def _polynomial(x: Tensor, shift: Tensor, slopes: Sequence[Tensor]) -> Tensor:
-    """``sum_j slopes_j (x - shift)^j`` by Horner's rule, in the dtype of ``x``."""
-    deviation = x - shift
-    value = slopes[-1].expand_as(x)
+def _polynomial(x: Tensor, shift: Tensor, slopes: Sequence[Tensor], mixing: Tensor | None) -> Tensor:
+    """``sum_j slopes_j (x - shift)^j + (x - shift) @ mixing`` by Horner's rule, in the dtype of ``x``."""
+    deviation = x - shift[:, None]
+    value = slopes[-1][:, None].expand_as(x)
     for slope in slopes[-2::-1]:
-        value = torch.addcmul(slope, deviation, value)
+        value = torch.addcmul(slope[:, None], deviation, value)
+    if mixing is not None:
+        value = value + deviation @ mixing
     if x.dtype == torch.float16:  # the cast would make a large gradient an infinite one
         value = value.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
     return value.to(x.dtype)
-
-
-def covariance(x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor) -> Tensor:
-    """Population covariance ``[K, D, D]``. The mean needs no gradient, as the deviations from it sum to 0."""
-    deviation = x - mean.detach()[:, None]
-    if mask is not None:
-        deviation = torch.where(mask[..., None], deviation, 0)
-    return deviation.mT @ deviation / count.clamp(min=1)[:, None, None]

@@ -104,10 +104,8 @@ def central_moments(
     size = [math.prod([x.shape[axis] for axis in axes]) for axes in (kept, reduced)]
     rows = x.permute(*kept, *reduced, -1).reshape(*size, x.shape[-1]).contiguous()
     valid = None if mask is None else mask.permute(*kept, *reduced).reshape(size)
-    count, shift, powers = kernel.CentralMoments.apply(rows, valid, order)  # type: ignore[no-untyped-call]
-    products = (
-        kernel.covariance(rows, valid, count, shift + powers[0]).reshape(*shape, shape[-1]) if covariance else None
-    )
+    count, shift, powers, *rest = kernel.CentralMoments.apply(rows, valid, order, covariance)  # type: ignore[no-untyped-call]
+    products = rest[0].reshape(*shape, shape[-1]) if rest else None
     return Central(count.reshape(counts), shift.reshape(shape), powers.reshape(order, *shape), products)
 
 
