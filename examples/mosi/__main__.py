@@ -37,7 +37,7 @@ def main() -> int:
         again = f"python -m examples.mosi --resume {out}"
         print(f"\nInterrupted; the last whole epoch is saved. Go on with: {again}", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0
 
@@ -74,16 +74,17 @@ def processes(device: str) -> Iterator[bool]:
 def table(result: dict[str, Any], config: Config) -> str:
     """The test metrics under the name of the data that they are from, and how the modalities were balanced."""
     names = [name for name, value in result.items() if isinstance(value, float)]
+    records = [line["balance"] for line in result["history"] if "balance" in line]
+    balance = config.balance if records else "none, with one modality"
     lines = [
         result["banner"],
-        f"balance {config.balance}, seed {config.seed}, best epoch {result['best_epoch']} of {len(result['history'])}",
+        f"balance: {balance}; seed {config.seed}; epoch {result['best_epoch']} is the best of {len(result['history'])}",
         "  ".join(f"{name:>12}" for name in names),
         "  ".join(f"{result[name]:12.3f}" for name in names),
     ]
-    if "balance" in result["history"][-1]:
-        dominance = [line["balance"]["dominance"] for line in result["history"]]
-        before, after = (sum(line[when] for line in dominance) / len(dominance) for when in ("before", "after"))
-        lines.append(f"dominance ratio of the gradient norms: {before:.2f} before, {after:.2f} after balancing")
+    if records:
+        before, after = (sum(line[key] for line in records) / len(records) for key in ("dominance", "dominance_after"))
+        lines.append(f"dominance of the largest gradient norm: {before:.2f} before, {after:.2f} after balancing")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ class Config:
     seed: int = setting(0, "of weights, batches, dropout and noise")
     epochs: int = setting(30, "at most")
     patience: int = setting(10, "epochs without a better validation MAE before the training stops")
-    batch_size: int = setting(32, "utterances a step and process")
+    batch_size: int = setting(64, "utterances a step and process")
     text: str = setting("frozen", "states computed once, or the encoder trained too", choices=("frozen", "finetune"))
     text_encoder: str = setting("minilm", "minilm, a local folder, or a name on the hub")
     balance: str = setting("errors", "which form of the conflict-aware penalty", choices=BALANCE)

@@ -81,11 +81,11 @@ def plot(path: Path, history: list[dict[str, Any]], source: str) -> None:
     epochs = [line["epoch"] for line in history]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     norms, coefficients, dominance = figure.subplots(1, 3)
-    for name in lines[0]["norm"]:
-        norms.plot(epochs, [line["norm"][name] for line in lines], label=name)
-        coefficients.plot(epochs, [line["coefficient"][name] for line in lines], label=name)
-    for when in ("before", "after"):
-        dominance.plot(epochs, [line["dominance"][when] for line in lines], label=f"{when} balancing")
+    for name in lines[0]["norms"]:
+        norms.plot(epochs, [line["norms"][name] for line in lines], label=name)
+        coefficients.plot(epochs, [line["coefficients"][name] for line in lines], label=name)
+    dominance.plot(epochs, [line["dominance"] for line in lines], label="before balancing")
+    dominance.plot(epochs, [line["dominance_after"] for line in lines], label="after balancing")
     norms.set(title="gradient norm", yscale="log")
     coefficients.set(title="coefficient", ylim=(-0.05, 1.05))
     dominance.set(title="dominance ratio", yscale="log")

@@ -1,5 +1,7 @@
 """Training: one process or several, resumable bit for bit after any kill."""
 
+import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,30 +108,29 @@ def prepare_once(config: Config, rank: int, world: int) -> Dataset:
 
 
 def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Config) -> dict[str, Any]:
-    """One epoch; the mean of each loss and, where two modalities or more are watched, how they were balanced."""
+    """One epoch; the mean of each loss and, where there are modalities to balance, how they were balanced."""
     network.train()
-    watched = isinstance(optimizer, ConflictAwarePenalty)
-    recorder = Recorder(optimizer) if watched else None
     weights = {"task": 1.0, "uni": config.uni, "recon": config.recon, "div": config.div, "stat": config.stat}
-    totals: dict[str, Tensor] = {}
-    count = 0
-    for batch in batches:
-        terms, errors = losses(network(batch), batch, config)
-        optimizer.zero_grad()
-        sum(weights[name] * term for name, term in terms.items()).backward()
-        if config.balance == "paper":
-            errors.pop("text", None)  # the paper compares audio with visual alone
-        if watched and config.balance in ("errors", "paper"):
-            optimizer.observe(**errors)
-        optimizer.step()
-        scheduler.step()
-        count += 1
-        for name, term in terms.items():
-            totals[name] = totals.get(name, 0) + term.detach()
-    line: dict[str, Any] = {"train": {name: float(total / count) for name, total in totals.items()}}
-    if recorder is not None:
-        line["balance"] = balance(recorder)
-    return line
+    watched = isinstance(optimizer, ConflictAwarePenalty)
+    totals: dict[str, list[Tensor]] = {}
+    with Recorder(optimizer) if watched else nullcontext() as recorder:
+        for batch in batches:
+            terms, errors = losses(network(batch), batch, config)
+            optimizer.zero_grad()
+            sum(weights[name] * term for name, term in terms.items()).backward()
+            if config.balance == "paper":
+                errors.pop("text", None)  # the paper compares audio with visual alone
+            if watched and config.balance in ("errors", "paper"):
+                optimizer.observe(**errors)
+            optimizer.step()
+            scheduler.step()
+            for name, term in terms.items():
+                totals.setdefault(name, []).append(term.detach())
+    line: dict[str, Any] = {"train": {name: float(torch.stack(total).mean()) for name, total in totals.items()}}
+    for name, value in line["train"].items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight.")
+    return line | ({"balance": recorder.summary()._asdict()} if watched else {})
 
 
 @torch.inference_mode()
@@ -176,10 +177,15 @@ def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generato
     slow = list(model.text.parameters()) if isinstance(model.text, Transformer) else []
     fast = [p for p in model.parameters() if all(p is not q for q in slow)]
     parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": config.text_lr}] * bool(slow)
-    optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay, fused=True)
     groups = model.groups()
+    if config.balance == "paper" and len(groups.keys() - {"text"}) < 2:
+        raise ValueError(
+            '`modalities` must hold two beside text with balance="paper", which compares these alone. '
+            f"Got {sorted(groups)}. Add a modality, or balance in another way."
+        )
     if len(groups) < 2:
-        return optimizer
+        return optimizer  # nothing to balance
     options = {"off": WATCH, "norms": {}, "errors": {}, "paper": paper(config, steps)}[config.balance]
     return ConflictAwarePenalty(optimizer, groups, generator=noise, **(options | config.penalty))
 
