@@ -1,7 +1,10 @@
 """Central moments of ``[K, R, D]`` over ``R``: one pass over the data forward, one backward."""
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ class CentralMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tuple[Tensor, ...]:
+        if not covariance and (fused := _fused(x)):
+            return tuple(fused.forward(x, mask, order))
         if not _in_blocks(x):
             return _reduced(x, mask, order, covariance)
         groups = max(1, _BLOCK // max(1, x[:1].numel()))
@@ -40,6 +45,8 @@ class CentralMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, mask, count, shift, powers = ctx.saved_tensors
+        if len(grads) == 3 and not torch.is_grad_enabled() and (fused := _fused(x)):
+            return fused.backward(x, mask, count, shift, powers, grads[2]), None, None, None
         slopes, mixing = _slopes(grads[2:], count, powers)
         if torch.is_grad_enabled() or not _in_blocks(x):
             gradient = _polynomial(x, shift, slopes, mixing)
@@ -69,6 +76,16 @@ class CentralMoments(torch.autograd.Function):
         axes = (0, 0, 1, 0)[: len(found)]
         size = (info.batch_size, -1)
         return tuple(field.unflatten(axis, size) for field, axis in zip(found, axes, strict=True)), axes
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """The Triton kernels, for a CUDA tensor; a compiler had better fuse the plain operations itself."""
+    return _triton() if x.is_cuda and not torch.compiler.is_compiling() else None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    return importlib.import_module("gradbalance._triton_moments") if importlib.util.find_spec("triton") else None
 
 
 def _in_blocks(x: Tensor) -> bool:

@@ -1,0 +1,73 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Triton chooses between compiler and interpreter when it is imported, hence a process of its own.
+SCRIPT = """
+import itertools
+import torch
+from torch.testing import assert_close
+from gradbalance import _central_moments as kernel, _triton_moments as fused
+from gradbalance._central_moments import CentralMoments
+from gradbalance._moments import central_moments, moments
+
+fused._TILE, fused._COLUMNS = 64, 16
+generator = torch.Generator().manual_seed(0)
+shapes, kinds, orders = ((1, 23, 5), (3, 9, 17), (2, 0, 3)), ("unmasked", "ragged", "late", "empty"), (1, 2, 3, 4)
+dtypes, parts = itertools.cycle((torch.float64, torch.float32, torch.float16)), itertools.cycle((1, 2, 4, 256, 3))
+for shape, kind, order in itertools.product(shapes, kinds, orders):
+    dtype, fused._PARTS = next(dtypes), next(parts)
+    x = torch.randn(2, *shape, generator=generator).square().sum(0).add(100).to(dtype).requires_grad_()
+    mask = {
+        "unmasked": None,
+        "ragged": torch.rand(shape[:2], generator=generator) > 0.4,
+        "late": (torch.arange(shape[1]) >= 7).expand(shape[:2]).contiguous(),
+        "empty": torch.zeros(shape[:2], dtype=torch.bool),
+    }[kind]
+    with torch.no_grad():
+        x[:, :2] += 50
+        if mask is not None:
+            x[~mask] = float("nan")
+    count, shift, powers = CentralMoments.apply(x, mask, order, False)
+    found = fused.forward(x.detach(), mask, order)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    close = dict(rtol=tolerance, atol=tolerance)
+    assert_close(found[0], count)
+    assert_close(found[1] + found[2][0], shift + powers[0], **close)
+    assert_close(found[2][1:], powers[1:], **close)
+    weights = torch.randn(powers.shape, generator=generator, dtype=powers.dtype)
+    (expected,) = torch.autograd.grad((weights * powers).sum(), x)
+    gradient = fused.backward(x.detach(), mask, *found, weights)
+    assert gradient.dtype == dtype
+    assert_close(gradient, expected, rtol=max(tolerance, 2e-3 if dtype == torch.float16 else 0), atol=tolerance)
+
+x = torch.randn(6, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+mask = torch.rand(6, 4, generator=generator) > 0.3
+results = []
+for kernels in (None, fused):
+    kernel._fused = lambda x, kernels=kernels: kernels
+    for dim in (None, 1, (1, 2)):
+        found = moments(x, mask, dim=dim, order=4)
+        (gradient,) = torch.autograd.grad(sum(value.sum() for value in found[1:]), x)
+        again = moments(x, mask, dim=dim).variance
+        (first,) = torch.autograd.grad(again.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        results.append([*found, gradient, first, second, central_moments(x, mask, covariance=True).covariance])
+assert_close(results[3:], results[:3], rtol=1e-9, atol=1e-9)
+
+x = torch.tensor([[[-65504.0], [65504.0]]], dtype=torch.float16)
+gradient = fused.backward(x, None, *fused.forward(x, None, 2), torch.full((2, 1, 1), 1e9))
+assert gradient.flatten().tolist() == [-65504.0, 65504.0]
+"""
+
+
+def test_the_fused_kernel_equals_the_eager_one_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
