@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# `vector_norm` in float32 on the CPU loses accuracy on large tensors: 2e-4 at 8 M elements, 2e-7 in parts of this size.
-CPU_PART = 1 << 16
+# `vector_norm` in float32 on the CPU loses accuracy on large tensors: 2e-4 at 8 M elements, 1e-6 in parts of this size.
+CPU_PART = 1 << 18
 
 
 class Bucket:
@@ -26,7 +26,8 @@ class Bucket:
         self.placements: tuple[Any, ...] = getattr(like, "placements", ())
         # The ranks that hold the same shard: in a sum over the whole mesh it is counted that often.
         self.copies = math.prod(mesh.size(i) for i, at in enumerate(self.placements) if not at.is_shard())
-        self.plain = self.mesh is None and not like.is_complex()
+        self.plain = mesh is None and not like.is_complex()
+        self.large = False  # whether some tensor has to be taken in parts
         self._counts: list[int] = []
         self._lengths = torch.empty(0)
 
@@ -55,6 +56,7 @@ def buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
                 if key not in found:
                     found[key] = Bucket(p, len(parameters))
                 found[key].parameters[group].append(p)
+                found[key].large |= p.device.type == "cpu" and p.numel() > CPU_PART
     return list(found.values())
 
 
@@ -139,7 +141,7 @@ def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
     """The squared norm of each group's local shards, summed over the buckets of each mesh."""
     found: dict[Any, Tensor] = {}
     for bucket, read, _ in gathered:
-        parts = [list(_parts(group)) for group in read]
+        parts = [list(_parts(group)) for group in read] if bucket.large else read
         flat = list(chain.from_iterable(parts))
         if not flat and bucket.mesh is None:
             continue
@@ -158,7 +160,7 @@ def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
 
 def _parts(group: list[Tensor]) -> Iterator[Tensor]:
     for t in group:
-        if t.device.type == "cpu" and t.numel() > CPU_PART and len(t) > 1:
+        if t.numel() > CPU_PART:
             yield from torch.split(t, max(1, len(t) * CPU_PART // t.numel()))
         else:
             yield t
@@ -177,7 +179,13 @@ def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
         factors: Shape ``[G]``.
     """
     for bucket, _, write in gathered:
-        for factor, group in zip(factors.to(bucket.device, bucket.precision).unbind(), write, strict=True):
+        pairs = list(zip(factors.to(bucket.device, bucket.precision).unbind(), write, strict=True))
+        if bucket.device.type == "cpu":  # one call for all groups; elsewhere this overload would launch once a tensor
+            tensors, own = [t for _, group in pairs for t in group], [f for f, group in pairs for _ in group]
+            if tensors:
+                torch._foreach_mul_(tensors, own)
+            continue
+        for factor, group in pairs:
             if group:
                 torch._foreach_mul_(group, factor)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import MethodType
 from typing import Any, NamedTuple, Unpack
 
@@ -52,7 +52,6 @@ class _Plan(NamedTuple):
     params: list[list[Tensor]]  # of each param_group, to notice a change
     buckets: list[_norms.Bucket]
     rows: int  # N, or N + 1 where clipping takes in the parameters of no group
-    group_of: dict[int, int]  # id of a parameter -> its group
     sizes: Tensor  # [N] number of entries
     home: torch.device
 
@@ -220,7 +219,7 @@ class Penalty:
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
         plan = self._current_plan()
-        gathered = _norms.gather(plan.buckets, _gradient)
+        gathered = _norms.gather(plan.buckets, attrgetter("grad"))
         norms, observed = _norms.reduce_norms(
             gathered, plan.rows, plan.home, self._take_observed(), self.settings.process_group
         )
@@ -239,7 +238,7 @@ class Penalty:
             amount = self.settings.noise * due
             _norms.add_noise_(gathered, len(self.names), stds, amount, self.settings.generator)
         if update and not self.settings.is_passive:
-            self._rates.scale(self._coefficients, plan.group_of)
+            self._rates.scale(self._coefficients)
         self._applied = _first_gradients(plan.buckets)
         for listener in self._listeners:
             listener(self.balance)
@@ -270,7 +269,8 @@ class Penalty:
         home = next(p.device for p in chain.from_iterable(members[:n]))
         sizes = torch.tensor([sum(p.numel() for p in row) for row in members[:n]], device=home)
         params = [list(group["params"]) for group in param_groups]
-        self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, group_of, sizes, home)
+        self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, sizes, home)
+        self._rates.divide(group_of)
         _check_noise(self._plan, self.settings)
         if self._step.device != home:
             step, shares, errors = self._numbers().values()
@@ -289,10 +289,13 @@ class Penalty:
 
     def _decide(self, norms: Tensor, observed: Tensor | None) -> Tensor:
         """Run the rule and keep what it gives; the state in place, so that a CUDA graph may hold it."""
-        decision = _rule.decide(norms, observed, self._step, self._shares, self._errors, self.settings)
+        self._is_told |= observed is not None
+        errors = self._errors if self._is_told else None
+        decision = _rule.decide(norms, observed, self._step, self._shares, errors, self.settings)
         self._step.copy_(decision.step)
         self._shares.copy_(decision.shares)
-        self._errors.copy_(decision.errors)
+        if decision.errors is not None:
+            self._errors.copy_(decision.errors)
         self._norms, self._conflicts, self._coefficients = norms, decision.conflicts, decision.coefficients
         return decision.due
 
@@ -313,6 +316,7 @@ class Penalty:
         self._step, self._shares, self._errors = (
             torch.tensor(value, dtype=dtype, device=home) for value in (step, shares, errors)
         )
+        self._is_told = any(error >= 0 for error in errors)  # whether errors were ever observed
         n = len(self.names)
         self._norms = torch.zeros(n, dtype=dtype, device=home)
         self._coefficients = torch.ones(n, dtype=dtype, device=home)
@@ -480,18 +484,19 @@ def _clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
     return rows * torch.where(total.isfinite(), clip, 1.0)
 
 
-def _gradient(p: Tensor) -> Tensor | None:
-    return p.grad
-
-
 def _itself(p: Tensor) -> Tensor:
     return p
 
 
 def _first_gradients(buckets: list[_norms.Bucket]) -> list[tuple[Tensor, weakref.ref[Tensor], int]]:
     """By one gradient of each group, the way to know them again: the tensor and its version."""
-    firsts = [next((p for p in row if p.grad is not None), None) for bucket in buckets for row in bucket.parameters]
-    return [(p, weakref.ref(p.grad), _version(p.grad)) for p in firsts if p is not None and p.grad is not None]
+    firsts = []
+    for row in chain.from_iterable(bucket.parameters for bucket in buckets):
+        for p in row:
+            if (gradient := p.grad) is not None:
+                firsts.append((p, weakref.ref(gradient), _version(gradient)))
+                break
+    return firsts
 
 
 def _version(t: Tensor) -> int:

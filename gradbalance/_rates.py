@@ -1,8 +1,9 @@
 """Learning rates scaled for the time of one step, whatever mix of groups a param_group holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,47 +19,54 @@ class LearningRates:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._parts: list[dict[int, list[Tensor]]] = []
         self._true: list[dict[str, Any]] | None = None
-        self._stand_ins: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._written: list[dict[str, Any]] = []
 
     @property
     def scaled(self) -> bool:
         """Whether the stand-ins are in place."""
         return self._true is not None
 
-    def scale(self, coefficients: Tensor, group_of: Mapping[int, int]) -> None:
+    def divide(self, group_of: Mapping[int, int]) -> None:
+        """Divide the parameters of each of the ``param_groups`` by their group.
+
+        Args:
+            group_of: The group of each parameter, by ``id``.
+        """
+        self._parts = []
+        for group in self._optimizer.param_groups:
+            parts: dict[int, list[Tensor]] = {}
+            for p in group["params"]:
+                parts.setdefault(group_of.get(id(p), UNGROUPED), []).append(p)
+            # The ungrouped last: of what the step writes into several stand-ins, the last one's stays.
+            self._parts.append(dict(sorted(parts.items(), key=lambda part: (part[0] == UNGROUPED, part[0]))))
+
+    def scale(self, coefficients: Tensor) -> None:
         """Put the stand-ins in place; one host read where a learning rate is a float, none where all are tensors.
 
         Args:
             coefficients: Factor of each group, shape ``[N]``.
-            group_of: The group of each parameter, by ``id``; others are not scaled.
         """
         true = self._optimizer.param_groups
-        factors = coefficients.unbind()
-        numbers: list[float] | None = None
-        if not all(isinstance(group["lr"], Tensor) for group in true):
-            numbers = coefficients.tolist()
-            if all(c == 1.0 for c in numbers):
+        if all(isinstance(group["lr"], Tensor) for group in true):
+            factors: Sequence[Any] = coefficients.to(torch.float32).unbind()
+        else:
+            factors = coefficients.tolist()
+            if all(c == 1.0 for c in factors):
                 return
-        stand_ins = []
-        for group in true:
-            parts: dict[int, list[Tensor]] = {}
-            for p in group["params"]:
-                parts.setdefault(group_of.get(id(p), UNGROUPED), []).append(p)
-            # The ungrouped come last: of what the step writes into several stand-ins, the last one's value stays.
-            for index in sorted(parts, key=lambda i: (i == UNGROUPED, i)):
-                stand_in = {**group, "params": parts[index]}
-                if index != UNGROUPED:
-                    lr = group["lr"]
-                    stand_in["lr"] = lr * (factors[index].to(lr) if isinstance(lr, Tensor) else numbers[index])  # type: ignore[index]
-                stand_ins.append((group, stand_in))
-        self._true, self._stand_ins = true, stand_ins
-        self._optimizer.param_groups = [stand_in for _, stand_in in stand_ins]
+        stand_ins, self._written = [], []
+        for group, parts in zip(true, self._parts, strict=True):
+            for index, params in parts.items():
+                lr = group["lr"] if index == UNGROUPED else group["lr"] * factors[index]
+                stand_ins.append({**group, "params": params, "lr": lr})
+            self._written.append(stand_ins[-1])
+        self._true, self._optimizer.param_groups = true, stand_ins
 
     def restore(self) -> None:
         """Put the true ``param_groups`` back, with what the step wrote."""
         if self._true is not None:
             self._optimizer.param_groups = self._true
-            for group, stand_in in self._stand_ins:
+            for group, stand_in in zip(self._true, self._written, strict=True):
                 group.update({key: value for key, value in stand_in.items() if key not in ("params", "lr")})
-            self._true, self._stand_ins = None, []
+            self._true, self._written = None, []

@@ -98,14 +98,19 @@ class Decision(NamedTuple):
 
     step: Tensor  # [] steps that took place, this one included
     shares: Tensor  # [N] running shares
-    errors: Tensor  # [N] running errors, UNSEEN where none is in force
+    errors: Tensor | None  # [N] running errors, UNSEEN where none is in force; None if the norms alone decide
     conflicts: Tensor  # [N, N] bool
     coefficients: Tensor  # [N]
     due: Tensor  # [] bool, whether the step counts and lies inside the window
 
 
 def decide(
-    norms: Tensor, observed: Tensor | None, step: Tensor, shares: Tensor, errors: Tensor, settings: Settings
+    norms: Tensor,
+    observed: Tensor | None,
+    step: Tensor,
+    shares: Tensor,
+    errors: Tensor | None,
+    settings: Settings,
 ) -> Decision:
     """One step of the rule: the coefficients, and the state after it. No host read.
 
@@ -118,16 +123,22 @@ def decide(
             ``[N]``; None keeps the errors in force.
         step: Steps that took place so far, shape ``[]``.
         shares: Running shares, ``UNSEEN`` before the first, shape ``[N]``.
-        errors: Running errors, ``UNSEEN`` where none is in force, shape ``[N]``.
+        errors: Running errors, ``UNSEEN`` where none is in force, shape ``[N]``; None if the norms alone decide.
         settings: The options.
     """
     active = norms > 0
     counts = norms.isfinite().all() & (active.sum() >= 2)
     new_shares = torch.where(active, running_mean(shares, norms / norms.sum(), settings.smoothing), shares)
-    new_errors = errors
-    if observed is not None:
-        counts = counts & observed.isfinite().all()
-        new_errors = torch.where(observed < 0, UNSEEN, running_mean(errors, observed, settings.smoothing))
+    members, lower = active, None
+    if errors is not None:
+        new_errors = errors
+        if observed is not None:
+            counts = counts & observed.isfinite().all()
+            new_errors = torch.where(observed < 0, UNSEEN, running_mean(errors, observed, settings.smoothing))
+        seen = new_errors >= 0
+        blind = ~seen.any()
+        members = active & (seen | blind)
+        lower = (new_errors[:, None] < new_errors[None, :]) | blind
     due = counts
     if settings.window is not None:
         start, stop = settings.window
@@ -135,20 +146,19 @@ def decide(
         if stop is not None:
             due = due & (step < stop)
 
-    # Where no error was ever observed the norms alone decide; else the rule runs among the groups that have one.
-    seen = new_errors >= 0
-    blind = ~seen.any()
-    members = active & (seen | blind)
-    conflicts = conflict_matrix(new_shares, settings.threshold) & members[:, None] & members[None, :]
-    conflicts = conflicts & ((new_errors[:, None] < new_errors[None, :]) | blind) & due
+    members = members & due
+    conflicts = conflict_matrix(torch.where(members, new_shares, torch.nan), settings.threshold)
+    conflicts = conflicts if lower is None else conflicts & lower
     factor = penalty(conflicts, members, settings.eta, norms.dtype)
-    if settings.alpha > 0:
-        factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
-    coefficients = torch.where(members & due, factor.clamp(min=settings.min_coefficient), 1.0)
+    if errors is not None:
+        if settings.alpha > 0:
+            factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
+        errors = torch.where(counts, new_errors, errors)
+    coefficients = torch.where(members, factor.clamp(min=settings.min_coefficient), 1.0)
     return Decision(
         step + counts,
         torch.where(counts, new_shares, shares),
-        torch.where(counts, new_errors, errors),
+        errors,
         conflicts,
         coefficients,
         due,
@@ -157,7 +167,7 @@ def decide(
 
 def running_mean(mean: Tensor, value: Tensor, smoothing: float) -> Tensor:
     """The exponential running mean after one more value, starting at the first one."""
-    return torch.where(mean < 0, value, smoothing * mean + (1 - smoothing) * value)
+    return torch.where(mean < 0, value, torch.lerp(value, mean, smoothing))
 
 
 def conflict_matrix(shares: Tensor, threshold: float) -> Tensor:

@@ -21,11 +21,12 @@ class Rule:
         self.settings = settings
         self.step_count = torch.zeros((), dtype=torch.float64)
         self.shares = torch.full((n,), UNSEEN, dtype=torch.float64)
-        self.errors = torch.full((n,), UNSEEN, dtype=torch.float64)
+        self.errors = None
 
     def step(self, norms, observed=None) -> Decision:
         if observed is not None:
             observed = torch.tensor([UNSEEN if e is None else e for e in observed], dtype=torch.float64)
+            self.errors = torch.full_like(observed, UNSEEN) if self.errors is None else self.errors
         norms = torch.tensor(norms, dtype=torch.float64)
         decision = decide(norms, observed, self.step_count, self.shares, self.errors, self.settings)
         self.step_count, self.shares, self.errors = decision.step, decision.shares, decision.errors
@@ -199,7 +200,7 @@ def test_float32_decides_as_float64_away_from_ties(norms, settings):
     assume(max(norms) / min(norms) < 1e6)
     n = len(norms)
     unseen, step = torch.full((n,), UNSEEN), torch.zeros(())
-    narrow = decide(torch.tensor(norms), None, step, unseen, unseen, settings).coefficients
+    narrow = decide(torch.tensor(norms), None, step, unseen, None, settings).coefficients
     expected = Rule(n, settings).step(norms).coefficients
     torch.testing.assert_close(narrow.double(), expected, rtol=1e-5, atol=1e-6)
 
