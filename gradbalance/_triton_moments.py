@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Elements of a tile, and the most columns it may have.
-_TILE = 4096
+_TILE = 2048
 _COLUMNS = 128
 # Enough programs to fill a large device, and few enough shares of the rows for one program to merge.
 _PROGRAMS = 1024
@@ -65,6 +65,14 @@ def _flags(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @triton.jit
+def _valid(mask, group, row, rows, MASKED: tl.constexpr):
+    valid = row < rows
+    if MASKED:
+        valid = valid & (tl.load(mask + group * rows + row, valid, 0) != 0)
+    return valid
+
+
+@triton.jit
 def _sum_parts(
     x, mask, counts, partial, rows, features, groups, parts, tiles,
     MASKED: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,42 +82,49 @@ def _sum_parts(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     present = column < features
     wide = partial.dtype.element_ty
-    n = tl.zeros((), tl.int64)
-    shift = tl.zeros((COLUMNS,), wide)
-    s1 = tl.zeros((COLUMNS,), wide)
-    s2 = tl.zeros((COLUMNS,), wide)
-    s3 = tl.zeros((COLUMNS,), wide)
-    s4 = tl.zeros((COLUMNS,), wide)
-    for tile in range(tiles):
-        row = (part * tiles + tile) * ROWS + tl.arange(0, ROWS)
-        valid = row < rows
-        if MASKED:
-            valid = valid & (tl.load(mask + group * rows + row, valid, 0) != 0)
+    first = part * tiles
+    row = first * ROWS + tl.arange(0, ROWS)
+    found = tl.sum(_valid(mask, group, row, rows, MASKED).to(tl.int64), 0)
+    while (found == 0) & (first < part * tiles + tiles - 1):
+        first += 1
+        row += ROWS
+        found = tl.sum(_valid(mask, group, row, rows, MASKED).to(tl.int64), 0)
+    where = _valid(mask, group, row, rows, MASKED)[:, None] & present[None, :]
+    value = tl.load(x + (group * rows + row[:, None]) * features + column[None, :], where, 0).to(wide)
+    shift = tl.sum(value, 0) / tl.maximum(found, 1).to(wide)
+
+    # Sums per row of a tile: adding up its rows only once, at the end, spares the loop every exchange between threads.
+    n = tl.zeros((ROWS,), tl.int64)
+    s1 = tl.zeros((ROWS, COLUMNS), wide)
+    s2 = tl.zeros((ROWS, COLUMNS), wide)
+    s3 = tl.zeros((ROWS, COLUMNS), wide)
+    s4 = tl.zeros((ROWS, COLUMNS), wide)
+    for tile in range(first, part * tiles + tiles):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        valid = _valid(mask, group, row, rows, MASKED)
         where = valid[:, None] & present[None, :]
         value = tl.load(x + (group * rows + row[:, None]) * features + column[None, :], where, 0).to(wide)
-        found = tl.sum(valid.to(tl.int64), 0)
-        shift = tl.where(n == 0, tl.sum(value, 0) / tl.maximum(found, 1).to(wide), shift)
-        n += found
         deviation = tl.where(where, value - shift[None, :], 0)
-        s1 += tl.sum(deviation, 0)
+        n += valid.to(tl.int64)
+        s1 += deviation
         if ORDER >= 2:
             square = deviation * deviation
-            s2 += tl.sum(square, 0)
+            s2 += square
             if ORDER >= 3:
-                s3 += tl.sum(square * deviation, 0)
+                s3 += square * deviation
                 if ORDER >= 4:
-                    s4 += tl.sum(square * square, 0)
-    tl.store(counts + group * parts + part, n)
+                    s4 += square * square
+    tl.store(counts + group * parts + part, tl.sum(n, 0))
     out = partial + (group * parts + part) * features + column
     step = groups * parts * features
     tl.store(out, shift, present)
-    tl.store(out + step, s1, present)
+    tl.store(out + step, tl.sum(s1, 0), present)
     if ORDER >= 2:
-        tl.store(out + 2 * step, s2, present)
+        tl.store(out + 2 * step, tl.sum(s2, 0), present)
     if ORDER >= 3:
-        tl.store(out + 3 * step, s3, present)
+        tl.store(out + 3 * step, tl.sum(s3, 0), present)
     if ORDER >= 4:
-        tl.store(out + 4 * step, s4, present)
+        tl.store(out + 4 * step, tl.sum(s4, 0), present)
 
 
 @triton.jit
@@ -164,10 +179,7 @@ def _gradient(
     row = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     present = column < features
     inside = (row < rows)[:, None] & present[None, :]
-    valid = row < rows
-    if MASKED:
-        valid = valid & (tl.load(mask + group * rows + row, valid, 0) != 0)
-    where = valid[:, None] & present[None, :]
+    where = _valid(mask, group, row, rows, MASKED)[:, None] & present[None, :]
     place = (group * rows + row[:, None]) * features + column[None, :]
     here, step = group * features + column, groups * features
     near = tl.load(shift + here, present, 0)

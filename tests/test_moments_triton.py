@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 # Triton chooses between compiler and interpreter when it is imported, hence a process of its own.
-SCRIPT = """
+EQUAL = """
 import itertools
 import torch
 from torch.testing import assert_close
@@ -65,9 +65,34 @@ assert gradient.flatten().tolist() == [-65504.0, 65504.0]
 """
 
 
-def test_the_fused_kernel_equals_the_eager_one_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
+# What the interpreter accepts is not always what the compiler does. It needs no GPU for that.
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gradbalance import _triton_moments as fused
+
+for dtype, wide, masked, order in (("fp16", "fp32", True, 4), ("bf16", "fp32", False, 2), ("fp64", "fp64", True, 3)):
+    constants = {"MASKED": masked, "ORDER": order, "ROWS": 16, "PARTS": 4, "COLUMNS": 16, "LARGEST": 65504.0 * masked}
+    types = dict.fromkeys(("partial", "shift", "powers", "grad"), "*" + wide)
+    types |= {"x": "*" + dtype, "gradient": "*" + dtype, "mask": "*u8", "counts": "*i64", "count": "*i64"}
+    for kernel in (fused._sum_parts, fused._merge_parts, fused._gradient):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        fixed = {(index,): constants[name] for index, name in enumerate(names) if name in constants}
+        triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def run(script, **environment):
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_fused_kernel_equals_the_eager_one_under_the_interpreter():
+    run(EQUAL, TRITON_INTERPRET="1")
+
+
+def test_the_fused_kernel_compiles_for_a_hopper_gpu():
+    run(COMPILE, TRITON_INTERPRET="0")
