@@ -1,5 +1,6 @@
 """The penalty on an optimizer: hooks around its step that take norms, ask the rule, and scale."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -22,6 +23,9 @@ from gradbalance._rule import UNSEEN, Options, Settings
 WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer", "base")
 # Their step is not proportional to the learning rate of the same step.
 NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD)
+
+# Where a checkpoint keeps the state of the penalty, in its first param_group.
+OWN_KEYS = ("gradbalance_step", "gradbalance_shares", "gradbalance_errors")
 
 
 class Balance(NamedTuple):
@@ -70,14 +74,18 @@ class Penalty:
         self._rates = LearningRates(self._stepper)
         self._observed: dict[str, tuple[Tensor, int]] = {}
         self._applied: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
+        self._in_step = False
         self._listeners: list[Callable[[Balance], None]] = []
         self._set_state(0.0, [UNSEEN] * len(self.names), [UNSEEN] * len(self.names), torch.device("cpu"))
+        self._take_in(self._reader.param_groups[0])
         self._handles = [
             self._stepper.register_step_pre_hook(self._before_step),
             self._stepper.register_step_post_hook(self._after_step),
-            self._reader.register_state_dict_post_hook(self._save),
-            self._reader.register_load_state_dict_pre_hook(self._load),
         ]
+        for layer in _layers(optimizer):  # SAM saves and loads for the optimizer that it wraps
+            if "_optimizer_state_dict_post_hooks" in vars(layer):  # else it leaves both to the one that it wraps
+                self._handles.append(layer.register_state_dict_post_hook(self._save))
+                self._handles.append(layer.register_load_state_dict_pre_hook(self._load))
         self._patched_step = vars(self._stepper).get("step")  # by a scheduler, say
         _set_method(self._stepper, "step", self._guarded(self._stepper.step))
         _set_method(self._stepper, "__reduce_ex__", self._reduce)
@@ -180,7 +188,7 @@ class Penalty:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        if not callable(closure):  # some steps take something else there
             self._apply()
             return None
 
@@ -197,6 +205,7 @@ class Penalty:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, *_: Any) -> None:
         self._rates.restore()
+        self._in_step = False
 
     def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """``step`` that restores the learning rates even if it raises: then post-hooks do not run."""
@@ -206,7 +215,7 @@ class Penalty:
             try:
                 return step(*args, **kwargs)
             finally:
-                self._rates.restore()
+                self._after_step()
 
         guarded._penalty = self  # type: ignore[attr-defined]
         return guarded
@@ -215,9 +224,10 @@ class Penalty:
     def _apply(self) -> None:
         """Take the norms, ask the rule, scale gradients or learning rates."""
         update = self.settings.apply_to == "update"
-        if self._is_applied() and (self._rates.scaled or not update):
+        if self._is_applied() and (self._in_step or not update):
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
+        self._take_in(self._reader.param_groups[0])
         plan = self._current_plan()
         gathered = _norms.gather(plan.buckets, attrgetter("grad"))
         norms, observed = _norms.reduce_norms(
@@ -239,9 +249,7 @@ class Penalty:
             _norms.add_noise_(gathered, len(self.names), stds, amount, self.settings.generator)
         if update and not self.settings.is_passive:
             self._rates.scale(self._coefficients)
-        self._applied = _first_gradients(plan.buckets)
-        for listener in self._listeners:
-            listener(self.balance)
+        self._applied, self._in_step = _first_gradients(plan.buckets), True
 
     def _is_applied(self) -> bool:
         """Whether the gradients are those of the last step, untouched since."""
@@ -266,7 +274,8 @@ class Penalty:
             for p, m in zip(group["params"], of, strict=True):
                 members[m].append(p)  # UNGROUPED is -1, the last row
                 group_of[id(p)] = m
-        home = next(p.device for p in chain.from_iterable(members[:n]))
+        grouped = list(chain.from_iterable(members[:n]))
+        home = next((p.device for p in grouped if p.device.type != "meta"), torch.device("cpu"))
         sizes = torch.tensor([sum(p.numel() for p in row) for row in members[:n]], device=home)
         params = [list(group["params"]) for group in param_groups]
         self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, sizes, home)
@@ -297,6 +306,8 @@ class Penalty:
         if decision.errors is not None:
             self._errors.copy_(decision.errors)
         self._norms, self._conflicts, self._coefficients = norms, decision.conflicts, decision.coefficients
+        for listener in self._listeners:
+            listener(self.balance)
         return decision.due
 
     def _take_observed(self) -> Tensor | None:
@@ -324,31 +335,34 @@ class Penalty:
 
     def _numbers(self) -> dict[str, Any]:
         """The state in builtin types, which every checkpoint format takes."""
-        return {
-            "gradbalance_step": self._step.item(),
-            "gradbalance_shares": self._shares.tolist(),
-            "gradbalance_errors": self._errors.tolist(),
-        }
+        return dict(zip(OWN_KEYS, (self._step.item(), self._shares.tolist(), self._errors.tolist()), strict=True))
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._take_in(self._reader.param_groups[0])
         if self.settings.persist:
             state_dict["param_groups"][0].update(self._numbers())
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._rates.restore()
-        param_groups: list[dict[str, Any]] = state_dict["param_groups"]
-        first, others = param_groups[0], param_groups[1:]
-        keys = tuple(self._numbers())
-        if all(key in first for key in keys):
-            step, shares, errors = (first[key] for key in keys)
+        first, *others = state_dict["param_groups"]
+        first = dict(first)
+        self._take_in(first)
+        return {**state_dict, "param_groups": [first, *others]}
+
+    def _take_in(self, group: dict[str, Any]) -> None:
+        """Move the state out of the param_group into which a checkpoint brought it, whoever loaded it and when."""
+        if OWN_KEYS[0] not in group:
+            return
+        step, shares, errors = (group[key] for key in OWN_KEYS)
+        if self.settings.persist:
             if len(shares) != len(self.names):
                 raise ValueError(
                     f"`state_dict` must hold the state of {len(self.names)} groups. Got {len(shares)}. "
                     "Load a checkpoint of the same groups, or build with `persist=False`."
                 )
             self._set_state(float(step), list(shares), list(errors), self._step.device)
-        first = {key: value for key, value in first.items() if key not in keys}
-        return {**state_dict, "param_groups": [first, *others]}
+        for key in OWN_KEYS:
+            del group[key]
 
     def _reduce(self, optimizer: Optimizer, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles put the penalty on again: `Optimizer.__getstate__` drops hooks."""
@@ -403,20 +417,27 @@ def _rebuild(
 ) -> Any:
     optimizer = make(*args)
     optimizer.__setstate__(state)
-    penalty = Penalty(optimizer, groups, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a frozen group the original has warned
+        penalty = Penalty(optimizer, groups, settings)
     step, shares, errors = numbers.values()
     penalty._set_state(step, shares, errors, torch.device("cpu"))
     return optimizer
 
 
+def _layers(optimizer: Any) -> list[Optimizer]:
+    """The optimizer, the one that it wraps, and so on to the innermost."""
+    layers = [optimizer]
+    while True:
+        inner = next((o for name in WRAPPED_AS if isinstance(o := getattr(layers[-1], name, None), Optimizer)), None)
+        if inner is None or inner is layers[-1]:
+            return layers
+        layers.append(inner)
+
+
 def _unwrap(optimizer: Any) -> tuple[Optimizer, Optimizer]:
     """The optimizer that lists all parameters, and the innermost one, which steps."""
-    found = optimizer
-    while True:
-        inner = next((o for name in WRAPPED_AS if isinstance(o := getattr(found, name, None), Optimizer)), None)
-        if inner is None or inner is found:
-            break
-        found = inner
+    found = _layers(optimizer)[-1]
     if not isinstance(found, Optimizer):
         raise TypeError(
             f"`optimizer` must be a torch.optim.Optimizer. Got {type(optimizer).__name__}. "

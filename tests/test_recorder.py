@@ -1,0 +1,287 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gradbalance import Balance, ConflictAwarePenalty, Recorder, attach
+from gradbalance._recorder import _BATCH, dominance
+
+FIELDS = ("norms", "shares", "errors", "coefficients", "conflicts")
+
+
+def make_penalty(gains=(10.0, 1.0), **options):
+    """A penalty on SGD over one linear layer per gain, and a function that steps it."""
+    names = ["text", "audio", "visual", "depth", "touch", "radar"][: len(gains)]
+    model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
+    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.01), dict(model.items()), **options)
+
+    def step(scale=1.0):
+        optimizer.zero_grad()
+        sum(
+            gain * scale * model[name](torch.ones(2, 4)).sum() for name, gain in zip(names, gains, strict=True)
+        ).backward()
+        optimizer.step()
+
+    return optimizer, step
+
+
+def assert_same(record, balances):
+    for field in FIELDS:
+        np.testing.assert_array_equal(record[field], [getattr(b, field).numpy() for b in balances])
+    assert record["step"].tolist() == [int(b.step) for b in balances]
+
+
+def test_the_record_holds_the_balance_of_every_step():
+    optimizer, step = make_penalty((5.0, 1.0, 3.0))
+    recorder = Recorder(optimizer)
+    balances = []
+    for i in range(5):
+        optimizer.observe(text=1.0 + i, audio=2.0, visual=3.0)
+        step(scale=1.0 + i)
+        balances.append(optimizer.balance)
+    record = recorder.to_dict()
+    assert_same(record, balances)
+    assert record["names"].tolist() == ["text", "audio", "visual"]
+    assert record["conflicts"].dtype == bool
+    assert record["step"].dtype.kind == "i"
+
+
+@pytest.mark.parametrize("steps", [_BATCH - 1, _BATCH, 2 * _BATCH + 1])
+def test_reading_in_batches_keeps_every_step_in_order(steps):
+    optimizer, _ = make_penalty()
+    recorder = Recorder(optimizer)
+    for i in range(steps):
+        optimizer.penalty.coefficients_for({"text": 1.0 + i, "audio": 1.0})
+    assert recorder.to_dict()["norms"][:, 0].tolist() == [1.0 + i for i in range(steps)]
+
+
+def test_the_device_is_read_once_a_batch_and_not_at_every_step(monkeypatch):
+    optimizer, step = make_penalty(eta=1, alpha=0)  # which itself reads nothing
+    reads = []
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, f=original, n=name: (reads.append(n), f(*a))[1])
+    recorder = Recorder(optimizer)
+    for _ in range(20):
+        step()
+    assert reads == []
+    recorder.to_dict()
+    assert reads == ["cpu", "numpy"]
+
+
+@given(every=st.integers(1, 7), steps=st.integers(0, 20))
+def test_every_k_th_step_is_recorded_from_the_first_on(every, steps):
+    optimizer, _ = make_penalty()
+    recorder = Recorder(optimizer, every=every)
+    for _ in range(steps):
+        optimizer.penalty.coefficients_for({"text": 2.0, "audio": 1.0})
+    assert recorder.to_dict()["step"].tolist() == list(range(1, steps + 1, every))
+
+
+def test_it_takes_a_wrapper_a_handle_and_an_optimizer_with_a_penalty():
+    layers = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    sgd = torch.optim.SGD(layers.parameters(), lr=0.1)
+    handle = attach(sgd, {"a": layers[0], "b": layers[1]})
+    wrapper, step_wrapper = make_penalty()
+    recorders = [Recorder(handle), Recorder(sgd), Recorder(wrapper), Recorder(wrapper.optimizer)]
+    (layers[0](torch.ones(1, 2)) + layers[1](torch.ones(1, 2))).sum().backward()
+    sgd.step()
+    step_wrapper()
+    assert [len(recorder.to_dict()["step"]) for recorder in recorders] == [1, 1, 1, 1]
+
+
+def test_leaving_the_context_stops_recording_and_keeps_the_record():
+    optimizer, step = make_penalty()
+    with Recorder(optimizer) as recorder:
+        step()
+    step()
+    recorder.close()
+    assert recorder.to_dict()["step"].tolist() == [1]
+    assert optimizer.penalty._listeners == []
+
+
+def test_recording_does_not_change_the_training():
+    weights = []
+    for records in (False, True):
+        torch.manual_seed(0)
+        optimizer, step = make_penalty()
+        recorder = Recorder(optimizer) if records else None
+        for _ in range(3):
+            step()
+        weights.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+    assert recorder is not None
+    assert all(map(torch.equal, *weights))
+
+
+def test_the_record_goes_on_when_the_device_or_precision_changes():
+    optimizer, _ = make_penalty()
+    recorder = Recorder(optimizer)
+    row = Balance(*torch.ones(4, 2), torch.ones(2, 2) > 0, torch.tensor(1.0), optimizer.penalty.names)
+    for moved in (row, Balance(*(t.to("meta") for t in row[:-1]), row.names)):
+        waiting = len(recorder._waiting)
+        recorder._record(moved)
+    assert waiting == 1
+    assert [t.device.type for t in recorder._waiting] == ["meta"]
+    assert len(recorder._read) == 1
+
+
+@given(rows=st.lists(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_dominance_is_the_largest_norm_over_the_mean_of_the_others(rows):
+    expected = []
+    for row in rows:
+        m = max(range(3), key=row.__getitem__)
+        expected.append(row[m] / (sum(row[k] for k in range(3) if k != m) / 2))
+    np.testing.assert_allclose(dominance(np.array(rows)), expected, rtol=1e-12)
+
+
+def test_the_summary_equals_the_figures_of_the_record():
+    optimizer, step = make_penalty((10.0, 1.0, 4.0), threshold=2.0, eta=0.25, smoothing=0.0)
+    with Recorder(optimizer) as recorder:
+        for scale in (1.0, 2.0, 3.0):
+            step(scale)
+    summary = recorder.summary()
+    unit = 2 * 5**0.5  # the norm of the gradient of a linear layer at two rows of ones
+    assert summary.steps == 3
+    assert summary.norms == pytest.approx({"text": 20 * unit, "audio": 2 * unit, "visual": 8 * unit})
+    assert summary.coefficients == pytest.approx({"text": 0.25, "audio": 1.0, "visual": 0.5})
+    assert summary.conflicts == {"text": 1.0, "audio": 0.0, "visual": 1.0}
+    assert summary.dominance == pytest.approx(10 / 2.5)
+    assert summary.dominance_after == pytest.approx(2.5 / 1.5)
+
+
+def test_the_summary_prints_a_row_for_each_group():
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    step()
+    header, text, audio, last = str(recorder.summary()).splitlines()
+    assert header.split() == ["mean", "norm", "coefficient", "in", "conflict"]
+    assert text.split() == ["text", "44.7", "0.100", "100.0%"]
+    assert audio.split() == ["audio", "4.47", "1.000", "0.0%"]
+    assert last == "dominance  10 before, 1 after (1 steps)"
+
+
+def test_steps_that_do_not_count_are_left_out_of_the_summary_and_the_figure(tmp_path):
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    for scale in (1.0, float("nan"), 0.0):
+        step(scale)
+    assert len(recorder.to_dict()["step"]) == 3
+    assert recorder.summary().steps == 1
+    recorder.plot(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("ask", [Recorder.summary, lambda recorder: recorder.plot("never.png")])
+def test_a_summary_or_figure_without_a_step_says_what_to_do(ask):
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    with pytest.raises(RuntimeError, match=r"^`Recorder` must have seen .* Got 0 steps.* Make it before"):
+        ask(recorder)
+    step(float("inf"))
+    with pytest.raises(RuntimeError, match="Got 1 steps, none such"):
+        ask(recorder)
+
+
+def test_an_optimizer_without_a_penalty_is_refused():
+    plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match=r"^`optimizer` must have a penalty on it\. Got a plain SGD\. Wrap it"):
+        Recorder(plain)
+    optimizer, _ = make_penalty()
+    optimizer.remove()
+    with pytest.raises(ValueError, match="must have a penalty"):
+        Recorder(optimizer)
+    with pytest.raises(TypeError, match=r"^`optimizer` must be a torch\.optim\.Optimizer\. Got Linear\."):
+        Recorder(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.0, True])
+def test_every_must_be_a_positive_integer(every):
+    optimizer, _ = make_penalty()
+    with pytest.raises(ValueError, match=r"^`every` must be a positive integer\. Got "):
+        Recorder(optimizer, every=every)
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, *scalar):
+        self.scalars.append(scalar)
+
+
+def test_each_step_is_logged_once():
+    optimizer, step = make_penalty()
+    recorder, writer = Recorder(optimizer), Writer()
+    step()
+    recorder.log_to(writer)
+    assert [(tag, at) for tag, _, at in writer.scalars] == [
+        ("gradbalance/norm/text", 1),
+        ("gradbalance/norm/audio", 1),
+        ("gradbalance/coefficient/text", 1),
+        ("gradbalance/coefficient/audio", 1),
+    ]
+    assert [value for _, value, _ in writer.scalars] == pytest.approx([44.721, 4.472, 0.1, 1.0], rel=1e-4)
+    writer.scalars.clear()
+    optimizer.observe(text=2.0, audio=3.0)
+    step()
+    recorder.log_to(writer)
+    recorder.log_to(writer)
+    assert {at for _, _, at in writer.scalars} == {2}
+    assert [scalar[:2] for scalar in writer.scalars[-2:]] == [
+        ("gradbalance/error/text", 2.0),
+        ("gradbalance/error/audio", 3.0),
+    ]
+    assert len(writer.scalars) == 6
+
+
+def test_a_tensorboard_writer_takes_the_record(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    optimizer, step = make_penalty()
+    with Recorder(optimizer) as recorder, SummaryWriter(tmp_path) as writer:
+        for _ in range(3):
+            step()
+        recorder.log_to(writer)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("gradbalance/norm/text")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6, 7])
+@pytest.mark.parametrize("steps", [1, 500])
+def test_the_figure_tells_what_was_recorded(groups, steps, tmp_path):
+    optimizer, _ = make_penalty()
+    recorder = Recorder(optimizer)
+    recorder.names = tuple("abcdefg"[:groups])
+    generator = torch.Generator().manual_seed(0)
+    norms = torch.rand(steps, groups, generator=generator) + 0.1
+    for i, row in enumerate(norms):
+        conflicts = row[:, None] > 3 * row[None, :]
+        coefficients = torch.where(conflicts.any(1), 0.5, 1.0)
+        shares = row / row.sum()
+        recorder._record(Balance(row, shares, shares, coefficients, conflicts, torch.tensor(i + 1.0), recorder.names))
+    figure = recorder.plot(tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 0
+
+    panels = figure.axes
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert titles == ["Gradient norm of each group", "Coefficient", "In conflict", "Dominance"]
+    raw = panels[0].lines[::2]
+    np.testing.assert_allclose([line.get_ydata() for line in raw], norms.T.double(), rtol=1e-6)
+    smooth = panels[0].lines[1].get_ydata()
+    assert smooth[0] == pytest.approx(norms[: 7 if steps == 500 else 1, 0].mean().item())
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == list(recorder.names)
+    assert [label.get_text() for label in panels[2].get_yticklabels()] == list(recorder.names)
+    bands = [mesh.get_array().mean() for mesh in panels[2].collections]
+    outweighed = (norms[:, :, None] > 3 * norms[:, None, :]).double().sum(2) / (groups - 1)
+    assert bands == pytest.approx(outweighed.mean(0).tolist())
+    assert [text.get_text() for text in panels[3].get_legend().get_texts()] == ["before", "after"]
+
+
+def test_a_figure_without_conflicts_says_so(tmp_path):
+    optimizer, step = make_penalty((1.0, 1.0))
+    recorder = Recorder(optimizer)
+    step()
+    figure = recorder.plot(tmp_path / "figure.pdf")
+    assert "never" in [text.get_text() for text in figure.axes[2].texts]
