@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito (2008), told apart with any colour vision; neighbours differ in lightness too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -42,13 +42,15 @@ def draw(record: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray) -
     if not record["conflicts"].any():
         conflicts.text(0.5, 0.5, "never", transform=conflicts.transAxes, ha="center", va="center", color="#777777")
     dominance.axhline(1, color="#BBBBBB", linewidth=0.8)
-    _line(dominance, steps, before, "before", "#999999")
+    _line(dominance, steps, before, "before", "#888888")
     _line(dominance, steps, after, "after", "#000000")
 
     for axes in (norms, dominance):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     coefficients.set_ylim(-0.04, 1.06)
     conflicts.set_yticks(range(n), names)
     conflicts.set_ylim(n - 0.5, -0.5)
@@ -72,7 +74,7 @@ def _title(axes: Axes, what: str, meaning: str) -> None:
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, width: float = 1.8) -> None:
     """The values thin and pale, their means over stretches bold."""
-    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3, rasterized=True)
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3, zorder=1, rasterized=True)
     points = [stretch.mean(1) for stretch in _stretches(steps, values, LINE_POINTS)]
     marker = "o" if len(points) == 1 else None  # a line of one point is not seen
     axes.plot(*np.transpose(points), color=colour, linewidth=width, marker=marker, label=label)
