@@ -171,6 +171,7 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@torch.enable_grad()  # a gradient with a graph (create_graph=True) takes the factor into it
 def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
     """Multiply the tensors of each group by its factor, in place, without a host read.
 

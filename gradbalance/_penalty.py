@@ -205,6 +205,8 @@ class Penalty:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, *_: Any) -> None:
         self._rates.restore()
+        if self._in_step and self._plan is not None:  # some steps write into the gradients
+            self._applied = _first_gradients(self._plan.buckets)
         self._in_step = False
 
     def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:

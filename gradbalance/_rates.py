@@ -1,6 +1,7 @@
 """Learning rates scaled for the time of one step, whatever mix of groups a param_group holds."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,11 +24,6 @@ class LearningRates:
         self._true: list[dict[str, Any]] | None = None
         self._written: list[dict[str, Any]] = []
 
-    @property
-    def scaled(self) -> bool:
-        """Whether the stand-ins are in place."""
-        return self._true is not None
-
     def divide(self, group_of: Mapping[int, int]) -> None:
         """Divide the parameters of each of the ``param_groups`` by their group.
 
@@ -39,7 +35,7 @@ class LearningRates:
             parts: dict[int, list[Tensor]] = {}
             for p in group["params"]:
                 parts.setdefault(group_of.get(id(p), UNGROUPED), []).append(p)
-            # The ungrouped last: of what the step writes into several stand-ins, the last one's stays.
+            # The ungrouped last: of what the step writes into several stand-ins, theirs stays among equals.
             self._parts.append(dict(sorted(parts.items(), key=lambda part: (part[0] == UNGROUPED, part[0]))))
 
     def scale(self, coefficients: Tensor) -> None:
@@ -49,7 +45,8 @@ class LearningRates:
             coefficients: Factor of each group, shape ``[N]``.
         """
         true = self._optimizer.param_groups
-        if all(isinstance(group["lr"], Tensor) for group in true):
+        on_device = all(isinstance(group["lr"], Tensor) for group in true)
+        if on_device:
             factors: Sequence[Any] = coefficients.to(torch.float32).unbind()
         else:
             factors = coefficients.tolist()
@@ -57,10 +54,14 @@ class LearningRates:
                 return
         stand_ins, self._written = [], []
         for group, parts in zip(true, self._parts, strict=True):
+            mine = []
             for index, params in parts.items():
                 lr = group["lr"] if index == UNGROUPED else group["lr"] * factors[index]
-                stand_ins.append({**group, "params": params, "lr": lr})
-            self._written.append(stand_ins[-1])
+                mine.append({**group, "params": params, "lr": lr})
+            stand_ins += mine
+            # What the step writes there stays as the least damped one wrote it: schedule-free weights its averages by
+            # the learning rate, and those of an undamped group must not change.
+            self._written.append(mine[-1] if on_device else max(reversed(mine), key=itemgetter("lr")))
         self._true, self._optimizer.param_groups = true, stand_ins
 
     def restore(self) -> None:
