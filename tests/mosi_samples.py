@@ -42,6 +42,20 @@ def write(folder: Path, columns: dict[str, np.ndarray], words: list[dict] | None
     return folder
 
 
+def encoder(folder: Path, words: list[str]) -> str:
+    """A transformer of 2 layers and 32 features in a local folder; what is not among the words is spelled."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *("##" + x for x in letters)]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
+    BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **small)).save_pretrained(folder)
+    return str(folder)
+
+
 def dataset(corpus: Corpus, width: int = 8, limit: int | None = None) -> Dataset:
     """One token a word between two special ones; its state is a fixed random vector of the word."""
     vocabulary = sorted({word for words in corpus.words for word in words})

@@ -268,17 +268,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A transformer of 2 layers and 32 features in a local folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", *letters, *("##" + x for x in letters)]
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(vocabulary), **small)).save_pretrained(folder)
-    return str(folder)
+    return samples.encoder(tmp_path_factory.mktemp("encoder"), words=["the"])
 
 
 def test_states_are_those_of_each_sentence_alone_and_are_computed_once(encoder, tmp_path, monkeypatch):

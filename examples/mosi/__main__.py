@@ -29,6 +29,8 @@ def main() -> int:
         if out and resume:
             raise ValueError(f"`out` must not be given with `resume`. Got {out}. The run goes on in {resume}.")
         out = resume or out or Path(f"runs/mosi-{config.balance}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}")
+        if config.text == "frozen":
+            torch.set_num_threads(1)  # steps of milliseconds, in which threads wait for each other
         with processes(config.device) as first:
             result = train(config, out=out, resume=resume is not None, bars=first)
         if first:
