@@ -58,8 +58,10 @@ class CentralMoments(torch.autograd.Function):
             part = slice(k, k + groups)
             curve, mixed = [slope[part] for slope in slopes], None if mixing is None else mixing[part]
             for r in range(0, x.shape[1], rows):
-                block = part, slice(r, r + rows)
-                gradient[block] = _polynomial(x[block], shift[part], curve, mixed)
+                place = gradient[part, r : r + rows]
+                value = _polynomial(x[part, r : r + rows], shift[part], curve, mixed, out=place)
+                if value is not place:
+                    place.copy_(value)
         if mask is not None:
             padding = (~mask).flatten().nonzero()[:, 0]
             gradient.view(-1, x.shape[-1]).index_fill_(0, padding, 0)
@@ -95,31 +97,28 @@ def _in_blocks(x: Tensor) -> bool:
 
 def _reduced(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tuple[Tensor, ...]:
     """`CentralMoments` of one block of groups; a single group may be long, and is then cut into blocks of rows."""
-    shift = _pilot_mean(x, mask)
+    pilot = x, mask
     blocks: Iterable[tuple[Tensor, Tensor | None]] = [(x, mask)]
     if len(x) == 1 and _in_blocks(x):
         rows = max(1, _BLOCK // x.shape[-1])
         if mask is None:
             blocks = ((part, None) for part in torch.split(x, rows, 1))
         else:  # gathering the valid rows costs a quarter of blanking the others
-            blocks = ((x.index_select(1, part), None) for part in torch.split(mask[0].nonzero()[:, 0], rows))
-    sums: Any = 0
-    products: Any = 0
-    for part, valid in blocks:
-        deviation = part - shift[:, None]
-        if valid is not None:  # not a product, which would let NaN padding through
-            deviation = torch.where(valid[..., None], deviation, 0)
-        sums = sums + _power_sums(deviation, order)
-        if covariance:
-            products = products + deviation.mT @ deviation
+            valid = mask[0].nonzero()[:, 0]
+            pilot = x.index_select(1, valid[:: max(1, len(valid) // _PILOT)]), None
+            blocks = ((x.index_select(1, part), None) for part in torch.split(valid, rows))
+    shift = _pilot_mean(*pilot)
+    sums: list[Any] = [0, 0]
+    for block in blocks:
+        sums = [total + part for total, part in zip(sums, _power_sums(*block, shift, order, covariance), strict=False)]
     count = torch.full(x.shape[:1], x.shape[1], device=x.device) if mask is None else mask.sum(1)
     n = count.clamp(min=1)[:, None]
-    raw = (sums / n).unbind()
+    raw = (sums[0] / n).unbind()
     powers = torch.stack([raw[0], *recentre(raw, -raw[0])])
     powers[1::2].clamp_(min=0)  # rounding can leave an even moment of equal samples below 0
-    if covariance:
-        return count, shift, powers, products / n[..., None] - raw[0][..., None] * raw[0][..., None, :]
-    return count, shift, powers
+    if not covariance:
+        return count, shift, powers
+    return count, shift, powers, sums[1] / n[..., None] - raw[0][..., None] * raw[0][..., None, :]
 
 
 def _pilot_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,13 +132,17 @@ def _pilot_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return rows.sum(1, dtype=dtype) / valid.sum(1).clamp(min=1)[:, None]
 
 
-def _power_sums(deviation: Tensor, order: int) -> Tensor:
-    """Sums of the powers 1 to ``order`` over the rows, ``[order, K, D]``."""
+def _power_sums(x: Tensor, mask: Tensor | None, shift: Tensor, order: int, covariance: bool) -> list[Tensor]:
+    """Over the rows of ``x - shift``: sums of powers, ``[order, K, D]``, and those of products, ``[K, D, D]``."""
+    deviation = x - shift[:, None]
+    if mask is not None:  # not a product, which would let NaN padding through
+        deviation = torch.where(mask[..., None], deviation, 0)
+    products = [deviation.mT @ deviation] if covariance else []
     power, sums = deviation, [deviation.sum(1)]
-    for _ in range(order - 1):
-        power = power * deviation
+    for k in range(2, order + 1):
+        power = power * deviation if k < order else deviation.mul_(power)  # in place, to fit the cache
         sums.append(power.sum(1))
-    return torch.stack(sums)
+    return [torch.stack(sums), *products]
 
 
 def recentre(raw: Sequence[Tensor], distance: Tensor) -> list[Tensor]:
@@ -173,14 +176,21 @@ def _slopes(grads: Sequence[Tensor], count: Tensor, powers: Tensor) -> tuple[lis
     return slopes, mixing
 
 
-def _polynomial(x: Tensor, shift: Tensor, slopes: Sequence[Tensor], mixing: Tensor | None) -> Tensor:
-    """``sum_j slopes_j (x - shift)^j + (x - shift) @ mixing`` by Horner's rule, in the dtype of ``x``."""
+def _polynomial(
+    x: Tensor, shift: Tensor, slopes: Sequence[Tensor], mixing: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """``sum_j slopes_j (x - shift)^j + (x - shift) @ mixing`` by Horner's rule, in the dtype of ``x``.
+
+    Spares a copy by writing to ``out`` where it can: then the result is ``out``.
+    """
+    saturates = x.dtype == torch.float16  # as its cast would make a large gradient an infinite one
+    direct = out if mixing is None and not saturates else None
     deviation = x - shift[:, None]
     value = slopes[-1][:, None].expand_as(x)
-    for slope in slopes[-2::-1]:
-        value = torch.addcmul(slope[:, None], deviation, value)
+    for j in reversed(range(len(slopes) - 1)):
+        value = torch.addcmul(slopes[j][:, None], deviation, value, out=None if j else direct)
     if mixing is not None:
         value = value + deviation @ mixing
-    if x.dtype == torch.float16:  # the cast would make a large gradient an infinite one
+    if saturates:
         value = value.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
     return value.to(x.dtype)

@@ -1,0 +1,312 @@
+"""How fast, how lean and how accurate are the moments? ``python -m benchmarks.moments`` writes ``results/moments.*``.
+
+Every call is timed in turn with its rivals, so that a ratio compares neighbours in time; the table has the median of
+the ratios of all rounds and their quartiles.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from gradbalance._moments import moments
+from gradbalance._statistical import statistical_loss
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = [(64, 50, 768), (4096, 768), (256, 128, 74), (8, 16, 64)]
+CUDA_SIZES = [(4096, 4096), (65536, 1024)]
+OFFSETS = [0.0, 1e3, 1e4, 1e6]
+# Case, the case it is measured against, and how much of its time (forward + backward) is allowed: CPU, GPU.
+TARGETS = [
+    ("moments, masked", "naive, masked", 0.55, 0.25),
+    ("moments, masked, compiled", "naive, masked", 0.22, None),
+    ("moments", "var_mean", 0.25, 0.5),
+    ("moment loss of three pairs", "three calls of CMD", 0.30, 0.30),
+    ("covariance loss", "Deep CORAL", None, None),
+]
+# What is timed in turn.
+RIVALS = [
+    ("naive, masked", "moments, masked", "naive, masked, compiled", "moments, masked, compiled", "var_mean", "moments"),
+    ("three calls of CMD", "moment loss of three pairs"),
+    ("Deep CORAL", "covariance loss"),
+]
+
+
+def naive(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Masked mean and variance as one writes them down."""
+    weight, dims = mask[..., None].to(x.dtype), tuple(range(x.dim() - 1))
+    mean = (x * weight).sum(dims) / weight.sum()
+    return mean, ((x - mean).square() * weight).sum(dims) / weight.sum()
+
+
+def cmd(a: Tensor, b: Tensor, orders: int = 5) -> Tensor:
+    """Central moment discrepancy as in MISA: distances of the means and of the central moments up to ``orders``."""
+
+    def distance(p: Tensor, q: Tensor) -> Tensor:
+        return (p - q).square().sum().sqrt()
+
+    means = a.mean(0), b.mean(0)
+    centred = a - means[0], b - means[1]
+    higher = (distance(centred[0].pow(k).mean(0), centred[1].pow(k).mean(0)) for k in range(2, orders + 1))
+    return distance(*means) + sum(higher)
+
+
+def three_pairs(branches: list[Tensor]) -> Tensor:
+    """Squared differences of four moments between every two branches, whose moments are taken once each."""
+    found = [moments(x, order=4)[1:] for x in branches]
+    pairs = ((0, 1), (0, 2), (1, 2))
+    return sum((p - q).square().mean() for i, j in pairs for p, q in zip(found[i], found[j], strict=True))
+
+
+def coral(a: Tensor, b: Tensor) -> Tensor:
+    """Deep CORAL."""
+    return (a.mT.cov() - b.mT.cov()).square().sum() / (4 * a.shape[1] ** 2)
+
+
+def cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
+    """Name -> (function of the inputs, inputs); each function returns the tensors to differentiate."""
+    generator = torch.Generator().manual_seed(0)
+    branches = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    mask = (torch.rand(shape[:-1], generator=generator) > 0.3).to(device)
+    x, dims = branches[0], tuple(range(len(shape) - 1))
+    flat = [branch.detach().flatten(0, -2).requires_grad_() for branch in branches]
+    torch.compiler.reset()
+    fused, fused_naive = torch.compile(moments, fullgraph=True), torch.compile(naive, fullgraph=True)
+    return {
+        "naive, masked": (lambda x: naive(x, mask), [x]),
+        "naive, masked, compiled": (lambda x: fused_naive(x, mask), [x]),
+        "moments, masked": (lambda x: moments(x, mask)[1:3], [x]),
+        "moments, masked, compiled": (lambda x: fused(x, mask)[1:3], [x]),
+        "var_mean": (lambda x: torch.var_mean(x, dims, correction=0), [x]),
+        "moments": (lambda x: moments(x)[1:3], [x]),
+        "three calls of CMD": (lambda a, b, c: [cmd(a, b) + cmd(a, c) + cmd(b, c)], flat),
+        "moment loss of three pairs": (lambda *flat: [three_pairs(list(flat))], flat),
+        "Deep CORAL": (lambda a: [coral(a, flat[1].detach())], flat[:1]),
+        "covariance loss": (lambda a: [statistical_loss(a, flat[1], moments=["covariance"])], flat[:1]),
+    }
+
+
+def runs(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward without a graph, and forward with backward."""
+    plain = [x.detach() for x in inputs]
+    gradients = [
+        torch.linspace(-1, 1, max(1, out.numel()), device=out.device).reshape(out.shape) for out in function(*plain)
+    ]
+
+    def forward() -> object:
+        return function(*plain)
+
+    def both() -> object:
+        out = function(*inputs)
+        return torch.autograd.grad(out, inputs, [g.to(o.dtype) for g, o in zip(gradients, out, strict=True)])
+
+    return forward, both
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = perf_counter()
+        call()
+        return perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Tensor]:
+    """Seconds of every round of every call, one after the other in each round."""
+    for call in list(calls.values()) * 3:
+        call()
+    times = [[seconds(call, device) for call in calls.values()] for _ in range(rounds)]
+    return dict(zip(calls, torch.tensor(times).T, strict=True))
+
+
+def quartiles(values: Tensor) -> list[float]:
+    return torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Most bytes allocated at once during the call, beyond those held before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    held = peak = 0
+    events = (event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Kernels on the GPU."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+
+
+def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds: int) -> dict:
+    """Times, memory and (on a GPU) kernel launches of every case at one size."""
+    chosen = {name: runs(*case) for name, case in cases(shape, device, dtype).items()}
+    forward, both = {}, {}
+    for names in RIVALS:
+        forward |= interleaved({name: chosen[name][0] for name in names}, rounds, device)
+        both |= interleaved({name: chosen[name][1] for name in names}, rounds, device)
+    unit = torch.Size(shape).numel() * dtype.itemsize
+    found: dict = {"dtype": str(dtype).removeprefix("torch."), "cases": {}, "ratios": {}}
+    for name, calls in chosen.items():
+        inputs = 3 if "three" in name else 1
+        found["cases"][name] = {
+            "forward_ms": [1e3 * t for t in quartiles(forward[name])],
+            "both_ms": [1e3 * t for t in quartiles(both[name])],
+            "peak_forward": peak_memory(calls[0], device) / unit / inputs,
+            "peak_both": peak_memory(calls[1], device) / unit / inputs,
+        }
+        if device != "cpu":
+            count = launches(calls[0])
+            found["cases"][name] |= {"launches_forward": count, "launches_both": launches(calls[1])}
+    for name, rival, *_ in TARGETS:
+        found["ratios"][f"{name} / {rival}"] = quartiles(both[name] / both[rival])
+    if device != "cpu":
+        x = torch.empty(shape, dtype=dtype, device=device)
+        copy = interleaved({"copy": x.clone}, rounds, device)["copy"].median()
+        # forward reads x, backward reads x and writes its gradient; the copy reads and writes
+        found["bandwidth / copy"] = float(3 / both["moments"].median() * copy / 2)
+    return found
+
+
+def accuracy(device: str) -> dict:
+    """Largest relative error over 64 skewed float32 features of standard deviation 1, against float64."""
+    noise = torch.randn(2, 3200, 64, generator=torch.Generator().manual_seed(0)).square().sum(0).div(2)
+    found = {}
+    for offset in OFFSETS:
+        x = (noise + offset).to(device)
+        exact = moments(x.double(), order=4)
+        raw = x.square().mean(0) - x.mean(0).square()
+        centred = x - x.mean(0)
+        two_pass = centred.square().mean(0), centred.pow(3).mean(0), centred.pow(4).mean(0)
+        ours = moments(x, order=4)
+        rows = {
+            "gradbalance": ours[2:],
+            "two passes": (two_pass[0], two_pass[1] / two_pass[0] ** 1.5, two_pass[2] / two_pass[0] ** 2),
+            "torch.var_mean": (torch.var_mean(x, 0, correction=0)[0],),
+            "raw sums": (raw,),
+        }
+        found[f"{offset:g}"] = {
+            name: [float(((value - best) / best).abs().max()) for value, best in zip(values, exact[2:], strict=False)]
+            for name, values in rows.items()
+        }
+    return found
+
+
+def measure(device: str = "cpu", rounds: int = 30) -> dict:
+    """Everything this file measures on ``device``, ready for JSON."""
+    sizes = [(shape, torch.float32) for shape in SIZES]
+    if device != "cpu":
+        sizes += [(shape, torch.bfloat16) for shape in CUDA_SIZES]
+    hardware = f"{platform.machine()}, 1 thread" if device == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "sizes": {" x ".join(map(str, shape)): measure_size(shape, device, dtype, rounds) for shape, dtype in sizes},
+        "accuracy": accuracy(device),
+    }
+
+
+def report(found: dict) -> str:
+    """The measurements as Markdown."""
+    lines = [
+        "Ratios of forward + backward, median [quartiles] of the rounds, and the largest ratio allowed:",
+        "",
+        "| | CPU target | " + " | ".join(found["sizes"]) + " | H200 target | H200 |",
+        "|---|---|" + "---|" * (len(found["sizes"]) + 2),
+    ]
+    for name, rival, cpu, gpu in TARGETS:
+        cells = [
+            "{1:.2f} [{0:.2f}, {2:.2f}]".format(*size["ratios"][f"{name} / {rival}"])
+            for size in found["sizes"].values()
+        ]
+        allowed = ["none" if target is None else f"{target:.2f}" for target in (cpu, gpu)]
+        lines.append(f"| {name} / {rival} | {allowed[0]} | {' | '.join(cells)} | {allowed[1]} | not run |")
+    for title, key in (("forward", "peak_forward"), ("forward + backward", "peak_both")):
+        for name in ("moments, masked", "moments, masked, compiled"):
+            cells = [f"{size['cases'][name][key]:.2f}" for size in found["sizes"].values()]
+            allowed = "0.10" if title == "forward" else "1.10"
+            lines.append(
+                f"| peak memory / input, {title}: {name} | {allowed} | {' | '.join(cells)} | {allowed} | not run |"
+            )
+    lines += [
+        "| kernel launches, forward / backward | none | " + "– | " * len(found["sizes"]) + "2 / 1 | not run |",
+        "| bandwidth / device copy, (65536, 1024) bf16 | none | " + "– | " * len(found["sizes"]) + "0.80 | not run |",
+        "",
+        "Milliseconds, median, forward / forward + backward (peak extra memory in units of the input):",
+        "",
+        "| | " + " | ".join(found["sizes"]) + " |",
+        "|---|" + "---|" * len(found["sizes"]),
+    ]
+    for name in (name for names in RIVALS for name in names):
+        cells = [size["cases"][name] for size in found["sizes"].values()]
+        texts = [
+            f"{c['forward_ms'][1]:.3g} / {c['both_ms'][1]:.3g} ({c['peak_forward']:.2f} / {c['peak_both']:.2f})"
+            for c in cells
+        ]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    lines += [
+        "",
+        "Largest relative error in float32 (variance, skewness, kurtosis) at an offset of so many standard deviations:",
+        "",
+        "| | " + " | ".join(found["accuracy"]) + " |",
+        "|---|" + "---|" * len(found["accuracy"]),
+    ]
+    for name in found["accuracy"]["0"]:
+        cells = [", ".join(f"{error:.0e}" for error in errors[name]) for errors in found["accuracy"].values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict, path: Path) -> None:
+    """Time of each rival relative to the naive moments, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found["sizes"]), figsize=(11, 3), sharey=True, layout="constrained")
+    for axis, (shape, size) in zip(axes, found["sizes"].items(), strict=True):
+        unit = size["cases"]["naive, masked"]["both_ms"][1]
+        for position, name in enumerate(RIVALS[0]):
+            low, middle, high = (t / unit for t in size["cases"][name]["both_ms"])
+            color = "tab:orange" if name.startswith("moments") else "tab:gray"
+            axis.barh(position, middle, xerr=[[middle - low], [high - middle]], color=color)
+        axis.set_title(shape, fontsize=10)
+        axis.set_yticks(range(len(RIVALS[0])), RIVALS[0])
+        axis.invert_yaxis()
+    axes[0].set_xlabel("time, forward + backward, naive = 1", loc="left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    torch.set_num_threads(1)
+    measured = measure("cpu", parser.parse_args().rounds)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "moments.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (RESULTS / "moments.md").write_text(report(measured))
+    plot(measured, RESULTS / "moments.png")
+    print(report(measured))
