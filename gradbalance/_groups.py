@@ -190,8 +190,8 @@ FLATTENED = (
 
 
 def is_flattened(parameter: Tensor) -> bool:
-    """Whether the parameter is, or is a view into, a flat buffer of FSDP1 or a partition of DeepSpeed ZeRO-3."""
-    return hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id")
+    """Whether the parameter is, or is a view into, a flat buffer of FSDP1 or DeepSpeed ZeRO 1, 2 or 3."""
+    return any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "_hp_mapping", "ds_id"))
 
 
 def _members(groups: Groups) -> dict[int, tuple[int, Tensor]]:
@@ -213,7 +213,7 @@ def _members(groups: Groups) -> dict[int, tuple[int, Tensor]]:
         if not parameters:
             raise ValueError(
                 f"`groups[{name!r}]` must hold at least one parameter. Got none. "
-                "Was a generator already consumed? Pass the module, or a list."
+                "Was a generator already consumed, or the module flattened by FSDP1? Pass the module, or a list."
             )
         for label, parameter in parameters:
             owner, _ = members.setdefault(id(parameter), (index, parameter))

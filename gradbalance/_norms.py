@@ -25,7 +25,7 @@ class Bucket:
         self.mesh = mesh
         self.placements: tuple[Any, ...] = getattr(like, "placements", ())
         # The ranks that hold the same shard: in a sum over the whole mesh it is counted that often.
-        self.copies = math.prod(mesh.size(i) for i, at in enumerate(self.placements) if not at.is_shard())
+        self.copies = math.prod(mesh.size(i) for i, at in enumerate(self.placements) if at.is_replicate())
         self.plain = mesh is None and not like.is_complex()
         self.large = False  # whether some tensor has to be taken in parts
         self._counts: list[int] = []
@@ -92,7 +92,7 @@ def _entries(t: Tensor) -> Tensor:
 def reduce_norms(
     gathered: Iterable[Gathered], n_groups: int, home: torch.device, errors: Tensor | None, process_group: Any = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The norm of each group over all its shards, and the errors averaged over the ranks.
+    """The norm of each group over all its shards, and the errors averaged over the ranks that have them.
 
     One all_reduce per mesh dimension, in which the errors travel too if the mesh spans all ranks; without a mesh, one
     all_reduce of the errors alone if there are ranks.
@@ -101,7 +101,7 @@ def reduce_norms(
         gathered: The tensors, see :func:`gather`.
         n_groups: How many groups they are sorted into.
         home: Where the N-vectors live.
-        errors: Shape ``[N]``, or None.
+        errors: Shape ``[N]``, negative where there is none, or None.
         process_group: The ranks over which errors are averaged; the default process group if None.
 
     Returns:
@@ -113,23 +113,34 @@ def reduce_norms(
     for mesh, squares in _squares_by_mesh(gathered).items():
         if mesh is not None:
             rides = errors is not None and not rode and process_group is None and mesh.size() == ranks
-            message = torch.cat([squares, errors.to(squares) / ranks]) if rides and errors is not None else squares
+            message = torch.cat([squares, _summable(errors).to(squares)]) if rides and errors is not None else squares
             for dim in range(mesh.ndim):
                 dist.all_reduce(message, group=mesh.get_group(dim))
             squares = message[:n_groups]
             if rides:
-                errors, rode = message[n_groups:].to(home), True
+                errors, rode = _mean(message[n_groups:].to(home)), True
         total = total + squares.to(total)
     return total.sqrt(), errors if rode else average(errors, process_group)
 
 
 def average(errors: Tensor | None, process_group: Any) -> Tensor | None:
-    """The errors averaged over the ranks."""
-    ranks = world_size(process_group)
-    if errors is not None and ranks > 1:
-        errors = errors / ranks
-        dist.all_reduce(errors, group=process_group)
+    """The errors averaged over the ranks that have them; negative where none has."""
+    if errors is not None and world_size(process_group) > 1:
+        message = _summable(errors)
+        dist.all_reduce(message, group=process_group)
+        errors = _mean(message)
     return errors
+
+
+def _summable(errors: Tensor) -> Tensor:
+    """The errors and whether there is one, ``[2N]``: ranks can add it up although each may have seen other groups."""
+    there = ~(errors < 0)  # NaN is there
+    return torch.cat([torch.where(there, errors, 0.0), there.to(errors)])
+
+
+def _mean(sums: Tensor) -> Tensor:
+    total, count = sums.chunk(2)
+    return torch.where(count > 0, total / count, -1.0)
 
 
 def world_size(process_group: Any) -> int:

@@ -111,7 +111,7 @@ class Penalty:
 
         Without errors the norms alone decide. With them only the groups named take part: the paper names audio and
         visual and leaves text out. They stay in force until the next call. In distributed training every rank has to
-        call it; the errors are averaged over the ranks.
+        call it; the errors are averaged over the ranks that name the group.
 
         Args:
             **errors: For at least two groups a number >= 0, or a tensor with one element, which is detached.
@@ -455,6 +455,11 @@ def _check_optimizer(optimizer: Optimizer, settings: Settings) -> None:
         raise ValueError(
             "`optimizer` must take one gradient a step. Got LBFGS, which evaluates the closure many times. "
             "Use SGD, Adam or another first-order optimizer."
+        )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            f"`optimizer` must take its step in `step()`. Got {name} with `overlap_with_ddp=True`, which steps during "
+            "backward. Leave the overlap off."
         )
     if penalty_of(optimizer) is not None:
         raise ValueError(
