@@ -137,7 +137,10 @@ def _power_sums(x: Tensor, mask: Tensor | None, shift: Tensor, order: int, covar
     deviation = x - shift[:, None]
     if mask is not None:  # not a product, which would let NaN padding through
         deviation = torch.where(mask[..., None], deviation, 0)
-    products = [deviation.mT @ deviation] if covariance else []
+    products = []
+    if covariance:
+        with torch.autocast(x.device.type, enabled=False):  # it would round the product to half precision
+            products = [deviation.mT @ deviation]
     power, sums = deviation, [deviation.sum(1)]
     for k in range(2, order + 1):
         power = power * deviation if k < order else deviation.mul_(power)  # in place, to fit the cache

@@ -95,6 +95,7 @@ class StatisticalLoss(nn.Module):
         TypeError: An input is not floating point or a mask is not boolean.
         ValueError: An option or a shape is out of range, or a predicted variance is negative. The last is seen on the
             CPU only, outside `torch.compile`: elsewhere it would make the device wait.
+        RuntimeError: A pair under `torch.func.vmap`, which cannot look at the sign of a variance. Samples work there.
 
     Example:
         >>> loss = StatisticalLoss(("mean", "covariance"))

@@ -190,6 +190,21 @@ def test_the_loss_of_samples_works_under_vmap():
     assert_close(found, torch.stack([torch.func.grad(lambda x: loss(x, target))(x) for x in predictions]))
 
 
+def test_a_pair_under_vmap_is_refused():
+    pair, target = (batch(3, 6, 2), batch(3, 6, 2).exp()), batch(5, 2, seed=1)
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        torch.func.vmap(lambda *pair: statistical_loss(pair, target))(*pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_lower_the_precision(dtype):
+    prediction, target = batch(30, 3).to(dtype), batch(40, 3, seed=1).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = statistical_loss(prediction, target, moments=NAMES)
+    assert found.dtype == torch.float32
+    assert_close(found, statistical_loss(prediction, target, moments=NAMES))
+
+
 PAIR = (torch.zeros(4, 5, 3), torch.ones(4, 5, 3))
 
 
