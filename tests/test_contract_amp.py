@@ -1,0 +1,144 @@
+"""Loss scaling on the CPU: GradScaler with every kind of step, infinities, clipping, and the fused protocol."""
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from gradbalance import ConflictAwarePenalty, attach
+from tests.optimizers import MODES
+from tests.oracle import ByHand, Toy, assert_same_coefficients, assert_same_parameters, groups_of, loss_of
+
+SCALE = 1024.0
+BASES = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
+    "fused sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, fused=True),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.02),
+    "fused adam": lambda params: torch.optim.Adam(params, lr=0.02, fused=True),
+    "fused adamw": lambda params: torch.optim.AdamW(params, lr=0.02, fused=True),
+    "fused adagrad": lambda params: torch.optim.Adagrad(params, lr=0.02, fused=True),
+}
+
+
+def each_base(test):
+    return pytest.mark.parametrize("mode", MODES)(pytest.mark.parametrize("base", BASES)(test))
+
+
+def build(base, mode, attached):
+    """A model, the object to step, the penalty on it, a scaler, and the twin by hand."""
+    model, twin = Toy(), ByHand(BASES[base], Toy(), mode)
+    optimizer = BASES[base](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=10**6)
+    if attached:
+        return model, optimizer, attach(optimizer, groups_of(model), apply_to=mode), scaler, twin
+    wrapper = ConflictAwarePenalty(optimizer, groups_of(model), apply_to=mode)
+    return model, wrapper, wrapper, scaler, twin
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+@each_base
+def test_a_scaled_loop_equals_the_oracle_by_hand_without_a_scaler(base, mode, attached, clip):
+    model, optimizer, penalty, scaler, twin = build(base, mode, attached)
+    seen, expected = [], []
+    for step in range(4):
+        scaler.scale(loss_of(model, step)).backward()
+        loss_of(twin.model, step).backward()
+        if clip:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(model.parameters(), 0.5)
+            clip_grad_norm_(twin.model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        twin.step()
+        twin.optimizer.zero_grad()
+        seen.append(penalty.coefficients())
+        expected.append(twin.coefficients)
+    assert_same_coefficients(seen, expected)
+    assert_same_parameters(model, twin.model)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@each_base
+def test_a_step_skipped_for_an_infinity_does_not_count(base, mode, attached):
+    model, optimizer, penalty, scaler, twin = build(base, mode, attached)
+    for step in range(4):
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 1:
+            model.audio.weight.grad[0, 0] = torch.inf
+            before = [p.clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 1:
+            assert all(p.equal(q) for p, q in zip(model.parameters(), before, strict=True))
+            assert optimizer.param_groups[0]["lr"] == 0.02
+            assert scaler.get_scale() == SCALE / 2
+        else:
+            loss_of(twin.model, step).backward()
+            twin.step()
+            twin.optimizer.zero_grad()
+    assert penalty.balance.step.item() == 3
+    assert_same_coefficients([penalty.coefficients()], [twin.coefficients])
+    assert_same_parameters(model, twin.model)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@each_base
+def test_norms_are_those_of_unscaled_gradients(base, mode, attached):
+    model, optimizer, penalty, scaler, twin = build(base, mode, attached)
+    scaler.scale(loss_of(model, 0)).backward()
+    loss_of(twin.model, 0).backward()
+    expected = [torch.cat([p.grad.flatten() for p in members]).norm().item() for members in twin.groups.values()]
+    scaler.step(optimizer)
+    assert penalty.balance.norms.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_max_norm_clips_unscaled_gradients_of_a_fused_step(mode):
+    model, twin = Toy(), ByHand(BASES["fused sgd"], Toy(), mode)
+    optimizer = ConflictAwarePenalty(
+        BASES["fused sgd"](model.parameters()), groups_of(model), apply_to=mode, max_norm=0.5
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    for step in range(3):
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        loss_of(twin.model, step).backward()
+        twin.decide()
+        with twin.applied():
+            clip_grad_norm_(twin.model.parameters(), 0.5)
+            twin.optimizer.step()
+        twin.optimizer.zero_grad()
+    assert_same_parameters(model, twin.model)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_wrapper_passes_the_scaler_to_the_fused_optimizer_and_keeps_nothing(base):
+    model, optimizer, _, scaler, _ = build(base, "update", attached=False)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == ("fused" in base)
+    scaler.scale(loss_of(model, 0)).backward()
+    scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer.optimizer, "grad_scale")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_to_bfloat16_equals_the_oracle_by_hand(mode):
+    model, optimizer, _, _, twin = build("adamw", mode, attached=False)
+    seen, expected = [], []
+    for step in range(3):
+        for module in (model, twin.model):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(module, step)
+            loss.backward()
+        optimizer.step()
+        twin.step()
+        optimizer.zero_grad()
+        twin.optimizer.zero_grad()
+        seen.append(optimizer.coefficients())
+        expected.append(twin.coefficients)
+    assert_same_coefficients(seen, expected)
+    assert_same_parameters(model, twin.model)

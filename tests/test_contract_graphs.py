@@ -1,0 +1,132 @@
+"""Host reads and compiled graphs: no read in gradient mode, one in update mode, at most one graph more."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradbalance import ConflictAwarePenalty
+from tests.optimizers import CLASSES, MODES, each
+from tests.oracle import (
+    ByHand,
+    Toy,
+    assert_same_coefficients,
+    assert_same_parameters,
+    errors_at,
+    groups_of,
+    loss_of,
+    train,
+)
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
+
+
+class Reads:
+    """Counts what would wait for a device: a value that leaves a tensor, by operator or by Python method."""
+
+    def __init__(self):
+        self.found = []
+        counter = self
+
+        class Functions(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                name = getattr(function, "__name__", "")
+                if name in READS:
+                    counter.found.append(name)
+                return function(*args, **(kwargs or {}))
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                name = function.name()
+                if name in ("aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"):
+                    counter.found.append(name)
+                return function(*args, **(kwargs or {}))
+
+        self.modes = Functions(), Operators()
+
+    def __enter__(self):
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+def reads_of_a_step(model, optimizer, errors=None):
+    """What the third step reads, the state of the optimizer being set up."""
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        if errors is not None:
+            optimizer.observe(**errors)
+        with Reads() as reads:
+            optimizer.step()
+    return reads.found
+
+
+@pytest.mark.parametrize("errors", [None, {name: torch.tensor(e) for name, e in errors_at(0).items()}])
+@each(c for c in CLASSES if not c.closure_alone)
+def test_a_step_reads_nothing_in_gradient_mode_and_once_in_update_mode(case, mode, errors):
+    plain, model = Toy(case.bias), Toy(case.bias)
+    optimizer = ConflictAwarePenalty(case.make(model.parameters()), groups_of(model), apply_to=mode)
+    ours = reads_of_a_step(model, optimizer, errors)
+    assert len(ours) == len(reads_of_a_step(plain, case.make(plain.parameters()))) + (mode == "update")
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"noise": 0.1}, {"norm": "rms"}, {"window": (1, None)}])
+def test_no_option_reads_in_gradient_mode(options):
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(optimizer, groups_of(model), apply_to="gradient", **options)
+    assert reads_of_a_step(model, optimizer) == []
+
+
+def test_a_learning_rate_in_a_tensor_is_scaled_without_a_read():
+    def make(params):
+        return torch.optim.AdamW(params, lr=torch.tensor(0.02), fused=True)
+
+    model, twin = Toy(), ByHand(make, Toy(), "update")
+    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model))
+    lr = optimizer.param_groups[0]["lr"]
+    assert_same_coefficients(train(model, optimizer, range(4)), twin.train(range(4)))
+    assert_same_parameters(model, twin.model)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(0.02)
+    loss_of(model, 4).backward()
+    with Reads() as reads:
+        optimizer.step()
+    assert reads.found == []
+
+
+def graphs_of_six_steps(optimizer, model):
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    step = torch.compile(optimizer.step, backend=backend)
+    for i in range(6):
+        loss_of(model, i).backward()
+        step()
+        optimizer.zero_grad()
+    return len(compiled)
+
+
+# In update mode a float learning rate would be a constant of the graph, which changes at every step.
+@pytest.mark.parametrize(
+    ("mode", "lr", "foreach"),
+    [("gradient", 0.02, True), ("gradient", 0.02, False), ("gradient", "tensor", False), ("update", "tensor", False)],
+)
+def test_a_compiled_step_has_at_most_one_graph_more(mode, lr, foreach):
+    def make(params):
+        return torch.optim.AdamW(params, lr=torch.tensor(0.02) if lr == "tensor" else lr, foreach=foreach)
+
+    plain, model, twin = Toy(), Toy(), ByHand(make, Toy(), mode)
+    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model), apply_to=mode)
+    assert graphs_of_six_steps(optimizer, model) <= graphs_of_six_steps(make(plain.parameters()), plain) + 1
+    assert_same_coefficients([optimizer.coefficients()], twin.train(range(6), observe=False)[-1:])
+    assert_same_parameters(model, twin.model)
