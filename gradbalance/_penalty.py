@@ -229,9 +229,17 @@ class Penalty:
         if self._is_applied() and (self._in_step or not update):
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
-        self._take_in(self._reader.param_groups[0])
+        for optimizer in (self._reader, self._stepper):  # ZeroRedundancyOptimizer copies from one to the other
+            self._take_in(optimizer.param_groups[0])
         plan = self._current_plan()
         gathered = _norms.gather(plan.buckets, attrgetter("grad"))
+        if _norms.world_size(None) > 1 and not any(chain.from_iterable(g.read for g in gathered)):
+            warnings.warn(
+                "The optimizer must hold parameters that get gradients. Got none with a gradient on this rank. Build it "
+                "after wrapping or sharding the model: FSDP1 replaces the parameters.",
+                UserWarning,
+                stacklevel=2,
+            )
         norms, observed = _norms.reduce_norms(
             gathered, plan.rows, plan.home, self._take_observed(), self.settings.process_group
         )
