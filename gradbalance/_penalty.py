@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # the public `torch.compiler.disable` takes seconds to import
 from torch.optim import Optimizer
 
 from gradbalance import _groups, _norms, _rule
@@ -185,7 +186,7 @@ class Penalty:
 
     # Around the step.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):  # some steps take something else there
@@ -202,7 +203,7 @@ class Penalty:
             return args, {**kwargs, "closure": closure_then_apply}
         return (args[0], closure_then_apply, *args[2:]), kwargs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _after_step(self, *_: Any) -> None:
         self._rates.restore()
         if self._in_step and self._plan is not None:  # some steps write into the gradients
