@@ -1,7 +1,7 @@
 """Norms and scaling of groups of tensors over devices, dtypes and meshes: the only room with collectives."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -90,37 +90,49 @@ def _entries(t: Tensor) -> Tensor:
 
 
 def reduce_norms(
-    gathered: Iterable[Gathered], n_groups: int, home: torch.device, errors: Tensor | None, process_group: Any = None
-) -> tuple[Tensor, Tensor | None]:
-    """The norm of each group over all its shards, and the errors averaged over the ranks that have them.
+    gathered: Iterable[Gathered],
+    n_groups: int,
+    home: torch.device,
+    errors: Tensor | None = None,
+    sketches: Mapping[Any, Tensor] | None = None,
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The norm of each group over all its shards, the errors averaged over the ranks that have them, and the sketch.
 
-    One all_reduce per mesh dimension, in which the errors travel too if the mesh spans all ranks; without a mesh, one
-    all_reduce of the errors alone if there are ranks.
+    One all_reduce per mesh dimension, in which the sketch travels, and the errors if the mesh spans all ranks; without
+    a mesh, one all_reduce of the errors alone if there are ranks.
 
     Args:
         gathered: The tensors, see :func:`gather`.
         n_groups: How many groups they are sorted into.
         home: Where the N-vectors live.
         errors: Shape ``[N]``, negative where there is none, or None.
+        sketches: By mesh this rank's entries of the sketch, shape ``[S]``, or None.
         process_group: The ranks over which errors are averaged; the default process group if None.
 
     Returns:
-        The norms, shape ``[n_groups]``, and the errors, both in float64 where the device has it.
+        The norms, shape ``[n_groups]``, and the errors, both in float64 where the device has it, and the sketch.
     """
     total = torch.zeros(n_groups, dtype=wide(home), device=home)
+    sketches = sketches or {}
+    sketch = sketches.get(None)
     ranks = world_size(process_group)
     rode = False
     for mesh, squares in _squares_by_mesh(gathered).items():
         if mesh is not None:
+            own = sketches.get(mesh, squares[:0])
             rides = errors is not None and not rode and process_group is None and mesh.size() == ranks
-            message = torch.cat([squares, _summable(errors).to(squares)]) if rides and errors is not None else squares
+            passengers = _summable(errors) if rides and errors is not None else squares[:0]
+            message = torch.cat([squares, own.to(squares), passengers.to(squares)])
             for dim in range(mesh.ndim):
                 dist.all_reduce(message, group=mesh.get_group(dim))
-            squares = message[:n_groups]
+            squares, entries, passengers = torch.split(message, [n_groups, len(own), len(passengers)])
+            if len(own):
+                sketch = entries.to(own) if sketch is None else sketch + entries.to(own)
             if rides:
-                errors, rode = _mean(message[n_groups:].to(home)), True
+                errors, rode = _mean(passengers.to(home)), True
         total = total + squares.to(total)
-    return total.sqrt(), errors if rode else average(errors, process_group)
+    return total.sqrt(), errors if rode else average(errors, process_group), sketch
 
 
 def average(errors: Tensor | None, process_group: Any) -> Tensor | None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbalance._groups import Groups
-from gradbalance._penalty import Balance, Penalty, attach, penalty_of
+from gradbalance._memory import Balance
+from gradbalance._penalty import Penalty, attach, penalty_of
 from gradbalance._rule import Options
 
 
@@ -31,15 +32,16 @@ def _live(name: str) -> Any:
 class ConflictAwarePenalty(Optimizer):
     r"""An optimizer that damps the groups whose gradients dominate, around any optimizer.
 
-    At every step the gradient norms :math:`n_m` of the groups are compared. A group whose share of their sum exceeds
-    ``threshold`` times another's is in conflict with it (with errors observed: only if its error is lower, too), and
-    its update is scaled by :math:`c_m = \max(c_{\min}, q_m \pi_m)` with the penalty :math:`\pi_m = \eta^{\kappa_m}`,
+    At every step the gradient norms :math:`n_m` of the groups are compared. A group is in conflict with another if its
+    share of their sum exceeds ``threshold`` times the other's and it is ahead of it: its gradients agree from step to
+    step less than ``agreement`` times as much as the other's, or, where errors are observed, its error is lower. Its
+    update is scaled by :math:`c_m = \max(c_{\min}, q_m \pi_m)` with the penalty :math:`\pi_m = \eta^{\kappa_m}`,
     :math:`\kappa_m` the fraction of the other groups in conflict, and the modulation :math:`q_m = 1 - \tanh(\alpha\,
     \varphi(r_m))` of its lead in errors (1 without errors).
 
-    It helps where a strong branch fits the training data before a weak one has learned. It does not help where the
-    dominant branch is also the better one, nor where the weak one has little to add. Parameters of no group are never
-    touched; fusion layers and joint heads belong to none.
+    It helps where a strong branch fits the training data, noise included, before a weak one has learned. It does
+    nothing where the dominant branch is still learning, and cannot help where the weak one has little to add.
+    Parameters of no group are never touched; fusion layers and joint heads belong to none.
 
     Everything it does not add itself is forwarded to the wrapped optimizer: schedulers, scalers, checkpoints and
     frameworks take it for what it wraps. Use this object, or the wrapped one, everywhere in the loop, not both in turn.
@@ -50,7 +52,10 @@ class ConflictAwarePenalty(Optimizer):
         alpha: Strength of the modulation by errors, >= 0 [P]. Nothing without errors.
         eta: Factor of a group in conflict with all others, in [0, 1]; 1 never damps. [P] 0.5.
         threshold: How many times another's share is a conflict, >= 1. [P] 1.
-        smoothing: Weight of the past in the running means of shares and errors, in [0, 1). [P] 0.
+        smoothing: Weight of the past in the running means of shares, errors and agreements, in [0, 1). [P] 0.
+        agreement: How much less a group's successive gradients must agree (in their cosine, over a small sample of
+            their entries) than another's for a conflict without errors, in [0, 1]; None: the norms alone decide. [R]
+            A dominant group whose gradients still agree is learning, and damping it costs accuracy.
         centred: Whether the modulation starts at no lead, :math:`\varphi(r) = r - 1` [R]; the paper's
             :math:`\varphi(r) = r` [P] jumps from 1 to 0.24 at equality.
         apply_to: ``"update"`` [R]: the learning rate of a group is scaled for the step, which works with every
@@ -78,15 +83,16 @@ class ConflictAwarePenalty(Optimizer):
     Example:
         >>> import torch
         >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
-        >>> optimizer = ConflictAwarePenalty(torch.optim.AdamW(model.parameters(), lr=1e-3), dict(model.items()))
+        >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optimizer = ConflictAwarePenalty(adamw, dict(model.items()), agreement=None)
         >>> (10 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()
         >>> optimizer.step()
         >>> optimizer.coefficients()
-        {'text': 0.1, 'audio': 1.0}
+        {'text': 0.05, 'audio': 1.0}
 
     Reference:
-        arXiv 2605.28575. We differ [R]: any number of groups, errors optional, running shares, a threshold above 1,
-        and the update instead of the gradient; ``PAPER`` holds the paper's settings.
+        arXiv 2605.28575. We differ [R]: any number of groups, errors optional, the agreement of the gradients, running
+        shares, a threshold above 1, and the update instead of the gradient; ``PAPER`` holds the paper's settings.
     """
 
     optimizer: Optimizer

@@ -15,40 +15,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # the public `torch.compiler.disable` takes seconds to import
 from torch.optim import Optimizer
 
-from gradbalance import _groups, _norms, _rule
+from gradbalance import _groups, _norms
 from gradbalance._groups import Groups
+from gradbalance._memory import KEYS, Balance, Memory
 from gradbalance._rates import LearningRates
 from gradbalance._rule import UNSEEN, Options, Settings
-
-# Where wrappers keep the optimizer that they wrap: accelerate, Lightning, Opacus, SAM, schedule-free.
-WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer", "base")
-# Their step is not proportional to the learning rate of the same step.
-NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD)
-
-# Where a checkpoint keeps the state of the penalty, in its first param_group.
-OWN_KEYS = ("gradbalance_step", "gradbalance_shares", "gradbalance_errors")
-
-
-class Balance(NamedTuple):
-    """What the rule saw and decided in the last step, as device tensors.
-
-    Attributes:
-        norms: Gradient norm of each group, as the option ``norm`` defines it, shape ``[N]``.
-        shares: Running share of each group in the sum of the norms, NaN before the first, shape ``[N]``.
-        errors: Running error of each group, NaN where none is in force, shape ``[N]``.
-        coefficients: Coefficient of each group, in [0, 1], shape ``[N]``.
-        conflicts: ``conflicts[m, k]``: group m outweighs group k, bool, shape ``[N, N]``.
-        step: Optimizer steps that took place, shape ``[]``.
-        names: The groups, in order.
-    """
-
-    norms: Tensor
-    shares: Tensor
-    errors: Tensor
-    coefficients: Tensor
-    conflicts: Tensor
-    step: Tensor
-    names: tuple[str, ...]
+from gradbalance._sketch import Sketch
+from gradbalance._wrapped import check_optimizer, layers, unwrap
 
 
 class _Plan(NamedTuple):
@@ -58,6 +31,7 @@ class _Plan(NamedTuple):
     buckets: list[_norms.Bucket]
     rows: int  # N, or N + 1 where clipping takes in the parameters of no group
     sizes: Tensor  # [N] number of entries
+    sketch: Sketch | None  # None where the agreement of the gradients is not asked for
     home: torch.device
 
 
@@ -67,8 +41,13 @@ class Penalty:
     def __init__(self, optimizer: Optimizer, groups: Groups, settings: Settings) -> None:
         # The reader lists all parameters, the stepper is hooked. They differ under ZeroRedundancyOptimizer alone,
         # whose inner optimizer steps this rank's share of the parameters.
-        self._reader, self._stepper = _unwrap(optimizer)
-        _check_optimizer(self._stepper, settings)
+        self._reader, self._stepper = unwrap(optimizer)
+        check_optimizer(self._stepper, settings)
+        if penalty_of(self._stepper) is not None:
+            raise ValueError(
+                f"`optimizer` must not be wrapped twice. Got {type(self._stepper).__name__} with a penalty on it. "
+                "Call its `remove()` first."
+            )
         self.settings = settings
         self._assignment = _groups.assign(self._reader.param_groups, groups)
         self._plan: _Plan | None = None
@@ -77,13 +56,13 @@ class Penalty:
         self._applied: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
         self._in_step = False
         self._listeners: list[Callable[[Balance], None]] = []
-        self._set_state(0.0, [UNSEEN] * len(self.names), [UNSEEN] * len(self.names), torch.device("cpu"))
+        self._memory = Memory(self._assignment.names)
         self._take_in(self._reader.param_groups[0])
         self._handles = [
             self._stepper.register_step_pre_hook(self._before_step),
             self._stepper.register_step_post_hook(self._after_step),
         ]
-        for layer in _layers(optimizer):  # SAM saves and loads for the optimizer that it wraps
+        for layer in layers(optimizer):  # SAM saves and loads for the optimizer that it wraps
             if "_optimizer_state_dict_post_hooks" in vars(layer):  # else it leaves both to the one that it wraps
                 self._handles.append(layer.register_state_dict_post_hook(self._save))
                 self._handles.append(layer.register_load_state_dict_pre_hook(self._load))
@@ -99,13 +78,11 @@ class Penalty:
     @property
     def balance(self) -> Balance:
         """What the rule saw and decided in the last step: a copy on the device, without a host read."""
-        shares, errors = (torch.where(t < 0, torch.nan, t) for t in (self._shares, self._errors))
-        norms, coefficients, conflicts = self._norms.clone(), self._coefficients.clone(), self._conflicts.clone()
-        return Balance(norms, shares, errors, coefficients, conflicts, self._step.clone(), self.names)
+        return self._memory.balance
 
     def coefficients(self) -> dict[str, float]:
         """The coefficient of each group in the last step, by name; one host read."""
-        return dict(zip(self.names, self._coefficients.tolist(), strict=True))
+        return dict(zip(self.names, self._memory.coefficients.tolist(), strict=True))
 
     def observe(self, **errors: Tensor | float) -> None:
         """Tell the errors of the groups' own predictions, lower is better; their mean counts at the next step.
@@ -158,7 +135,7 @@ class Penalty:
             )
         if errors is not None:
             self.observe(**errors)
-        home = self._coefficients.device
+        home = self._memory.home
         values = torch.stack([torch.as_tensor(norms[name], dtype=_norms.wide(home)).to(home) for name in self.names])
         self._decide(values, _norms.average(self._take_observed(), self.settings.process_group))
         return self.coefficients()
@@ -241,16 +218,20 @@ class Penalty:
                 UserWarning,
                 stacklevel=2,
             )
-        norms, observed = _norms.reduce_norms(
-            gathered, plan.rows, plan.home, self._take_observed(), self.settings.process_group
+        observed = self._take_observed()
+        by_errors = observed is not None or self._memory.has_errors
+        sketches = None if plan.sketch is None or by_errors else plan.sketch.take()
+        norms, observed, sketch = _norms.reduce_norms(
+            gathered, plan.rows, plan.home, observed, sketches, self.settings.process_group
         )
         scale, found_inf = (getattr(self._stepper, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None:  # GradScaler leaves it to fused optimizers to unscale
             norms = norms / scale.to(norms)
-        due = self._decide(self._ruled_norms(norms, found_inf, plan), observed)
+        due = self._decide(self._ruled_norms(norms, found_inf, plan), observed, sketch)
 
+        coefficients = self._memory.coefficients
         stds = _norms.spreads(gathered, len(self.names)) if self.settings.noise else None
-        factors = None if update or self.settings.is_passive else self._coefficients
+        factors = None if update or self.settings.is_passive else coefficients
         if self.settings.max_norm is not None:
             factors = _clipped(norms, factors, self.settings.max_norm)
         if factors is not None:
@@ -259,7 +240,7 @@ class Penalty:
             amount = self.settings.noise * due
             _norms.add_noise_(gathered, len(self.names), stds, amount, self.settings.generator)
         if update and not self.settings.is_passive:
-            self._rates.scale(self._coefficients)
+            self._rates.scale(coefficients)
         self._applied, self._in_step = _first_gradients(plan.buckets), True
 
     def _is_applied(self) -> bool:
@@ -289,12 +270,11 @@ class Penalty:
         home = next((p.device for p in grouped if p.device.type != "meta"), torch.device("cpu"))
         sizes = torch.tensor([sum(p.numel() for p in row) for row in members[:n]], device=home)
         params = [list(group["params"]) for group in param_groups]
-        self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, sizes, home)
+        sketch = None if self.settings.agreement is None else Sketch(members[:n], home)
+        self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, sizes, sketch, home)
         self._rates.divide(group_of)
         _check_noise(self._plan, self.settings)
-        if self._step.device != home:
-            step, shares, errors = self._numbers().values()
-            self._set_state(step, shares, errors, home)
+        self._memory.to(home)
         return self._plan
 
     def _ruled_norms(self, norms: Tensor, found_inf: Tensor | None, plan: _Plan) -> Tensor:
@@ -303,55 +283,33 @@ class Penalty:
         if self.settings.norm == "rms":
             norms = norms / plan.sizes.sqrt()
         elif self.settings.norm == "relative":
-            weights, _ = _norms.reduce_norms(_norms.gather(plan.buckets, _itself), plan.rows, plan.home, None)
+            weights, *_ = _norms.reduce_norms(_norms.gather(plan.buckets, _itself), plan.rows, plan.home)
             norms = norms / weights[: len(self.names)]
         return norms if found_inf is None else torch.where(found_inf.to(norms) > 0, torch.nan, norms)
 
-    def _decide(self, norms: Tensor, observed: Tensor | None) -> Tensor:
-        """Run the rule and keep what it gives; the state in place, so that a CUDA graph may hold it."""
-        self._is_told |= observed is not None
-        errors = self._errors if self._is_told else None
-        decision = _rule.decide(norms, observed, self._step, self._shares, errors, self.settings)
-        self._step.copy_(decision.step)
-        self._shares.copy_(decision.shares)
-        if decision.errors is not None:
-            self._errors.copy_(decision.errors)
-        self._norms, self._conflicts, self._coefficients = norms, decision.conflicts, decision.coefficients
+    def _decide(self, norms: Tensor, observed: Tensor | None, sketch: Tensor | None = None) -> Tensor:
+        sketcher = None if self._plan is None else self._plan.sketch
+        due = self._memory.decide(norms, observed, self.settings, sketcher, sketch)
         for listener in self._listeners:
             listener(self.balance)
-        return decision.due
+        return due
 
     def _take_observed(self) -> Tensor | None:
         """The mean errors since the last step, UNSEEN where there are none; None without any."""
         if not self._observed:
             return None
-        home = self._step.device
-        means = {name: (total / count).to(home, self._step.dtype) for name, (total, count) in self._observed.items()}
+        home = self._memory.home
+        means = {name: (total / count).to(home, _norms.wide(home)) for name, (total, count) in self._observed.items()}
         self._observed = {}
-        unseen = torch.full_like(self._step, UNSEEN)
+        unseen = torch.full((), UNSEEN, dtype=_norms.wide(home), device=home)
         return torch.stack([means.get(name, unseen) for name in self.names])
 
     # Copies and checkpoints.
 
-    def _set_state(self, step: float, shares: list[float], errors: list[float], home: torch.device) -> None:
-        dtype = _norms.wide(home)
-        self._step, self._shares, self._errors = (
-            torch.tensor(value, dtype=dtype, device=home) for value in (step, shares, errors)
-        )
-        self._is_told = any(error >= 0 for error in errors)  # whether errors were ever observed
-        n = len(self.names)
-        self._norms = torch.zeros(n, dtype=dtype, device=home)
-        self._coefficients = torch.ones(n, dtype=dtype, device=home)
-        self._conflicts = torch.zeros(n, n, dtype=torch.bool, device=home)
-
-    def _numbers(self) -> dict[str, Any]:
-        """The state in builtin types, which every checkpoint format takes."""
-        return dict(zip(OWN_KEYS, (self._step.item(), self._shares.tolist(), self._errors.tolist()), strict=True))
-
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._take_in(self._reader.param_groups[0])
         if self.settings.persist:
-            state_dict["param_groups"][0].update(self._numbers())
+            state_dict["param_groups"][0].update(self._memory.numbers())
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._rates.restore()
@@ -362,18 +320,11 @@ class Penalty:
 
     def _take_in(self, group: dict[str, Any]) -> None:
         """Move the state out of the param_group into which a checkpoint brought it, whoever loaded it and when."""
-        if OWN_KEYS[0] not in group:
-            return
-        step, shares, errors = (group[key] for key in OWN_KEYS)
-        if self.settings.persist:
-            if len(shares) != len(self.names):
-                raise ValueError(
-                    f"`state_dict` must hold the state of {len(self.names)} groups. Got {len(shares)}. "
-                    "Load a checkpoint of the same groups, or build with `persist=False`."
-                )
-            self._set_state(float(step), list(shares), list(errors), self._step.device)
-        for key in OWN_KEYS:
-            del group[key]
+        if KEYS[0] in group:
+            if self.settings.persist:
+                self._memory.restore(group)
+            for key in KEYS:
+                del group[key]
 
     def _reduce(self, optimizer: Optimizer, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles put the penalty on again: `Optimizer.__getstate__` drops hooks."""
@@ -381,7 +332,7 @@ class Penalty:
         for m, p in self._assignment.members.values():
             groups[self.names[m]].append(p)
         parts: Any = object.__reduce_ex__(optimizer, max(2, int(protocol)))
-        return _rebuild, (*parts[:3], groups, self.settings, self._numbers())
+        return _rebuild, (*parts[:3], groups, self.settings, self._memory.numbers())
 
 
 def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> Penalty:
@@ -403,7 +354,7 @@ def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> 
     Example:
         >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
         >>> optimizer = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
-        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, eta=0.5)
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, eta=0.5, agreement=None)
         >>> (10 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
         >>> optimizer.step()
         >>> penalty.coefficients()
@@ -414,7 +365,7 @@ def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> 
 
 def penalty_of(optimizer: Optimizer) -> Penalty | None:
     """The penalty attached to an optimizer, or to the one it wraps, if any."""
-    owners = (getattr(hook, "__self__", None) for hook in _unwrap(optimizer)[1]._optimizer_step_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in unwrap(optimizer)[1]._optimizer_step_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Penalty)), None)
 
 
@@ -431,56 +382,8 @@ def _rebuild(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a frozen group the original has warned
         penalty = Penalty(optimizer, groups, settings)
-    step, shares, errors = numbers.values()
-    penalty._set_state(step, shares, errors, torch.device("cpu"))
+    penalty._memory.restore(numbers)
     return optimizer
-
-
-def _layers(optimizer: Any) -> list[Optimizer]:
-    """The optimizer, the one that it wraps, and so on to the innermost."""
-    layers = [optimizer]
-    while True:
-        inner = next((o for name in WRAPPED_AS if isinstance(o := getattr(layers[-1], name, None), Optimizer)), None)
-        if inner is None or inner is layers[-1]:
-            return layers
-        layers.append(inner)
-
-
-def _unwrap(optimizer: Any) -> tuple[Optimizer, Optimizer]:
-    """The optimizer that lists all parameters, and the innermost one, which steps."""
-    found = _layers(optimizer)[-1]
-    if not isinstance(found, Optimizer):
-        raise TypeError(
-            f"`optimizer` must be a torch.optim.Optimizer. Got {type(optimizer).__name__}. "
-            "Build the optimizer first, then wrap it."
-        )
-    shard = getattr(found, "optim", None)
-    return found, shard if isinstance(shard, Optimizer) else found
-
-
-def _check_optimizer(optimizer: Optimizer, settings: Settings) -> None:
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "`optimizer` must take one gradient a step. Got LBFGS, which evaluates the closure many times. "
-            "Use SGD, Adam or another first-order optimizer."
-        )
-    if getattr(optimizer, "_overlap_with_ddp", False):
-        raise ValueError(
-            f"`optimizer` must take its step in `step()`. Got {name} with `overlap_with_ddp=True`, which steps during "
-            "backward. Leave the overlap off."
-        )
-    if penalty_of(optimizer) is not None:
-        raise ValueError(
-            f"`optimizer` must not be wrapped twice. Got {name} with a penalty on it. Call its `remove()` first."
-        )
-    if settings.apply_to == "update":
-        lacking = any(group.get("lr") is None for group in optimizer.param_groups)
-        if lacking or isinstance(optimizer, NOT_PROPORTIONAL):
-            raise ValueError(
-                '`apply_to="update"` must have an optimizer whose step is proportional to its learning rate. '
-                f'Got {name}. Use `apply_to="gradient"`.'
-            )
 
 
 def _check_noise(plan: _Plan, settings: Settings) -> None:

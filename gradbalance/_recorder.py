@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradbalance._memory import Balance
 from gradbalance._optimizer import ConflictAwarePenalty
-from gradbalance._penalty import Balance, Penalty, penalty_of
+from gradbalance._penalty import Penalty, penalty_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +72,7 @@ class Recorder:
     Example:
         >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), eta=0.5)
+        >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), eta=0.5, agreement=None)
         >>> with Recorder(optimizer) as recorder:
         ...     for _ in range(3):
         ...         optimizer.zero_grad()
@@ -136,21 +137,23 @@ class Recorder:
         """All that was recorded, S steps of N groups, as numpy arrays.
 
         Returns:
-            ``norms``, ``shares``, ``errors`` and ``coefficients``, shape ``[S, N]``; ``conflicts``, bool, shape
-            ``[S, N, N]``; ``step``, int, shape ``[S]``; ``names``, shape ``[N]``. See :class:`Balance`.
+            ``norms``, ``shares``, ``errors``, ``coefficients`` and ``agreements``, shape ``[S, N]``; ``conflicts``,
+            bool, shape ``[S, N, N]``; ``step``, int, shape ``[S]``; ``names``, shape ``[N]``. See :class:`Balance`.
         """
         import numpy as np
 
         self._flush()
         n = len(self.names)
-        rows = np.concatenate([np.empty((0, n * (n + 4) + 1)), *self._read])
-        norms, shares, errors, coefficients, conflicts, step = np.split(rows, [n, 2 * n, 3 * n, 4 * n, n * (n + 4)], 1)
+        rows = np.concatenate([np.empty((0, n * (n + 5) + 1)), *self._read])
+        ends = np.cumsum([n, n, n, n, n * n, n])
+        norms, shares, errors, coefficients, conflicts, agreements, step = np.split(rows, ends, 1)
         return {
             "norms": norms,
             "shares": shares,
             "errors": errors,
             "coefficients": coefficients,
             "conflicts": conflicts.reshape(-1, n, n) > 0,
+            "agreements": agreements,
             "step": step[:, 0].astype(int),
             "names": np.array(self.names),
         }

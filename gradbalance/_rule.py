@@ -9,7 +9,7 @@ from torch import Tensor
 ApplyTo = Literal["update", "gradient"]
 Norm = Literal["l2", "rms", "relative"]
 
-UNSEEN = -1.0  # the share or error of a group that has none yet; both are >= 0 otherwise
+UNSEEN = -4.0  # a running mean before its first value; shares and errors are >= 0, cosines >= -1
 EPS = 1e-8
 DEAD_BAND = 1e-6  # the mean of equal floats can differ from them by one ulp, and that must not count as a lead
 
@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     eta: float
     threshold: float
     smoothing: float
+    agreement: float | None
     centred: bool
     apply_to: ApplyTo
     norm: Norm
@@ -55,9 +56,10 @@ class Settings:
     """
 
     alpha: float = 1.0
-    eta: float = 0.1
+    eta: float = 0.05
     threshold: float = 3.0
-    smoothing: float = 0.9
+    smoothing: float = 0.95
+    agreement: float | None = 0.5
     centred: bool = True
     apply_to: ApplyTo = "update"
     norm: Norm = "l2"
@@ -74,6 +76,8 @@ class Settings:
         _check_range("eta", self.eta, 0, 1)
         _check_range("threshold", self.threshold, 1, None)
         _check_range("smoothing", self.smoothing, 0, 1, below=True)
+        if self.agreement is not None:
+            _check_range("agreement", self.agreement, 0, 1)
         _check_range("min_coefficient", self.min_coefficient, 0, 1)
         _check_range("noise", self.noise, 0, None)
         _check_choice("apply_to", self.apply_to, get_args(ApplyTo))
@@ -93,24 +97,26 @@ class Settings:
         return self.eta == 1 and self.alpha == 0
 
 
-class Decision(NamedTuple):
-    """What one step of the rule gives: the new state, and what follows from it."""
+class State(NamedTuple):
+    """What the rule remembers, UNSEEN where there is nothing yet."""
 
-    step: Tensor  # [] steps that took place, this one included
+    step: Tensor  # [] steps that took place
     shares: Tensor  # [N] running shares
-    errors: Tensor | None  # [N] running errors, UNSEEN where none is in force; None if the norms alone decide
+    errors: Tensor | None  # [N] running errors; None if none was ever observed
+    agreements: Tensor | None  # [N] running cosines of successive gradients; None if they are not asked for
+
+
+class Decision(NamedTuple):
+    """What one step of the rule gives."""
+
+    state: State
     conflicts: Tensor  # [N, N] bool
     coefficients: Tensor  # [N]
     due: Tensor  # [] bool, whether the step counts and lies inside the window
 
 
 def decide(
-    norms: Tensor,
-    observed: Tensor | None,
-    step: Tensor,
-    shares: Tensor,
-    errors: Tensor | None,
-    settings: Settings,
+    norms: Tensor, observed: Tensor | None, cosines: Tensor | None, state: State, settings: Settings
 ) -> Decision:
     """One step of the rule: the coefficients, and the state after it. No host read.
 
@@ -119,17 +125,19 @@ def decide(
 
     Args:
         norms: Gradient norm of each group, shape ``[N]``; NaN where the step must not count.
-        observed: Error of each group observed since the last step, >= 0, ``UNSEEN`` where not observed, shape
-            ``[N]``; None keeps the errors in force.
-        step: Steps that took place so far, shape ``[]``.
-        shares: Running shares, ``UNSEEN`` before the first, shape ``[N]``.
-        errors: Running errors, ``UNSEEN`` where none is in force, shape ``[N]``; None if the norms alone decide.
+        observed: Error of each group observed since the last step, >= 0, negative where not observed, shape ``[N]``;
+            None keeps the errors in force.
+        cosines: Cosine between this gradient of each group and its last one, NaN where undefined, shape ``[N]``; None
+            if they are not asked for.
+        state: What the rule remembers.
         settings: The options.
     """
+    step, shares, errors, agreements = state
     active = norms > 0
     counts = norms.isfinite().all() & (active.sum() >= 2)
     new_shares = torch.where(active, running_mean(shares, norms / norms.sum(), settings.smoothing), shares)
-    members, lower = active, None
+    members = active
+    ahead = seen = None
     if errors is not None:
         new_errors = errors
         if observed is not None:
@@ -138,7 +146,12 @@ def decide(
         seen = new_errors >= 0
         blind = ~seen.any()
         members = active & (seen | blind)
-        lower = (new_errors[:, None] < new_errors[None, :]) | blind
+        ahead = (new_errors[:, None] < new_errors[None, :]) | blind
+        errors = torch.where(counts, new_errors, errors)
+    elif agreements is not None and cosines is not None and settings.agreement is not None:
+        new = torch.where(cosines.isnan(), agreements, running_mean(agreements, cosines, settings.smoothing))
+        ahead = agreement_matrix(torch.where(new == UNSEEN, torch.nan, new), settings.agreement)
+        agreements = torch.where(counts, new, agreements)
     due = counts
     if settings.window is not None:
         start, stop = settings.window
@@ -148,26 +161,18 @@ def decide(
 
     members = members & due
     conflicts = conflict_matrix(torch.where(members, new_shares, torch.nan), settings.threshold)
-    conflicts = conflicts if lower is None else conflicts & lower
+    conflicts = conflicts if ahead is None else conflicts & ahead
     factor = penalty(conflicts, members, settings.eta, norms.dtype)
-    if errors is not None:
-        if settings.alpha > 0:
-            factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
-        errors = torch.where(counts, new_errors, errors)
+    if seen is not None and settings.alpha > 0:
+        factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
     coefficients = torch.where(members, factor.clamp(min=settings.min_coefficient), 1.0)
-    return Decision(
-        step + counts,
-        torch.where(counts, new_shares, shares),
-        errors,
-        conflicts,
-        coefficients,
-        due,
-    )
+    state = State(step + counts, torch.where(counts, new_shares, shares), errors, agreements)
+    return Decision(state, conflicts, coefficients, due)
 
 
 def running_mean(mean: Tensor, value: Tensor, smoothing: float) -> Tensor:
     """The exponential running mean after one more value, starting at the first one."""
-    return torch.where(mean < 0, value, torch.lerp(value, mean, smoothing))
+    return torch.where(mean == UNSEEN, value, torch.lerp(value, mean, smoothing))
 
 
 def conflict_matrix(shares: Tensor, threshold: float) -> Tensor:
@@ -182,6 +187,25 @@ def conflict_matrix(shares: Tensor, threshold: float) -> Tensor:
         [False, False, True]
     """
     return shares[:, None] > threshold * shares[None, :]
+
+
+def agreement_matrix(agreements: Tensor, ratio: float) -> Tensor:
+    r"""Which group's gradients agree from step to step less than another's, :math:`a_m < \rho\,a_k`, shape ``[N, N]``.
+
+    [R] A dominant group whose gradients still agree is learning, and slowing it down costs accuracy; one whose
+    gradients point elsewhere at every batch fits what is left, noise most of all.
+
+    Args:
+        agreements: Running mean of the cosine between successive gradients of each group, shape ``[N]``; negative ones
+            count as 0, NaN as no agreement known.
+        ratio: The fraction of the other's agreement below which a group counts as done, in [0, 1].
+
+    Example:
+        >>> agreement_matrix(torch.tensor([0.1, 0.4]), ratio=0.5).tolist()
+        [[False, True], [False, False]]
+    """
+    agreements = agreements.clamp(min=0)
+    return agreements[:, None] < ratio * agreements[None, :]
 
 
 def penalty(conflicts: Tensor, members: Tensor, eta: float, dtype: torch.dtype = torch.float64) -> Tensor:

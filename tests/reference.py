@@ -13,10 +13,19 @@ class ReferenceRule:
     settings: Settings
     shares: dict[int, float] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
+    agreements: dict[int, float] = field(default_factory=dict)
+    told: bool = False  # whether errors were ever observed, if only in a step that did not count
+    asked: bool = False
     steps: int = 0
 
-    def step(self, norms: list[float], observed: list[float | None] | None = None) -> list[float]:
+    def step(
+        self,
+        norms: list[float],
+        observed: list[float | None] | None = None,
+        cosines: list[float | None] | None = None,
+    ) -> list[float]:
         s = self.settings
+        self.told = self.told or observed is not None
         everything = [*norms, *(e for e in observed or [] if e is not None)]
         active = [m for m, n in enumerate(norms) if n > 0]
         if not all(map(math.isfinite, everything)) or len(active) < 2:
@@ -31,6 +40,12 @@ class ReferenceRule:
             seen = {m: e for m, e in enumerate(observed) if e is not None}
             self.errors = {m: self.smooth(self.errors.get(m), e) for m, e in seen.items()}
 
+        self.asked = cosines is not None and s.agreement is not None and not self.told
+        if self.asked:
+            for m, cosine in enumerate(cosines):
+                if cosine is not None:
+                    self.agreements[m] = self.smooth(self.agreements.get(m), cosine)
+
         members = [m for m in active if m in self.errors] if self.errors else active
         coefficients = [1.0] * len(norms)
         if inside and len(members) >= 2:
@@ -44,8 +59,15 @@ class ReferenceRule:
         return value if mean is None else self.settings.smoothing * mean + (1 - self.settings.smoothing) * value
 
     def in_conflict(self, m: int, k: int) -> bool:
-        heavier = self.shares[m] > self.settings.threshold * self.shares[k]
-        return heavier and (not self.errors or self.errors[m] < self.errors[k])
+        if self.shares[m] <= self.settings.threshold * self.shares[k]:
+            return False
+        if self.errors:
+            return self.errors[m] < self.errors[k]
+        if self.asked:
+            if m not in self.agreements or k not in self.agreements:
+                return False
+            return max(self.agreements[m], 0) < self.settings.agreement * max(self.agreements[k], 0)
+        return True
 
     def penalty(self, m: int, peers: list[int]) -> float:
         return self.settings.eta ** (sum(self.in_conflict(m, k) for k in peers) / len(peers))

@@ -49,6 +49,11 @@ def group_errors(n, partial=False):
     return st.lists(error, min_size=n, max_size=n).filter(lambda errors: sum(e is not None for e in errors) >= 2)
 
 
+def group_cosines(n):
+    """A list of ``n`` cosines between successive gradients, None where undefined."""
+    return st.lists(st.integers(-64, 64).map(lambda c: c / 64) | st.none(), min_size=n, max_size=n)
+
+
 @st.composite
 def rule_settings(draw, **fixed):
     """Settings of the rule over the whole range of its options."""
@@ -57,6 +62,7 @@ def rule_settings(draw, **fixed):
         "eta": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
         "threshold": THRESHOLDS,
         "smoothing": st.sampled_from([0.0, 0.5, 0.9]),
+        "agreement": st.sampled_from([None, 0.0, 3.0**-0.5, 1.0]),
         "centred": st.booleans(),
         "min_coefficient": st.sampled_from([0.0, 0.05, 1.0]),
         "window": st.sampled_from([None, (0, 2), (1, 3), (1, None)]),

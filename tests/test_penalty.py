@@ -12,9 +12,10 @@ from torch import nn
 from gradbalance import PAPER, ConflictAwarePenalty, attach
 from gradbalance._norms import CPU_PART
 from gradbalance._rule import Settings
+from gradbalance._sketch import ENTRIES
 from tests.reference import ReferenceRule
 
-PLAIN_RULE = {"threshold": 1.0, "smoothing": 0.0}
+PLAIN_RULE = {"threshold": 1.0, "smoothing": 0.0, "agreement": None}
 
 
 class TwoBranches(nn.Module):
@@ -71,7 +72,7 @@ def test_gradient_mode_scales_the_gradients_of_each_group_in_place(model):
 @pytest.mark.parametrize("mode", ["update", "gradient"])
 @pytest.mark.parametrize("observed", [False, True])
 def test_a_run_equals_plain_sgd_with_coefficients_by_hand(model, mode, observed):
-    other, options = copy.deepcopy(model), {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5, "alpha": 0.7}
+    other, options = copy.deepcopy(model), {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5, "agreement": None}
     optimizer = ConflictAwarePenalty(
         torch.optim.SGD(model.parameters(), lr=0.05), groups_of(model), apply_to=mode, **options
     )
@@ -301,7 +302,7 @@ def test_a_second_step_on_the_same_gradients_does_not_compound(model):
 
 def test_learning_rates_are_restored_after_a_step_that_raised(model):
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), **PLAIN_RULE)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), eta=0.1, **PLAIN_RULE)
     seen = []
 
     def fail(*_):
@@ -460,3 +461,45 @@ def test_the_representation_names_groups_sizes_and_changed_settings(model):
     assert "eta=0.5" in repr(optimizer)
     assert "threshold" not in repr(optimizer)
     assert "SGD" in repr(optimizer)
+
+
+def test_the_agreement_is_the_cosine_of_successive_gradients_of_small_groups(model):
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), smoothing=0.5)
+    last, expected = None, {}
+    for step in range(4):
+        backward(model, step)
+        flat = {name: torch.cat([g.flatten() for g in gradients(getattr(model, name))]) for name in ("text", "audio")}
+        for name, g in flat.items():
+            if last is not None:
+                cosine = torch.cosine_similarity(g, last[name], dim=0).item()
+                expected[name] = 0.5 * expected.get(name, cosine) + 0.5 * cosine
+        last = flat
+        penalty._stepper.step()
+        assert penalty.balance.agreements.isnan().all().item() is (step == 0)
+    assert penalty.balance.agreements.tolist() == pytest.approx(list(expected.values()), rel=1e-5)
+
+
+def test_the_sketch_of_a_large_group_is_small_and_close_to_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    groups = {name: [nn.Parameter(torch.zeros(300, 400)) for _ in range(12)] for name in ("one", "two")}
+    parameters = [*groups["one"], *groups["two"]]
+    penalty = attach(torch.optim.SGD(parameters, lr=0.0), groups, smoothing=0.0)
+    common = torch.randn(300, 400, generator=generator)
+    for _ in range(2):
+        for p in parameters:
+            p.grad = common + torch.randn(300, 400, generator=generator)
+        penalty._stepper.step()
+    assert penalty.balance.agreements.tolist() == pytest.approx([0.5, 0.5], abs=0.03)
+    assert len(penalty._memory._sketch) <= ENTRIES
+
+
+def test_a_step_that_does_not_count_leaves_the_sketch(model):
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.0), groups_of(model), smoothing=0.0)
+    start = copy.deepcopy(model.state_dict())
+    for step, bad in ((0, False), (1, True), (0, False)):
+        backward(model, step)
+        if bad:
+            model.text.bias.grad[0] = math.inf
+        penalty._stepper.step()
+        model.load_state_dict(start)  # an infinite gradient spoils a parameter even at lr 0
+    assert penalty.balance.agreements.tolist() == pytest.approx([1.0, 1.0])

@@ -15,6 +15,7 @@ def make_penalty(gains=(10.0, 1.0), **options):
     """A penalty on SGD over one linear layer per gain, and a function that steps it."""
     names = ["text", "audio", "visual", "depth", "touch", "radar"][: len(gains)]
     model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
+    options = {"eta": 0.1, "agreement": None} | options
     optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.01), dict(model.items()), **options)
 
     def step(scale=1.0):
@@ -118,7 +119,7 @@ def test_recording_does_not_change_the_training():
 def test_the_record_goes_on_when_the_device_or_precision_changes():
     optimizer, _ = make_penalty()
     recorder = Recorder(optimizer)
-    row = Balance(*torch.ones(4, 2), torch.ones(2, 2) > 0, torch.tensor(1.0), optimizer.penalty.names)
+    row = Balance(*torch.ones(4, 2), torch.ones(2, 2) > 0, torch.ones(2), torch.tensor(1.0), optimizer.penalty.names)
     for moved in (row, Balance(*(t.to("meta") for t in row[:-1]), row.names)):
         waiting = len(recorder._waiting)
         recorder._record(moved)
@@ -260,7 +261,9 @@ def test_the_figure_tells_what_was_recorded(groups, steps, tmp_path):
         conflicts = row[:, None] > 3 * row[None, :]
         coefficients = torch.where(conflicts.any(1), 0.5, 1.0)
         shares = row / row.sum()
-        recorder._record(Balance(row, shares, shares, coefficients, conflicts, torch.tensor(i + 1.0), recorder.names))
+        recorder._record(
+            Balance(row, shares, shares, coefficients, conflicts, shares, torch.tensor(i + 1.0), recorder.names)
+        )
     figure = recorder.plot(tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 0
 

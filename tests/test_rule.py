@@ -9,48 +9,54 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gradbalance import PAPER
-from gradbalance._rule import UNSEEN, Decision, Options, Settings, decide
+from gradbalance._rule import UNSEEN, Decision, Options, Settings, State, decide
 from tests.reference import ReferenceRule, paper_coefficients
-from tests.strategies import group_errors, group_norms, rule_settings
+from tests.strategies import group_cosines, group_errors, group_norms, rule_settings
 
 
 class Rule:
     """The fast rule with its state carried from step to step."""
 
     def __init__(self, n, settings):
+        unseen = torch.full((n,), UNSEEN, dtype=torch.float64)
         self.settings = settings
-        self.step_count = torch.zeros((), dtype=torch.float64)
-        self.shares = torch.full((n,), UNSEEN, dtype=torch.float64)
-        self.errors = None
+        self.state = State(torch.zeros((), dtype=torch.float64), unseen, None, None)
 
-    def step(self, norms, observed=None) -> Decision:
+    def step(self, norms, observed=None, cosines=None) -> Decision:
+        unseen = torch.full_like(self.state.shares, UNSEEN)
         if observed is not None:
             observed = torch.tensor([UNSEEN if e is None else e for e in observed], dtype=torch.float64)
-            self.errors = torch.full_like(observed, UNSEEN) if self.errors is None else self.errors
+            self.state = self.state._replace(errors=unseen if self.state.errors is None else self.state.errors)
+        if cosines is not None:
+            cosines = torch.tensor([math.nan if c is None else c for c in cosines], dtype=torch.float64)
+            seen = self.state.agreements
+            self.state = self.state._replace(agreements=unseen if seen is None else seen)
         norms = torch.tensor(norms, dtype=torch.float64)
-        decision = decide(norms, observed, self.step_count, self.shares, self.errors, self.settings)
-        self.step_count, self.shares, self.errors = decision.step, decision.shares, decision.errors
+        decision = decide(norms, observed, cosines, self.state, self.settings)
+        self.state = decision.state
         return decision
 
 
-def coefficients(norms, errors=None, **options):
+def coefficients(norms, errors=None, cosines=None, **options):
     """The coefficients of a first step, as a list."""
     settings = Settings(**{"threshold": 1.0, **options})
-    return Rule(len(norms), settings).step(norms, errors).coefficients.tolist()
+    return Rule(len(norms), settings).step(norms, errors, cosines).coefficients.tolist()
 
 
 @given(data=st.data(), settings=rule_settings())
 def test_the_fast_rule_equals_the_slow_loops_over_many_steps(data, settings):
     n = data.draw(st.integers(2, 5))
     fast, slow = Rule(n, settings), ReferenceRule(settings)
+    asked = data.draw(st.booleans())
     for _ in range(data.draw(st.integers(1, 5))):
         norms = data.draw(
             st.lists(st.floats(0.125, 1e3) | st.sampled_from([0.0, math.nan, math.inf]), min_size=n, max_size=n)
         )
         observed = data.draw(st.none() | group_errors(n, partial=True))
-        expected = slow.step(norms, observed)
-        assert fast.step(norms, observed).coefficients.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert fast.step_count == slow.steps
+        cosines = data.draw(group_cosines(n)) if asked else None
+        expected = slow.step(norms, observed, cosines)
+        assert fast.step(norms, observed, cosines).coefficients.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert fast.state.step == slow.steps
 
 
 @given(data=st.data(), norms=group_norms(inactive=True), settings=rule_settings())
@@ -156,18 +162,18 @@ def test_two_groups_give_the_formula_of_the_paper(norms, errors, alpha):
 def test_a_step_that_is_not_finite_does_not_count(bad):
     rule = Rule(3, Settings(threshold=1.0))
     rule.step([3.0, 2.0, 1.0], [0.1, 0.2, 0.3])
-    state = (rule.step_count, rule.shares, rule.errors)
+    state = rule.state
     for norms, errors in (([bad, 9.0, 1.0], [1.0, 2.0, 3.0]), ([3.0, 9.0, 1.0], [abs(bad), 2.0, 3.0])):
         assert rule.step(norms, errors).coefficients.tolist() == [1.0] * 3
-        assert all(map(torch.equal, state, (rule.step_count, rule.shares, rule.errors)))
+        assert all(map(torch.equal, state[:3], rule.state[:3]))
 
 
 def test_a_single_active_group_does_not_count():
     rule = Rule(3, Settings(threshold=1.0))
     assert rule.step([5.0, 0.0, 0.0]).coefficients.tolist() == [1.0] * 3
-    assert rule.step_count == 0
+    assert rule.state.step == 0
     assert rule.step([0.0, 0.0, 0.0]).coefficients.tolist() == [1.0] * 3
-    assert (rule.shares == UNSEEN).all()
+    assert (rule.state.shares == UNSEEN).all()
 
 
 def test_a_group_that_was_not_observed_is_left_alone():
@@ -180,6 +186,31 @@ def test_errors_stay_in_force_until_the_next_observation():
     assert rule.step([2.0, 1.0], [1.0, 0.5]).coefficients.tolist() == [1.0, 1.0]
     assert rule.step([2.0, 1.0]).coefficients.tolist() == [1.0, 1.0]
     assert rule.step([2.0, 1.0], [0.5, 1.0]).coefficients.tolist() == [0.5, 1.0]
+
+
+@given(data=st.data(), norms=group_norms(), settings=rule_settings(window=None))
+def test_a_dominant_group_whose_gradients_agree_is_never_damped(data, norms, settings):
+    n, settings = len(norms), replace(settings, agreement=data.draw(st.sampled_from([0.0, 0.5, 1.0])))
+    m = max(range(n), key=norms.__getitem__)
+    cosines = data.draw(group_cosines(n))
+    cosines[m] = 1.0
+    assert Rule(n, settings).step(norms, None, cosines).coefficients[m] == 1
+
+
+def test_a_conflict_needs_less_agreement_than_the_other_group_has():
+    options = {"eta": 0.5, "smoothing": 0.0, "agreement": 0.5}
+    assert coefficients([2.0, 1.0], None, [0.1, 0.4], **options) == [0.5, 1.0]
+    assert coefficients([2.0, 1.0], None, [0.2, 0.4], **options) == [1.0, 1.0]
+    assert coefficients([2.0, 1.0], None, [-0.9, 0.4], **options) == [0.5, 1.0]
+    assert coefficients([2.0, 1.0], None, [-0.9, 0.0], **options) == [1.0, 1.0]
+    assert coefficients([2.0, 1.0], None, [None, 0.4], **options) == [1.0, 1.0]
+    assert coefficients([2.0, 1.0], None, [0.2, 0.4], **options | {"agreement": None}) == [0.5, 1.0]
+
+
+def test_observed_errors_stand_in_for_the_agreement():
+    options = {"eta": 0.5, "alpha": 0.0, "agreement": 0.5}
+    assert coefficients([2.0, 1.0], [0.1, 0.2], [0.9, 0.1], **options) == [0.5, 1.0]
+    assert coefficients([2.0, 1.0], [0.2, 0.1], [0.1, 0.9], **options) == [1.0, 1.0]
 
 
 def test_smoothed_shares_let_a_single_spike_pass():
@@ -199,8 +230,8 @@ def test_a_lead_of_one_ulp_is_no_lead():
 def test_float32_decides_as_float64_away_from_ties(norms, settings):
     assume(max(norms) / min(norms) < 1e6)
     n = len(norms)
-    unseen, step = torch.full((n,), UNSEEN), torch.zeros(())
-    narrow = decide(torch.tensor(norms), None, step, unseen, None, settings).coefficients
+    state = State(torch.zeros(()), torch.full((n,), UNSEEN), None, None)
+    narrow = decide(torch.tensor(norms), None, None, state, settings).coefficients
     expected = Rule(n, settings).step(norms).coefficients
     torch.testing.assert_close(narrow.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -217,6 +248,8 @@ def test_float32_decides_as_float64_away_from_ties(norms, settings):
         {"smoothing": 1.0},
         {"smoothing": -0.1},
         {"min_coefficient": 2},
+        {"agreement": 1.5},
+        {"agreement": -0.1},
         {"noise": -1},
         {"max_norm": 0},
         {"apply_to": "updates"},
@@ -234,7 +267,16 @@ def test_an_option_out_of_range_is_refused_by_name(option):
 
 
 @pytest.mark.parametrize(
-    "option", [{"alpha": "1"}, {"eta": None}, {"centred": 1}, {"persist": 0}, {"generator": 3}, {"alpha": True}]
+    "option",
+    [
+        {"alpha": "1"},
+        {"eta": None},
+        {"agreement": "0.5"},
+        {"centred": 1},
+        {"persist": 0},
+        {"generator": 3},
+        {"alpha": True},
+    ],
 )
 def test_an_option_of_the_wrong_kind_is_refused_by_name(option):
     (name,) = option

@@ -1,0 +1,98 @@
+"""A sketch of each group's gradient: some of its entries, the same ones at every step and on every rank."""
+
+from collections.abc import Sequence
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENTRIES = 1 << 15  # of all groups together: 128 KiB
+TENSORS = 8  # of a group at most: each costs one small read
+
+
+class Sketch:
+    """Which entries of which parameters' gradients are read."""
+
+    def __init__(self, members: Sequence[Sequence[Tensor]], home: torch.device) -> None:
+        self._home = home
+        self._picks: dict[Any, list[tuple[Tensor, tuple[slice, ...], int]]] = {}  # by mesh, None for plain tensors
+        positions: dict[Any, list[Tensor]] = {}
+        lengths: list[int] = []
+        for group in members:
+            quota, size = ENTRIES // len(members), sum(lengths)
+            chosen = _chosen(group, quota // TENSORS)
+            for i, p in enumerate(chosen):
+                shape, slices, grid = _thinned(p, quota // (len(chosen) - i))
+                quota -= prod(shape)
+                mesh: Any = getattr(p, "device_mesh", None)
+                copies = prod(mesh.size(i) for i, at in enumerate(getattr(p, "placements", ())) if at.is_replicate())
+                self._picks.setdefault(mesh, []).append((p, slices, copies))
+                own = torch.arange(prod(shape)).view(shape)[grid].flatten()
+                positions.setdefault(mesh, []).append(size + own)
+                size += prod(shape)
+            lengths.append(size - sum(lengths))
+        self.size = sum(lengths)
+        self._positions = {mesh: torch.cat(parts).to(home) for mesh, parts in positions.items()}
+        self._lengths = torch.tensor(lengths, device=home)
+
+    def take(self) -> dict[Any, Tensor]:
+        """This rank's entries by mesh, each of shape ``[size]``, 0 elsewhere: over a mesh they add up to the sketch."""
+        taken = {}
+        for mesh, picks in self._picks.items():
+            parts = [_read(p, slices).to(self._home, torch.float32) for p, slices, _ in picks]
+            # Ranks with the same shard each bring it.
+            parts = [part if copies == 1 else part / copies for part, (*_, copies) in zip(parts, picks, strict=True)]
+            taken[mesh] = torch.zeros(self.size, device=self._home).index_copy_(
+                0, self._positions[mesh], torch.cat(parts)
+            )
+        return taken
+
+    def cosines(self, old: Tensor, new: Tensor) -> Tensor:
+        """The cosine between two sketches of each group, shape ``[N]``; NaN where one of them is zero."""
+        dot, old_square, new_square = (
+            torch.segment_reduce(product, "sum", lengths=self._lengths)
+            for product in (old * new, old.square(), new.square())
+        )
+        return dot / (old_square.sqrt() * new_square.sqrt())
+
+
+def _chosen(group: Sequence[Tensor], enough: int) -> list[Tensor]:
+    """At most TENSORS tensors, the smallest first: spread over those that are large enough, or the largest."""
+    large = [p for p in group if p.numel() >= enough]
+    if len(large) >= TENSORS:
+        large = large[:: ceil(len(large) / TENSORS)]
+    else:
+        large = sorted(group, key=lambda p: -p.numel())[:TENSORS]
+    return sorted(large, key=lambda p: p.numel())
+
+
+def _thinned(p: Any, entries: int) -> tuple[list[int], tuple[slice, ...], tuple[slice, ...]]:
+    """A regular grid of about ``entries`` positions in ``p``: its shape, this rank's part of ``p`` and of the grid."""
+    strides, shape = [1] * p.dim(), list(p.shape)
+    for d in sorted(range(p.dim()), key=lambda d: -p.shape[d]):
+        strides[d] = max(1, min(p.shape[d], ceil(prod(shape) / max(entries, 1))))
+        shape[d] = ceil(p.shape[d] / strides[d])
+    sizes, offsets = tuple(p.shape), (0,) * p.dim()
+    if getattr(p, "device_mesh", None) is not None:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    local, grid = [], []
+    for size, offset, stride in zip(sizes, offsets, strides, strict=True):
+        start = -offset % stride
+        first = (offset + start) // stride
+        local.append(slice(start, None, stride))
+        grid.append(slice(first, first + len(range(start, size, stride))))
+    return shape, tuple(local), tuple(grid)
+
+
+def _read(p: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    gradient: Any = p.grad
+    if gradient is None or gradient.is_sparse:
+        entries = torch.zeros_like(getattr(p, "_local_tensor", p)[slices])
+    else:
+        if getattr(gradient, "placements", None) != getattr(p, "placements", None):
+            gradient = gradient.redistribute(placements=getattr(p, "placements", None))
+        entries = getattr(gradient, "_local_tensor", gradient)[slices]
+    return (entries.real if entries.is_complex() else entries).flatten()
