@@ -255,20 +255,23 @@ def start(encoder, tmp_path_factory):
     return start
 
 
+def finish(process: subprocess.Popen) -> str:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
+
+
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    process = start("--out", out, "--epochs", 5)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert output.startswith("SIMULATED MOSI")
+    assert finish(start("--out", out, "--epochs", 4)).startswith("SIMULATED MOSI")
     return out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
     out = tmp_path / "killed"
-    process = start("--out", out, "--epochs", 5)
+    process = start("--out", out, "--epochs", 4)
     log = out / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
         time.sleep(0.01)
@@ -279,19 +282,15 @@ def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert f"python -m examples.mosi --resume {out}" in errors.splitlines()[-1]
-    resumed = start("--resume", out)
-    assert resumed.wait() == 0
+    finish(start("--resume", out))
     assert_same_run(whole, out)
 
 
 def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    flags = ("--epochs", 2, "--warmup", 0.5)
-    one = start("--out", tmp_path / "one", "--batch-size", 62, *flags)
-    assert one.wait() == 0
-    two = start("--out", tmp_path / "two", "--batch-size", 31, *flags, launcher=torchrun)
-    _, errors = two.communicate()
-    assert two.returncode == 0, errors
+    flags = ("--epochs", 1, "--warmup", 0.5)
+    finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags))
+    finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, launcher=torchrun))
     assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
     tests = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "two")]
     assert tests[0]["mae"] == pytest.approx(tests[1]["mae"], abs=1e-4)

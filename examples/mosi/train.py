@@ -76,9 +76,10 @@ def train(
         noise.manual_seed(seed + 2)
         torch.manual_seed(seed + 3 + (rank << 32))
         batches = dataset.batches("train", size, torch.Generator().manual_seed(seed))
-        bar = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not bars or rank > 0)
-        shards = (dataset.batch(index, names).shard(rank, world).to(device) for index in bar)
-        line = {"epoch": epoch} | train_epoch(network, optimizer, scheduler, shards, config)
+        title = f"epoch {epoch}" + (f", valid MAE {state['history'][-1]['valid']['mae']:.3f}" if epoch else "")
+        with tqdm(batches, desc=title, leave=False, disable=not bars or rank > 0) as bar:
+            shards = (dataset.batch(index, names).shard(rank, world).to(device) for index in bar)
+            line = {"epoch": epoch} | train_epoch(network, optimizer, scheduler, shards, config)
         valid = metrics(predict(model, dataset, "valid", names), corpus.labels[corpus.split["valid"]])
         state["history"].append(line | {"valid": valid})
         if valid["mae"] < state["best_mae"]:
