@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradbalance import ConflictAwarePenalty
-from tests.optimizers import CLASSES, MODES, each
+from tests.optimizers import CLASSES, each
 from tests.oracle import (
     ByHand,
     Toy,
