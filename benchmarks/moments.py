@@ -6,8 +6,10 @@ the ratios of all rounds and their quartiles.
 
 import argparse
 import json
+import os
 import platform
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from time import perf_counter
 
@@ -221,6 +223,8 @@ def measure(device: str = "cpu", rounds: int = 30) -> dict:
     return {
         "hardware": hardware,
         "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "load": os.getloadavg()[0],
         "rounds": rounds,
         "sizes": {" x ".join(map(str, shape)): measure_size(shape, device, dtype, rounds) for shape, dtype in sizes},
         "accuracy": accuracy(device),
@@ -230,6 +234,12 @@ def measure(device: str = "cpu", rounds: int = 30) -> dict:
 def report(found: dict) -> str:
     """The measurements as Markdown."""
     lines = [
+        f"`python -m benchmarks.moments` on {found['hardware']}, torch {found['torch']}, {found['rounds']} rounds, "
+        f"{found['date']}, load average {found['load']:.1f} at the start (above 1, others were computing too: read the "
+        "ratios, not the milliseconds). The GPU columns: `python -m benchmarks.gpu`.",
+        "",
+        "8 x 16 x 64 is 32 KB: there the number of operations that Python starts counts, not how they touch memory.",
+        "",
         "Ratios of forward + backward, median [quartiles] of the rounds, and the largest ratio allowed:",
         "",
         "| | CPU target | " + " | ".join(found["sizes"]) + " | H200 target | H200 |",
@@ -294,7 +304,7 @@ def plot(found: dict, path: Path) -> None:
             axis.barh(position, middle, xerr=[[middle - low], [high - middle]], color=color)
         axis.set_title(shape, fontsize=10)
         axis.set_yticks(range(len(RIVALS[0])), RIVALS[0])
-        axis.invert_yaxis()
+    axes[0].invert_yaxis()
     axes[0].set_xlabel("time, forward + backward, naive = 1", loc="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)

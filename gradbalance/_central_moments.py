@@ -152,9 +152,9 @@ def recentre(raw: Sequence[Tensor], distance: Tensor) -> list[Tensor]:
     """Moments of order 2, 3, ... of ``d + distance`` out of those of ``d`` of order 1, 2, 3, ...: binomial theorem."""
     moved = []
     for k in range(2, len(raw) + 1):
-        value = distance + k * raw[0]
+        value = torch.add(distance, raw[0], alpha=k)
         for j in range(2, k + 1):
-            value = torch.addcmul(math.comb(k, j) * raw[j - 1], value, distance)
+            value = torch.addcmul(raw[j - 1] if j == k else math.comb(k, j) * raw[j - 1], value, distance)
         moved.append(value)
     return moved
 

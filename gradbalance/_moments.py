@@ -49,9 +49,10 @@ def moments(
 ) -> Moments:
     """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis :math:`m_4/m_2^2` of ``x``.
 
-    Accurate far from the origin, since the sums are taken about a pilot mean, and cheap: neither direction keeps a
-    temporary of the size of ``x``. Works under `torch.compile` without a graph break, under `torch.func.vmap` and for
-    second derivatives. Not for data whose fourth power leaves the range of float32.
+    Accurate far from the origin, since the sums are taken about a pilot mean, and cheap: on the CPU, and on CUDA with
+    Triton, neither direction keeps a temporary of the size of ``x``, but for one copy where reduced axes lie between
+    kept ones in memory. Works under `torch.compile` without a graph break, under `torch.func.vmap` and for second
+    derivatives. Not for data whose fourth power leaves the range of float32.
 
     Args:
         x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a gradient beyond the
@@ -114,8 +115,8 @@ def standardise(central: Central) -> Moments:
 
     It counts as 0 below the rounding error of the mean, and where its square would leave the range of the dtype.
     """
-    mean = central.shift + central.powers[0]
-    variance, skewness, kurtosis, *_ = [*central.powers[1:], None, None, None]
+    remainder, variance, skewness, kurtosis, *_ = [*central.powers.unbind(), None, None, None]
+    mean = central.shift + remainder
     if skewness is not None:
         limits = torch.finfo(mean.dtype)
         varies = variance > (limits.eps * mean.detach()).square().clamp(min=math.sqrt(limits.tiny))
