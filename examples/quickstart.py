@@ -34,15 +34,15 @@ class Model(nn.ModuleDict):
         return torch.stack([branch(inputs[name])[:, 0] for name, branch in self.items()]).sum(0)
 
 
-def train(eta: float, steps: int = 1000) -> Recorder:
-    """Train, print the accuracy on new samples and the balance. With ``eta=1`` the optimizer only watches."""
+def train(title: str, **options: float) -> Recorder:
+    """Train, then print the accuracy on new samples and the balance."""
     torch.manual_seed(0)
     inputs, labels = make_data(400)
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(optimizer, {"text": model["text"], "audio": model["audio"]}, eta=eta)
+    optimizer = ConflictAwarePenalty(optimizer, {"text": model["text"], "audio": model["audio"]}, **options)
     with Recorder(optimizer) as recorder:
-        for _ in range(steps):
+        for _ in range(1000):
             batch = torch.randint(len(labels), (32,))
             logits = model({name: x[batch] for name, x in inputs.items()})
             optimizer.zero_grad()
@@ -50,10 +50,10 @@ def train(eta: float, steps: int = 1000) -> Recorder:
             optimizer.step()
     inputs, labels = make_data(4000)
     accuracy = ((model(inputs) > 0) == labels.bool()).float().mean()
-    print(f"eta={eta}: accuracy {accuracy:.3f}\n{recorder.summary()}\n")
+    print(f"{title}: accuracy {accuracy:.3f}\n{recorder.summary()}\n")
     return recorder
 
 
 if __name__ == "__main__":
-    train(eta=1.0)
-    train(eta=0.1).plot("quickstart.png")
+    train("Plain, only watched", eta=1)
+    train("Balanced").plot("quickstart.png")

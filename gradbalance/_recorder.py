@@ -29,8 +29,8 @@ class Summary(NamedTuple):
         norms: Mean gradient norm of each group.
         coefficients: Mean coefficient of each group.
         conflicts: Fraction of the steps in which the group was in conflict with another, of each group.
-        dominance: Largest norm over the mean of the others, median over the steps.
-        dominance_after: The same of the norms times the coefficients.
+        dominance: The largest norm over the mean of the others, median over the steps.
+        dominance_after: The same ratio of the norms times the coefficients; below 1 the others lead.
     """
 
     steps: int
@@ -173,7 +173,7 @@ class Recorder:
             named(record["coefficients"].mean(0)),
             named(record["conflicts"].any(2).mean(0)),
             float(np.median(dominance(record["norms"]))),
-            float(np.median(dominance(record["norms"] * record["coefficients"]))),
+            float(np.median(dominance(record["norms"], record["coefficients"]))),
         )
 
     def plot(self, path: str | PathLike[str]) -> "Figure":
@@ -190,7 +190,7 @@ class Recorder:
         from gradbalance._figure import draw
 
         record = self._counted_steps()
-        figure = draw(record, dominance(record["norms"]), dominance(record["norms"] * record["coefficients"]))
+        figure = draw(record, dominance(record["norms"]), dominance(record["norms"], record["coefficients"]))
         figure.savefig(path, dpi=150)
         return figure
 
@@ -203,11 +203,11 @@ class Recorder:
         record = self.to_dict()
         new = slice(self._logged, None)
         steps = record["step"][new].tolist()
-        for key, tag in [("norms", "norm"), ("coefficients", "coefficient"), ("errors", "error")]:
+        for key in ("norms", "coefficients", "errors", "agreements"):
             for name, values in zip(self.names, record[key][new].T.tolist(), strict=True):
                 for value, step in zip(values, steps, strict=True):
                     if math.isfinite(value):  # an error is NaN where none was observed
-                        writer.add_scalar(f"gradbalance/{tag}/{name}", value, step)
+                        writer.add_scalar(f"gradbalance/{key}/{name}", value, step)
         self._logged += len(steps)
 
     def _counted_steps(self) -> dict[str, "np.ndarray"]:
@@ -224,23 +224,28 @@ class Recorder:
         return {key: value if key == "names" else value[counted] for key, value in record.items()}
 
 
-def dominance(norms: "np.ndarray") -> "np.ndarray":
-    r"""The largest norm over the mean of the others, :math:`\max_m n_m / \mathrm{mean}_{k \ne m} n_k`.
+def dominance(norms: "np.ndarray", coefficients: "np.ndarray | float" = 1.0) -> "np.ndarray":
+    r"""How many times the group of the largest norm, m, outweighs the mean of the others.
+
+    :math:`c_m n_m / \mathrm{mean}_{k \ne m} c_k n_k`: what is left of the dominance; below 1 the others lead.
 
     Args:
         norms: Shape ``[S, N]``, N at least 2.
+        coefficients: Of the groups, shape ``[S, N]``.
 
     Returns:
-        At least 1, infinite where the others are 0; shape ``[S]``.
+        Infinite where the others are 0, shape ``[S]``.
 
     Example:
         >>> import numpy as np
-        >>> dominance(np.array([[6.0, 1.0, 2.0], [1.0, 1.0, 1.0]])).tolist()
-        [4.0, 1.0]
+        >>> dominance(np.array([[6.0, 1.0, 2.0]]), np.array([[0.5, 1.0, 1.0]])).tolist()
+        [2.0]
     """
     import numpy as np
 
-    *others, largest = np.sort(norms, axis=1).T
+    largest = np.arange(norms.shape[1]) == norms.argmax(1)[:, None]
+    scaled = norms * coefficients
+    others = np.where(largest, 0, scaled).sum(1) / (norms.shape[1] - 1)
     with np.errstate(divide="ignore"):
-        ratio: np.ndarray = largest / np.mean(others, axis=0)
+        ratio: np.ndarray = scaled[largest] / others
     return ratio

@@ -128,13 +128,21 @@ def test_the_record_goes_on_when_the_device_or_precision_changes():
     assert len(recorder._read) == 1
 
 
-@given(rows=st.lists(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5))
-def test_dominance_is_the_largest_norm_over_the_mean_of_the_others(rows):
+@given(
+    norms=st.lists(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5),
+    factor=st.floats(0.01, 1.0),
+)
+def test_dominance_is_what_the_largest_norm_has_left_over_the_mean_of_the_others(norms, factor):
+    coefficients = [[factor, 1.0, factor**2]] * len(norms)
     expected = []
-    for row in rows:
+    for row, cs in zip(norms, coefficients, strict=True):
         m = max(range(3), key=row.__getitem__)
-        expected.append(row[m] / (sum(row[k] for k in range(3) if k != m) / 2))
-    np.testing.assert_allclose(dominance(np.array(rows)), expected, rtol=1e-12)
+        expected.append(cs[m] * row[m] / (sum(cs[k] * row[k] for k in range(3) if k != m) / 2))
+    np.testing.assert_allclose(dominance(np.array(norms), np.array(coefficients)), expected, rtol=1e-12)
+
+
+def test_dominance_over_nothing_is_infinite():
+    assert dominance(np.array([[2.0, 1.0]]), np.array([[1.0, 0.0]])).tolist() == [float("inf")]
 
 
 def test_the_summary_equals_the_figures_of_the_record():
@@ -217,10 +225,10 @@ def test_each_step_is_logged_once():
     step()
     recorder.log_to(writer)
     assert [(tag, at) for tag, _, at in writer.scalars] == [
-        ("gradbalance/norm/text", 1),
-        ("gradbalance/norm/audio", 1),
-        ("gradbalance/coefficient/text", 1),
-        ("gradbalance/coefficient/audio", 1),
+        ("gradbalance/norms/text", 1),
+        ("gradbalance/norms/audio", 1),
+        ("gradbalance/coefficients/text", 1),
+        ("gradbalance/coefficients/audio", 1),
     ]
     assert [value for _, value, _ in writer.scalars] == pytest.approx([44.721, 4.472, 0.1, 1.0], rel=1e-4)
     writer.scalars.clear()
@@ -230,8 +238,8 @@ def test_each_step_is_logged_once():
     recorder.log_to(writer)
     assert {at for _, _, at in writer.scalars} == {2}
     assert [scalar[:2] for scalar in writer.scalars[-2:]] == [
-        ("gradbalance/error/text", 2.0),
-        ("gradbalance/error/audio", 3.0),
+        ("gradbalance/errors/text", 2.0),
+        ("gradbalance/errors/audio", 3.0),
     ]
     assert len(writer.scalars) == 6
 
@@ -246,7 +254,7 @@ def test_a_tensorboard_writer_takes_the_record(tmp_path):
             step()
         recorder.log_to(writer)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Scalars("gradbalance/norm/text")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("gradbalance/norms/text")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("groups", [2, 3, 6, 7])
