@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain, islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 # `vector_norm` in float32 on the CPU loses accuracy on large tensors: 2e-4 at 8 M elements, 1e-6 in parts of this size.
 CPU_PART = 1 << 18
+IS_SPARSE = attrgetter("is_sparse")
 
 
 class Bucket:
@@ -29,21 +31,22 @@ class Bucket:
         self.plain = mesh is None and not like.is_complex()
         self.large = False  # whether some tensor has to be taken in parts
         self._counts: list[int] = []
-        self._lengths = torch.empty(0)
+        self._offsets = torch.empty(0)
 
-    def lengths(self, counts: list[int]) -> Tensor:
-        """``counts`` on the device, kept from step to step: the copy cannot be captured in a CUDA graph."""
+    def offsets(self, counts: list[int]) -> Tensor:
+        """Where each group starts, on the device, kept from step to step: a CUDA graph cannot capture the copy."""
         if counts != self._counts:
-            self._counts, self._lengths = counts, torch.tensor(counts, device=self.device)
-        return self._lengths
+            self._counts, self._offsets = counts, torch.tensor([0, *accumulate(counts)], device=self.device)
+        return self._offsets
 
 
 class Gathered(NamedTuple):
-    """The tensors of a bucket that are there in this step, per group, as plain strided real tensors."""
+    """The tensors of a bucket that are there in this step, group after group, as plain strided real tensors."""
 
     bucket: Bucket
-    read: list[list[Tensor]]  # to take norms of
-    write: list[list[Tensor]]  # to scale: the same tensors, but for sparse and partially reduced ones
+    counts: list[int]  # how many there are of each group
+    read: list[Tensor]  # to take norms of
+    write: list[Tensor]  # to scale: the same tensors, but for sparse and partially reduced ones
 
 
 def buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
@@ -64,13 +67,20 @@ def gather(found: Iterable[Bucket], source: Callable[[Tensor], Tensor | None]) -
     """What ``source`` gives for each parameter (its gradient, say), where it gives anything."""
     gathered = []
     for bucket in found:
-        write = [[t for p in group if (t := source(p)) is not None] for group in bucket.parameters]
+        counts = [len(group) for group in bucket.parameters]
+        write = [t for t in map(source, chain.from_iterable(bucket.parameters)) if t is not None]
+        if len(write) < sum(counts):
+            counts = [sum(source(p) is not None for p in group) for group in bucket.parameters]
         read = write
-        if not bucket.plain or any(t.is_sparse for t in chain.from_iterable(write)):
-            read = [[_entries(_reduced(t, bucket)) for t in group] for group in write]
-            write = [[_entries(t) for t in group] for group in write]
-        gathered.append(Gathered(bucket, read, write))
+        if not bucket.plain or any(map(IS_SPARSE, write)):
+            read, write = [_entries(_reduced(t, bucket)) for t in write], [_entries(t) for t in write]
+        gathered.append(Gathered(bucket, counts, read, write))
     return gathered
+
+
+def _by_group(tensors: Iterable[Tensor], counts: Iterable[int]) -> list[list[Tensor]]:
+    left = iter(tensors)
+    return [list(islice(left, count)) for count in counts]
 
 
 def _reduced(t: Tensor, bucket: Bucket) -> Tensor:
@@ -113,7 +123,7 @@ def reduce_norms(
     Returns:
         The norms, shape ``[n_groups]``, and the errors, both in float64 where the device has it, and the sketch.
     """
-    total = torch.zeros(n_groups, dtype=wide(home), device=home)
+    total: Tensor | None = None
     sketches = sketches or {}
     sketch = sketches.get(None)
     ranks = world_size(process_group)
@@ -131,7 +141,10 @@ def reduce_norms(
                 sketch = entries.to(own) if sketch is None else sketch + entries.to(own)
             if rides:
                 errors, rode = _mean(passengers.to(home)), True
-        total = total + squares.to(total)
+        squares = squares.to(home, wide(home))
+        total = squares if total is None else total + squares
+    if total is None:
+        total = torch.zeros(n_groups, dtype=wide(home), device=home)
     return total.sqrt(), errors if rode else average(errors, process_group), sketch
 
 
@@ -163,19 +176,21 @@ def world_size(process_group: Any) -> int:
 def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
     """The squared norm of each group's local shards, summed over the buckets of each mesh."""
     found: dict[Any, Tensor] = {}
-    for bucket, read, _ in gathered:
-        parts = [list(_parts(group)) for group in read] if bucket.large else read
-        flat = list(chain.from_iterable(parts))
-        if not flat and bucket.mesh is None:
+    for bucket, counts, read, _ in gathered:
+        if not read and bucket.mesh is None:
             continue
-        if flat:
-            low = flat[0].dtype in (torch.float16, torch.bfloat16)
-            norms = torch.stack(torch._foreach_norm(flat, 2.0, dtype=torch.float32 if low else None))
+        if bucket.large:
+            parts = [list(_parts(group)) for group in _by_group(read, counts)]
+            counts, read = [len(group) for group in parts], list(chain.from_iterable(parts))
+        if read:
+            low = read[0].dtype in (torch.float16, torch.bfloat16)
+            norms = torch.stack(torch._foreach_norm(read, 2.0, dtype=torch.float32 if low else None))
             # Squared in float64: a norm of 1e-25 must not vanish, one of 1e25 must not overflow.
             squares = norms.to(wide(bucket.device)).square_()
-            sums = torch.segment_reduce(squares, "sum", lengths=bucket.lengths([len(group) for group in parts]))
+            # By offsets: lengths would be checked, with a host read inside the operator.
+            sums = torch.segment_reduce(squares, "sum", offsets=bucket.offsets(counts))
         else:  # an uneven shard may leave this rank nothing, yet it must join the collective
-            sums = torch.zeros(len(read), dtype=wide(bucket.device), device=bucket.device)
+            sums = torch.zeros(len(counts), dtype=wide(bucket.device), device=bucket.device)
         sums = sums / bucket.copies if bucket.copies > 1 else sums
         found[bucket.mesh] = found[bucket.mesh] + sums.to(found[bucket.mesh]) if bucket.mesh in found else sums
     return found
@@ -189,6 +204,11 @@ def _parts(group: list[Tensor]) -> Iterator[Tensor]:
             yield t
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether reading a tensor of the device waits for nothing."""
+    return device.type == "cpu"
+
+
 def wide(device: torch.device) -> torch.dtype:
     """float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -196,18 +216,23 @@ def wide(device: torch.device) -> torch.dtype:
 
 @torch.enable_grad()  # a gradient with a graph (create_graph=True) takes the factor into it
 def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
-    """Multiply the tensors of each group by its factor, in place, without a host read.
+    """Multiply the tensors of each group by its factor, in place, without a host read of a device tensor.
 
     Args:
         gathered: The tensors, see :func:`gather`.
-        factors: Shape ``[G]``.
+        factors: Shape ``[G]``, or ``[]`` for one that all share.
     """
-    for bucket, _, write in gathered:
-        pairs = list(zip(factors.to(bucket.device, bucket.precision).unbind(), write, strict=True))
-        if bucket.device.type == "cpu":  # one call for all groups; elsewhere this overload would launch once a tensor
-            tensors, own = [t for _, group in pairs for t in group], [f for f, group in pairs for _ in group]
+    for bucket, counts, _, write in gathered:
+        own = factors.to(bucket.device, bucket.precision)
+        groups = [write] if own.dim() == 0 else _by_group(write, counts)
+        pairs = list(zip(own.reshape(-1).unbind(), groups, strict=True))
+        if on_host(bucket.device):
+            # Here looking waits for nothing: what is multiplied by 1 need not be written. And one call serves all
+            # groups; elsewhere this overload would launch once a tensor.
+            pairs = [pair for pair, factor in zip(pairs, own.reshape(-1).tolist(), strict=True) if factor != 1]
+            tensors, each = [t for _, group in pairs for t in group], [f for f, group in pairs for _ in group]
             if tensors:
-                torch._foreach_mul_(tensors, own)
+                torch._foreach_mul_(tensors, each)
             continue
         for factor, group in pairs:
             if group:
@@ -235,4 +260,4 @@ def add_noise_(
 
 
 def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:
-    return chain.from_iterable(group for g in gathered for group in g.write[:n_groups])
+    return chain.from_iterable(islice(g.write, sum(g.counts[:n_groups])) for g in gathered)

@@ -211,7 +211,7 @@ class Penalty:
             self._take_in(optimizer.param_groups[0])
         plan = self._current_plan()
         gathered = _norms.gather(plan.buckets, attrgetter("grad"))
-        if _norms.world_size(None) > 1 and not any(chain.from_iterable(g.read for g in gathered)):
+        if _norms.world_size(None) > 1 and not any(g.read for g in gathered):
             warnings.warn(
                 "The optimizer must hold parameters that get gradients. Got none with a gradient on this rank. Build it "
                 "after wrapping or sharding the model: FSDP1 replaces the parameters.",
@@ -415,13 +415,13 @@ def _checked_error(name: str, error: Any) -> Tensor:
 
 
 def _clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
-    """The factor of each row after clipping the global norm, as `clip_grad_norm_` would after the penalty."""
-    rows = torch.ones_like(norms)
+    """The factor of each row, or one for all, with which `clip_grad_norm_` would clip after the penalty."""
     if factors is not None:
-        rows[: len(factors)] = factors
-    total = torch.linalg.vector_norm(norms * rows)
-    clip = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    return rows * torch.where(total.isfinite(), clip, 1.0)
+        factors = torch.nn.functional.pad(factors, (0, len(norms) - len(factors)), value=1.0)
+        norms = norms * factors
+    total = torch.linalg.vector_norm(norms)
+    clip = torch.where(total < torch.inf, (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
+    return clip if factors is None else factors * clip
 
 
 def _itself(p: Tensor) -> Tensor:

@@ -133,15 +133,15 @@ def decide(
         settings: The options.
     """
     step, shares, errors, agreements = state
-    active = norms > 0
-    counts = norms.isfinite().all() & (active.sum() >= 2)
-    new_shares = torch.where(active, running_mean(shares, norms / norms.sum(), settings.smoothing), shares)
+    active, total = norms > 0, norms.sum()
+    counts = (total.abs() < torch.inf) & (active.sum() >= 2)  # one NaN or inf shows in the sum
+    new_shares = torch.where(active, running_mean(shares, norms / total, settings.smoothing), shares)
     members = active
     ahead = seen = None
     if errors is not None:
         new_errors = errors
         if observed is not None:
-            counts = counts & observed.isfinite().all()
+            counts = counts & (observed.sum().abs() < torch.inf)
             new_errors = torch.where(observed < 0, UNSEEN, running_mean(errors, observed, settings.smoothing))
         seen = new_errors >= 0
         blind = ~seen.any()
@@ -165,7 +165,8 @@ def decide(
     factor = penalty(conflicts, members, settings.eta, norms.dtype)
     if seen is not None and settings.alpha > 0:
         factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
-    coefficients = torch.where(members, factor.clamp(min=settings.min_coefficient), 1.0)
+    # Who takes no part has no conflict: its factor is 1.
+    coefficients = factor.clamp(min=settings.min_coefficient) if settings.min_coefficient > 0 else factor
     state = State(step + counts, torch.where(counts, new_shares, shares), errors, agreements)
     return Decision(state, conflicts, coefficients, due)
 
@@ -224,8 +225,8 @@ def penalty(conflicts: Tensor, members: Tensor, eta: float, dtype: torch.dtype =
         >>> penalty(conflicts, torch.ones(3, dtype=torch.bool), eta=0.25).tolist()
         [0.25, 0.5, 1.0]
     """
-    peers = (members.sum() - 1).clamp(min=1)
-    return torch.pow(eta, conflicts.sum(1, dtype=dtype) / peers)
+    peers = (members.sum(dtype=dtype) - 1).clamp(min=1)
+    return torch.pow(eta, conflicts.sum(1) / peers)
 
 
 def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:

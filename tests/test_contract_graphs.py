@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, _norms
 from tests.optimizers import CLASSES, each
 from tests.oracle import (
     ByHand,
@@ -64,6 +64,11 @@ def reads_of_a_step(model, optimizer, errors=None):
         with Reads() as reads:
             optimizer.step()
     return reads.found
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_norms, "on_host", lambda device: False)
 
 
 @pytest.mark.parametrize("errors", [None, {name: torch.tensor(e) for name, e in errors_at(0).items()}])
