@@ -4,6 +4,7 @@ import math
 import warnings
 from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
@@ -19,21 +20,24 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, attach
 from gradbalance._rule import Settings
 
 NAMES = ("text", "audio", "visual")
 RULE = {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5}
 LR = 0.01
-# Every way through the step: where the coefficient goes, each norm, clipping that bites, with and without errors.
+# Every way through the step: where the coefficient goes, each norm, clipping that bites, by errors, by the agreement of
+# successive gradients, by norms alone.
 VARIANTS = [
     {"apply_to": "update"},
     {"apply_to": "gradient", "max_norm": 0.5},
     {"apply_to": "update", "max_norm": 0.5, "norm": "rms"},
+    {"apply_to": "update", "observing": False, "agreement": 1.0},
     {"apply_to": "gradient", "norm": "relative", "observing": False},
 ]
 
@@ -71,30 +75,38 @@ def losses(model, x, y):
 
 
 class Run(NamedTuple):
-    """What a training run shows: per step the norms and coefficients, at the end the parameters."""
+    """What a training run shows: figures per step, and the parameters at the end."""
 
     norms: list
+    agreements: list
     coefficients: list
     parameters: dict
     all_reduces: list  # how many the optimizer's step took, per step
 
 
-def by_hand(steps=3, *, apply_to="update", norm="l2", max_norm=None, observing=True, make=AdamW):
+def by_hand(steps=3, *, apply_to="update", norm="l2", max_norm=None, observing=True, agreement=None, make=AdamW):
     """Training in one process without the library: a plain optimizer, and the rule as slow loops."""
-    model, rule, run = Branches(), ReferenceRule(Settings(**RULE)), Run([], [], {}, [])
+    model, rule, run = Branches(), ReferenceRule(Settings(**RULE, agreement=agreement)), Run([], [], [], {}, [])
+    last = None
     parts = [list(getattr(model, name).parameters()) for name in (*NAMES, "head")]
     optimizer = make([{"params": part} for part in parts], lr=LR)
     for step in range(steps):
         optimizer.zero_grad()
         loss, errors = losses(model, *batch(step))
         loss.backward()
-        norms = [math.sqrt(sum(p.grad.square().sum().item() for p in part)) for part in parts[:3]]
+        gradients = [torch.cat([p.grad.flatten() for p in part]) for part in parts[:3]]
+        norms = [g.norm().item() for g in gradients]
+        cosines = [cosine_similarity(g, old, 0).item() for g, old in zip(gradients, last or gradients, strict=True)]
         if norm == "rms":
             norms = [n / math.sqrt(sum(p.numel() for p in part)) for n, part in zip(norms, parts, strict=False)]
         if norm == "relative":
-            weights = [math.sqrt(sum(p.square().sum().item() for p in part)) for part in parts[:3]]
-            norms = [n / w for n, w in zip(norms, weights, strict=True)]
-        factors = rule.step(norms, [e.item() for e in errors.values()] if observing else None)
+            norms = [
+                n / torch.cat([p.flatten() for p in part]).norm().item() for n, part in zip(norms, parts, strict=False)
+            ]
+        observed = [e.item() for e in errors.values()] if observing else None
+        factors = rule.step(norms, observed, cosines if last else [None] * 3)
+        last = gradients
+        run.agreements.append([rule.agreements.get(m, math.nan) for m in range(3)])
         run.norms.append(norms)
         run.coefficients.append(factors)
         if apply_to == "gradient":
@@ -128,7 +140,7 @@ def full(t):
 
 def train(model, optimizer, steps=range(3), *, part=share, backward=backward, observing=True):
     """Train on this rank's part of the batches with an optimizer that has the penalty on."""
-    bare, run = getattr(model, "module", model), Run([], [], {}, [])
+    bare, run = getattr(model, "module", model), Run([], [], [], {}, [])
     for step in steps:
         optimizer.zero_grad()
         seen = backward(model, part(batch(step)))
@@ -137,14 +149,20 @@ def train(model, optimizer, steps=range(3), *, part=share, backward=backward, ob
         with CommDebugMode() as calls:
             optimizer.step()
         run.norms.append(optimizer.balance.norms.tolist())
+        run.agreements.append(optimizer.balance.agreements.tolist())
         run.coefficients.append(list(optimizer.coefficients().values()))
         run.all_reduces.append(sum(n for call, n in calls.get_comm_counts().items() if "reduce" in str(call)))
     run.parameters.update((n, full(p)) for n, p in bare.named_parameters())
     return run
 
 
-def penalised(model, make=partial(AdamW, lr=LR), **options):
-    return ConflictAwarePenalty(make(model.parameters()), getattr(model, "module", model).groups(), **RULE, **options)
+def adamw(parameters):
+    return AdamW(parameters, lr=LR)
+
+
+def penalised(model, make=adamw, agreement=None, **options):
+    groups = getattr(model, "module", model).groups()
+    return ConflictAwarePenalty(make(model.parameters()), groups, **RULE, agreement=agreement, **options)
 
 
 # The engines. Each function runs on every rank and gives a model, a maker of its optimizer, and what `train` needs.
@@ -254,6 +272,7 @@ def test_distributed_training_equals_training_in_one_process(engine, args, ranks
         for run in (of_rank[number] for of_rank in found):
             assert run.coefficients == found[0][number].coefficients
             assert_close(run.norms, expected.norms, rtol=1e-6, atol=0)
+            assert_close(run.agreements, expected.agreements, rtol=0, atol=1e-6, equal_nan=True)  # of float32 entries
             assert_close(run.coefficients, expected.coefficients, rtol=1e-6, atol=0)
             assert_close(run.parameters, expected.parameters, rtol=1e-6, atol=1e-12)
             messages = dimensions * (2 if variant.get("norm") == "relative" else 1)  # parameters have norms, too
@@ -311,7 +330,8 @@ def partial_gradients():
     x, _ = batch(0)
     (10 * model["audio"](share([x])[0]).full_tensor().pow(2).mean() + model["visual"](x).pow(2).mean()).backward()
     (10 * whole["audio"](x).pow(2).mean() + whole["visual"](x).pow(2).mean()).backward()
-    optimizer = ConflictAwarePenalty(SGD(model.parameters(), lr=LR), dict(model.items()), apply_to="gradient")
+    options = {"apply_to": "gradient", "eta": 0.1, "agreement": None}
+    optimizer = ConflictAwarePenalty(SGD(model.parameters(), lr=LR), dict(model.items()), **options)
     optimizer.step()
     assert any(p.is_partial() for p in model["audio"].weight.grad.placements)
     by_hand = [torch.cat([p.grad.flatten() for p in m.parameters()]).norm().item() for m in whole.values()]
@@ -495,6 +515,107 @@ def overlapping():
 def test_distributed_an_optimizer_that_steps_during_backward_is_refused():
     with pytest.raises(AssertionError, match="ValueError: `optimizer` must take its step in `step"):
         on_ranks(overlapping, 2)
+
+
+def deepspeed_engine(stage, make, penalised_first=None):
+    import deepspeed
+
+    model = Branches().float()
+    groups = {name: list(module.parameters()) for name, module in model.groups().items()}
+    optimizer = make([{"params": part} for part in [*groups.values(), list(model.head.parameters())]])
+    penalty = attach(SGD(model.parameters()), groups, **RULE)
+    if penalised_first:
+        attach(optimizer, groups)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # else stage 3 would keep such small ones whole
+    config = {
+        "gradient_clipping": 0.0,  # 1 unless told otherwise
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine, groups, penalty
+
+
+def deepspeed_backward(engine, step):
+    loss, errors = losses(engine, *(t.float() for t in share(batch(step))))
+    engine.backward(loss)
+    return errors
+
+
+def deepspeed_refusals():
+    messages = []
+    for stage in (1, 2, 3):
+        engine, *_ = deepspeed_engine(stage, adamw, penalised_first=True)
+        deepspeed_backward(engine, 0)
+        try:
+            engine.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+        engine, groups, _ = deepspeed_engine(stage, adamw)
+        try:
+            attach(engine.optimizer, groups)
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_distributed_deepspeed_zero_is_refused():
+    pytest.importorskip("deepspeed")
+    for messages in on_ranks(deepspeed_refusals, 2, timeout=120.0):
+        assert len(messages) == 6
+        assert all("DeepSpeed ZeRO" in message and "coefficients_for" in message for message in messages)
+
+
+def deepspeed_recipe(stage, apply_to):
+    from deepspeed import zero
+
+    from examples.deepspeed_zero import coefficients, scale_gradients, scale_learning_rates
+
+    engine, groups, penalty = deepspeed_engine(stage, partial(SGD, lr=LR) if apply_to == "gradient" else adamw)
+    run = Run([], [], [], {}, [])
+    for step in range(3):
+        errors = deepspeed_backward(engine, step)
+        factors = coefficients(penalty, groups, **errors)
+        if apply_to == "gradient":
+            scale_gradients(groups, factors)
+        else:
+            scale_learning_rates(engine.optimizer, groups, factors, LR)
+        engine.step()
+        run.coefficients.append(list(factors.values()))
+    with zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        run.parameters.update((n, p.detach().double()) for n, p in engine.module.named_parameters())
+    return run
+
+
+def deepspeed_recipes():
+    return {(stage, mode): deepspeed_recipe(stage, mode) for stage in (1, 2, 3) for mode in ("gradient", "update")}
+
+
+def test_distributed_the_deepspeed_recipe_equals_training_in_one_process():
+    pytest.importorskip("deepspeed")
+    expected = {"gradient": by_hand(apply_to="gradient", make=SGD), "update": by_hand(apply_to="update")}
+    for runs in on_ranks(deepspeed_recipes, 2, timeout=120.0):
+        for (_, mode), run in runs.items():
+            assert_close(run.coefficients, expected[mode].coefficients, rtol=1e-5, atol=0)  # in float32
+            assert_close(run.parameters, expected[mode].parameters, rtol=1e-5, atol=1e-6)
+
+
+def run_examples():
+    from examples import fsdp2
+
+    found = [fsdp2.main(steps=2)]
+    if find_spec("deepspeed"):
+        from examples import deepspeed_zero
+
+        found.append(deepspeed_zero.main(steps=2, stage=3))
+    return found
+
+
+def test_distributed_examples_run_with_the_same_coefficients_on_all_ranks():
+    first, second = on_ranks(run_examples, 2, timeout=120.0)
+    assert first == second
+    assert all(set(coefficients) == {"audio", "visual"} for coefficients in first)
 
 
 def fail_on_one_rank():
