@@ -31,7 +31,7 @@ def draw(record: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray) -
     _title(norms, "Gradient norm of each group", "before the penalty")
     _title(coefficients, "Coefficient", "what is left of the group's step; 1 is all of it")
     _title(conflicts, "In conflict", "dominates others and is ahead of them; the darker, the more of them")
-    _title(dominance, "Dominance", "the group of the largest norm over the mean of the others; 1 is balance")
+    _title(dominance, "Dominance", "largest norm over the mean of the others; 1 is balance")
     for m, name in enumerate(names):
         colour = COLOURS[m % len(COLOURS)]
         outweighed = record["conflicts"][:, m].sum(1) / (n - 1)

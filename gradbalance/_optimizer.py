@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from gradbalance._groups import Groups
 from gradbalance._memory import Balance
-from gradbalance._penalty import Penalty, attach, penalty_of
-from gradbalance._rule import Options
+from gradbalance._penalty import Penalty, penalty_of
+from gradbalance._rule import Options, Settings
 
 
 def _forwarded(name: str) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ class ConflictAwarePenalty(Optimizer):
 
     def __init__(self, optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> None:
         # Optimizer.__init__ is not called: it would set up a second state beside the wrapped optimizer's.
-        self.penalty = attach(optimizer, groups, **options)
+        self.penalty = Penalty(optimizer, groups, Settings(**options))
         self.optimizer = optimizer
 
     def observe(self, **errors: Tensor | float) -> None:

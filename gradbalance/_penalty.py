@@ -213,8 +213,8 @@ class Penalty:
         gathered = _norms.gather(plan.buckets, attrgetter("grad"))
         if _norms.world_size(None) > 1 and not any(g.read for g in gathered):
             warnings.warn(
-                "The optimizer must hold parameters that get gradients. Got none with a gradient on this rank. Build it "
-                "after wrapping or sharding the model: FSDP1 replaces the parameters.",
+                "The optimizer must hold parameters that get gradients. Got none with a gradient on this rank. Build "
+                "it after wrapping or sharding the model: FSDP1 replaces the parameters.",
                 UserWarning,
                 stacklevel=2,
             )
