@@ -118,8 +118,8 @@ class Penalty:
         """The coefficients that the rule gives for norms measured elsewhere; counts as a step.
 
         For engines that keep no gradient per parameter (DeepSpeed ZeRO, FSDP1): measure the norms with the engine's
-        own means between backward and step, and scale the gradients by the result. The same on every rank if the
-        norms are.
+        own means between backward and step, and scale the gradients or the learning rates by the result: see
+        ``examples/deepspeed_zero.py``. The same on every rank if the norms are.
 
         Args:
             norms: Gradient norm of each group.
