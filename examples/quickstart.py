@@ -34,7 +34,7 @@ class Model(nn.ModuleDict):
         return torch.stack([branch(inputs[name])[:, 0] for name, branch in self.items()]).sum(0)
 
 
-def train(title: str, **options: float) -> Recorder:
+def train(title: str = "Balanced", steps: int = 1000, **options: float) -> Recorder:
     """Train, then print the accuracy on new samples and the balance."""
     torch.manual_seed(0)
     inputs, labels = make_data(400)
@@ -42,7 +42,7 @@ def train(title: str, **options: float) -> Recorder:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ConflictAwarePenalty(optimizer, {"text": model["text"], "audio": model["audio"]}, **options)
     with Recorder(optimizer) as recorder:
-        for _ in range(1000):
+        for _ in range(steps):
             batch = torch.randint(len(labels), (32,))
             logits = model({name: x[batch] for name, x in inputs.items()})
             optimizer.zero_grad()
@@ -56,4 +56,4 @@ def train(title: str, **options: float) -> Recorder:
 
 if __name__ == "__main__":
     train("Plain, only watched", eta=1)
-    train("Balanced").plot("quickstart.png")
+    train().plot("quickstart.png")

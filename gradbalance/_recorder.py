@@ -48,7 +48,7 @@ class Summary(NamedTuple):
             for name, norm in self.norms.items()
         ]
         lines.append(
-            f"{'dominance':{width}}  {self.dominance:.3g} before, {self.dominance_after:.3g} after ({self.steps} steps)"
+            f"{'dominance':{width}}  {self.dominance:.3g} before, {self.dominance_after:.3g} after; steps: {self.steps}"
         )
         return "\n".join(lines)
 
@@ -82,7 +82,7 @@ class Recorder:
                    mean norm  coefficient  in conflict
         text            22.4        0.500       100.0%
         audio           2.24        1.000         0.0%
-        dominance  10 before, 5 after (3 steps)
+        dominance  10 before, 5 after; steps: 3
     """
 
     def __init__(self, optimizer: ConflictAwarePenalty | Penalty | Optimizer, every: int = 1) -> None:

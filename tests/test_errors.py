@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from examples import mistakes
 from gradbalance import ConflictAwarePenalty, Recorder, attach, groups_by_name
 
 TEMPLATE = re.compile(r"(`[^`]+`|The optimizer) must [^`]*?\. Got .+?\. [A-Z`].+[.?]$", re.DOTALL)
@@ -303,3 +304,12 @@ def test_a_recorder_of_a_plain_optimizer_is_refused():
         ValueError,
         "`optimizer` must have a penalty on it. Got a plain SGD. Wrap it in ConflictAwarePenalty first",
     )
+
+
+def test_the_script_of_mistakes_shows_what_the_user_sees(capsys):
+    mistakes.main()
+    shown = capsys.readouterr().out
+    assert [block.partition(". ")[0] for block in shown.strip().split("\n\n")] == [str(n) for n in range(1, 11)]
+    messages = [line.partition(": ")[2] for line in shown.splitlines() if re.match(r"\w+Error: ", line)]
+    assert len(messages) == 5
+    assert all(TEMPLATE.match(message) for message in messages)

@@ -168,7 +168,7 @@ def test_the_summary_prints_a_row_for_each_group():
     assert header.split() == ["mean", "norm", "coefficient", "in", "conflict"]
     assert text.split() == ["text", "44.7", "0.100", "100.0%"]
     assert audio.split() == ["audio", "4.47", "1.000", "0.0%"]
-    assert last == "dominance  10 before, 1 after (1 steps)"
+    assert last == "dominance  10 before, 1 after; steps: 1"
 
 
 def test_steps_that_do_not_count_are_left_out_of_the_summary_and_the_figure(tmp_path):
