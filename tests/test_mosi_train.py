@@ -72,8 +72,7 @@ def fail_at(monkeypatch, step):
     monkeypatch.setattr(train, "losses", losses)
 
 
-@pytest.mark.parametrize("balance", ["off", "norms", "errors", "paper"])
-@pytest.mark.parametrize("step", [1, 8, 18])
+@pytest.mark.parametrize(("balance", "step"), [("off", 1), ("norms", 8), ("errors", 18), ("paper", 8)])
 def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, balance, step):
     config = Config(**SMALL, balance=balance)
     whole = train.train(config, data, out=tmp_path / "whole")

@@ -176,7 +176,7 @@ class Model(nn.Module):
             states = self.text(batch.text, batch.mask)
             pooled["text"] = pool(states, batch.mask)
         if self.fusion is not None:
-            states = states + self.beta * self.fusion(zs, batch.masks, batch.mask.shape[1])
+            states = torch.add(states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta)
         prediction = self.head(self.dropout(pool(self.norm(states), batch.mask)))
         return Output(
             prediction.squeeze(-1),
