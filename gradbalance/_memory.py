@@ -33,6 +33,16 @@ class Balance(NamedTuple):
         agreements: Running cosine between successive gradients of each group, NaN where not known, shape ``[N]``.
         step: Optimizer steps that took place, shape ``[]``.
         names: The groups, in order.
+
+    Example:
+        >>> from gradbalance import attach
+        >>> text, audio = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio})
+        >>> (3 * text(torch.zeros(1, 1)) + audio(torch.zeros(1, 1))).sum().backward()
+        >>> optimizer.step()
+        >>> penalty.balance.shares.tolist()
+        [0.75, 0.25]
     """
 
     norms: Tensor

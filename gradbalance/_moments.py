@@ -19,6 +19,11 @@ class Moments(NamedTuple):
         variance: Population variance (divided by the count); None below order 2.
         skewness: 0 where the variance is 0; None below order 3.
         kurtosis: Not the excess: 3 for a normal distribution. 0 where the variance is 0; None below order 4.
+
+    Example:
+        >>> count, mean, variance, *_ = moments(torch.tensor([[1.0], [3.0]]))
+        >>> count.item(), mean.item(), variance.item()
+        (2, 2.0, 1.0)
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, as the name says what it is
