@@ -1,14 +1,12 @@
 """The penalty on an optimizer: hooks around its step that take norms, ask the rule, and scale."""
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
-from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from types import MethodType
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -18,21 +16,11 @@ from torch.optim import Optimizer
 from gradbalance import _groups, _norms
 from gradbalance._groups import Groups
 from gradbalance._memory import KEYS, Balance, Memory
+from gradbalance._observed import Observed
+from gradbalance._plan import Fingerprint, Plan, make_plan
 from gradbalance._rates import LearningRates
-from gradbalance._rule import UNSEEN, Options, Settings
-from gradbalance._sketch import Sketch
+from gradbalance._rule import Options, Settings
 from gradbalance._wrapped import check_optimizer, layers, unwrap
-
-
-class _Plan(NamedTuple):
-    """How the parameters lie in memory, as long as the optimizer holds the same ones."""
-
-    params: list[list[Tensor]]  # of each param_group, to notice a change
-    buckets: list[_norms.Bucket]
-    rows: int  # N, or N + 1 where clipping takes in the parameters of no group
-    sizes: Tensor  # [N] number of entries
-    sketch: Sketch | None  # None where the agreement of the gradients is not asked for
-    home: torch.device
 
 
 class Penalty:
@@ -50,10 +38,10 @@ class Penalty:
             )
         self.settings = settings
         self._assignment = _groups.assign(self._reader.param_groups, groups)
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._rates = LearningRates(self._stepper)
-        self._observed: dict[str, tuple[Tensor, int]] = {}
-        self._applied: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
+        self._observed = Observed(self._assignment.names)
+        self._applied: Fingerprint | None = None  # of the gradients that were dealt with
         self._in_step = False
         self._listeners: list[Callable[[Balance], None]] = []
         self._memory = Memory(self._assignment.names)
@@ -99,18 +87,7 @@ class Penalty:
                 accelerator a negative error is not read; it makes the step not count, as NaN does.
             TypeError: If an error is not a real number.
         """
-        for name in errors:
-            if name not in self.names:
-                known = ", ".join(self.names)
-                raise ValueError(f"`observe` must name groups. Got {name!r}. The groups are: {known}.")
-        if len(errors) < 2:
-            raise ValueError(
-                f"`observe` must get at least two groups in a call. Got {', '.join(errors) or 'none'}. "
-                "An error says something only beside another one: name all of them in one call."
-            )
-        for name, value in {name: _checked_error(name, error) for name, error in errors.items()}.items():
-            total, count = self._observed.get(name, (torch.zeros_like(value), 0))
-            self._observed[name] = (total + value.to(total.device), count + 1)
+        self._observed.add(errors)
 
     def coefficients_for(
         self, norms: Mapping[str, Tensor | float], errors: Mapping[str, Tensor | float] | None = None
@@ -137,7 +114,7 @@ class Penalty:
             self.observe(**errors)
         home = self._memory.home
         values = torch.stack([torch.as_tensor(norms[name], dtype=_norms.wide(home)).to(home) for name in self.names])
-        self._decide(values, _norms.average(self._take_observed(), self.settings.process_group))
+        self._decide(values, _norms.average(self._observed.take(home), self.settings.process_group))
         return self.coefficients()
 
     def remove(self) -> None:
@@ -184,7 +161,7 @@ class Penalty:
     def _after_step(self, *_: Any) -> None:
         self._rates.restore()
         if self._in_step and self._plan is not None:  # some steps write into the gradients
-            self._applied = _first_gradients(self._plan.buckets)
+            self._applied = Fingerprint(self._plan)
         self._in_step = False
 
     def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +181,7 @@ class Penalty:
     def _apply(self) -> None:
         """Take the norms, ask the rule, scale gradients or learning rates."""
         update = self.settings.apply_to == "update"
-        if self._is_applied() and (self._in_step or not update):
+        if self._applied is not None and self._applied.matches() and (self._in_step or not update):
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
         for optimizer in (self._reader, self._stepper):  # ZeroRedundancyOptimizer copies from one to the other
@@ -218,7 +195,7 @@ class Penalty:
                 UserWarning,
                 stacklevel=2,
             )
-        observed = self._take_observed()
+        observed = self._observed.take(plan.home)
         by_errors = observed is not None or self._memory.has_errors
         sketches = None if plan.sketch is None or by_errors else plan.sketch.take()
         norms, observed, sketch = _norms.reduce_norms(
@@ -241,43 +218,19 @@ class Penalty:
             _norms.add_noise_(gathered, len(self.names), stds, amount, self.settings.generator)
         if update and not self.settings.is_passive:
             self._rates.scale(coefficients)
-        self._applied, self._in_step = _first_gradients(plan.buckets), True
+        self._applied, self._in_step = Fingerprint(plan), True
 
-    def _is_applied(self) -> bool:
-        """Whether the gradients are those of the last step, untouched since."""
-        return bool(self._applied) and all(
-            p.grad is not None and p.grad is ref() and _version(p.grad) == version for p, ref, version in self._applied
-        )
-
-    def _current_plan(self) -> _Plan:
+    def _current_plan(self) -> Plan:
         """The plan, made anew when the optimizer's parameters changed."""
         param_groups = self._reader.param_groups
-        plan = self._plan
-        if plan is not None and len(plan.params) == len(param_groups):
-            pairs = [(old, group["params"]) for old, group in zip(plan.params, param_groups, strict=True)]
-            if all(len(old) == len(new) and all(map(is_, old, new)) for old, new in pairs):
-                return plan
-        self._assignment = _groups.reassign(self._assignment, param_groups)
-        n = len(self.names)
-        rows = n if self.settings.max_norm is None else n + 1
-        members: list[list[Tensor]] = [[] for _ in range(n + 1)]
-        group_of = {}
-        for group, of in zip(param_groups, self._assignment.of, strict=True):
-            for p, m in zip(group["params"], of, strict=True):
-                members[m].append(p)  # UNGROUPED is -1, the last row
-                group_of[id(p)] = m
-        grouped = list(chain.from_iterable(members[:n]))
-        home = next((p.device for p in grouped if p.device.type != "meta"), torch.device("cpu"))
-        sizes = torch.tensor([sum(p.numel() for p in row) for row in members[:n]], device=home)
-        params = [list(group["params"]) for group in param_groups]
-        sketch = None if self.settings.agreement is None else Sketch(members[:n], home)
-        self._plan = _Plan(params, _norms.buckets(members[:rows]), rows, sizes, sketch, home)
-        self._rates.divide(group_of)
-        _check_noise(self._plan, self.settings)
-        self._memory.to(home)
+        if self._plan is None or not self._plan.fits(param_groups):
+            self._assignment = _groups.reassign(self._assignment, param_groups)
+            self._plan = make_plan(self._assignment, param_groups, self.settings)
+            self._rates.divide(self._plan.group_of)
+            self._memory.to(self._plan.home)
         return self._plan
 
-    def _ruled_norms(self, norms: Tensor, found_inf: Tensor | None, plan: _Plan) -> Tensor:
+    def _ruled_norms(self, norms: Tensor, found_inf: Tensor | None, plan: Plan) -> Tensor:
         """The norms that the rule compares, NaN where GradScaler will skip the step."""
         norms = norms[: len(self.names)]
         if self.settings.norm == "rms":
@@ -293,16 +246,6 @@ class Penalty:
         for listener in self._listeners:
             listener(self.balance)
         return due
-
-    def _take_observed(self) -> Tensor | None:
-        """The mean errors since the last step, UNSEEN where there are none; None without any."""
-        if not self._observed:
-            return None
-        home = self._memory.home
-        means = {name: (total / count).to(home, _norms.wide(home)) for name, (total, count) in self._observed.items()}
-        self._observed = {}
-        unseen = torch.full((), UNSEEN, dtype=_norms.wide(home), device=home)
-        return torch.stack([means.get(name, unseen) for name in self.names])
 
     # Copies and checkpoints.
 
@@ -386,34 +329,6 @@ def _rebuild(
     return optimizer
 
 
-def _check_noise(plan: _Plan, settings: Settings) -> None:
-    if not settings.noise:
-        return
-    if any(bucket.mesh is not None for bucket in plan.buckets):
-        raise RuntimeError("`noise` must be 0 with sharded parameters. Got DTensors. Leave the noise off.")
-    if settings.generator is None and _norms.world_size(settings.process_group) > 1:
-        raise RuntimeError(
-            "`generator` must be given with `noise` on several ranks. Got None, which draws other noise on each rank. "
-            "Pass a generator with the same seed on every rank."
-        )
-
-
-def _checked_error(name: str, error: Any) -> Tensor:
-    if not isinstance(error, Tensor | int | float):
-        raise TypeError(f"`{name}` must be a number or a tensor. Got {type(error).__name__}. Pass the mean error.")
-    value = torch.as_tensor(error).detach()
-    if value.is_complex():
-        raise TypeError(f"`{name}` must be real. Got {value.dtype}. Pass the mean error.")
-    if value.numel() != 1:
-        raise ValueError(f"`{name}` must be a scalar. Got shape {tuple(value.shape)}. Reduce it, with `.mean()` say.")
-    value = value.reshape(()).to(_norms.wide(value.device))
-    if value.device.type != "cpu":
-        return torch.where(value < 0, torch.nan, value)
-    if value < 0:
-        raise ValueError(f"`{name}` must be >= 0, lower is better. Got {value.item()}. Pass an error, not a score.")
-    return value
-
-
 def _clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
     """The factor of each row, or one for all, with which `clip_grad_norm_` would clip after the penalty."""
     if factors is not None:
@@ -426,21 +341,6 @@ def _clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
 
 def _itself(p: Tensor) -> Tensor:
     return p
-
-
-def _first_gradients(buckets: list[_norms.Bucket]) -> list[tuple[Tensor, weakref.ref[Tensor], int]]:
-    """By one gradient of each group, the way to know them again: the tensor and its version."""
-    firsts = []
-    for row in chain.from_iterable(bucket.parameters for bucket in buckets):
-        for p in row:
-            if (gradient := p.grad) is not None:
-                firsts.append((p, weakref.ref(gradient), _version(gradient)))
-                break
-    return firsts
-
-
-def _version(t: Tensor) -> int:
-    return int(getattr(t, "_local_tensor", t)._version)
 
 
 def _set_method(optimizer: Optimizer, name: str, function: Callable[..., Any]) -> None:

@@ -89,10 +89,22 @@ def _thinned(p: Any, entries: int) -> tuple[list[int], tuple[slice, ...], tuple[
 
 def _read(p: Tensor, slices: tuple[slice, ...]) -> Tensor:
     gradient: Any = p.grad
-    if gradient is None or gradient.is_sparse:
+    if gradient is None:
         entries = torch.zeros_like(getattr(p, "_local_tensor", p)[slices])
+    elif gradient.is_sparse:
+        entries = _read_sparse(gradient.coalesce(), slices)
     else:
         if getattr(gradient, "placements", None) != getattr(p, "placements", None):
             gradient = gradient.redistribute(placements=getattr(p, "placements", None))
         entries = getattr(gradient, "_local_tensor", gradient)[slices]
     return (entries.real if entries.is_complex() else entries).flatten()
+
+
+def _read_sparse(gradient: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """The entries of a coalesced gradient, never made dense if it is sparse in its rows alone, as an embedding's."""
+    if gradient.sparse_dim() > 1:
+        return gradient.to_dense()[slices]
+    rows, values, stride = gradient.indices()[0], gradient.values()[:, *slices[1:]], slices[0].step
+    chosen = (rows % stride == 0).view(-1, *[1] * (values.dim() - 1))
+    entries = values.new_zeros(ceil(len(gradient) / stride), *values.shape[1:])
+    return entries.index_add_(0, rows // stride, torch.where(chosen, values, 0))

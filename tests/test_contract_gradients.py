@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty
+from gradbalance._sketch import _read_sparse
 from tests.optimizers import MODES
 from tests.oracle import (
     NAMES,
+    RULE,
     TOLERANCE,
     ByHand,
     Toy,
@@ -20,6 +22,7 @@ from tests.oracle import (
 )
 
 each_mode = pytest.mark.parametrize("mode", MODES)
+each_rule = pytest.mark.parametrize("agreement", [None, 1.0])
 
 
 class Leaves(nn.Module):
@@ -39,13 +42,15 @@ class Leaves(nn.Module):
             p.grad = kind((scale * g).to(p))
 
 
-def compare(mode, kind=lambda g: g, dtype=torch.float32, base=torch.optim.SGD, tolerance=TOLERANCE, **options):
+def compare(mode, kind=lambda g: g, *, dtype=torch.float32, base=torch.optim.SGD, tolerance=TOLERANCE, **options):
     """Trains on set gradients, wrapped and by hand."""
     model, twin = Leaves(dtype), Leaves(dtype)
-    optimizer = ConflictAwarePenalty(base(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **options)
-    hand = ByHand(lambda groups: base(groups, lr=0.1), twin, mode)
+    optimizer = ConflictAwarePenalty(
+        base(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **{**RULE, **options}
+    )
+    hand = ByHand(lambda groups: base(groups, lr=0.1), twin, mode, **options)
     seen, expected = [], []
-    for step in range(3):
+    for step in range(5):
         model.set_gradients(step, kind)
         twin.set_gradients(step, kind)
         optimizer.step()
@@ -57,22 +62,26 @@ def compare(mode, kind=lambda g: g, dtype=torch.float32, base=torch.optim.SGD, t
 
 
 @each_mode
+@each_rule
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_gradients_of_any_dtype_equal_the_oracle_by_hand(mode, dtype, base):
-    compare(mode, dtype=dtype, base=base)
+def test_gradients_of_any_dtype_equal_the_oracle_by_hand(mode, dtype, base, agreement):
+    compare(mode, dtype=dtype, base=base, agreement=agreement)
 
 
 @each_mode
+@each_rule
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_of_low_precision_equal_the_oracle_by_hand(mode, dtype):
-    compare(mode, dtype=dtype, tolerance=torch.finfo(dtype).eps * 4)
+def test_gradients_of_low_precision_equal_the_oracle_by_hand(mode, dtype, agreement):
+    compare(mode, dtype=dtype, agreement=agreement, tolerance=torch.finfo(dtype).eps * 4)
 
 
 @each_mode
 def test_a_norm_above_the_largest_half_does_not_overflow(mode):
     model = Leaves(torch.float16, shape=(64, 64))
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.0), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.0), groups_of(model), apply_to=mode, **RULE
+    )
     for p in model.parameters():
         p.grad = torch.full_like(p, 4e4 if p is model.audio[0] else 1.0)
     optimizer.step()
@@ -84,6 +93,10 @@ def coalesced(g):
     return g.to_sparse(1)
 
 
+def sparse_in_rows_and_columns(g):
+    return g.to_sparse(2)
+
+
 def uncoalesced(g):
     """Every row three times, at a third each and of changing sign: as they lie, the entries have another norm."""
     rows = torch.arange(len(g)).repeat(3)[None]
@@ -91,11 +104,12 @@ def uncoalesced(g):
 
 
 @each_mode
-@pytest.mark.parametrize("kind", [coalesced, uncoalesced])
+@each_rule
+@pytest.mark.parametrize("kind", [coalesced, sparse_in_rows_and_columns, uncoalesced])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # Adagrad's own
-def test_sparse_gradients_equal_the_oracle_by_hand(mode, kind, base):
-    compare(mode, kind, base=base)
+def test_sparse_gradients_equal_the_oracle_by_hand(mode, kind, base, agreement):
+    compare(mode, kind, base=base, agreement=agreement)
 
 
 @each_mode
@@ -118,7 +132,9 @@ def test_an_accumulated_sparse_gradient_equals_the_oracle_by_hand(mode):
                 self.register_module(name, module)
 
     model, twin = Views(build()), Views(build())
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.01), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.01), groups_of(model), apply_to=mode, **RULE
+    )
     hand = ByHand(lambda groups: torch.optim.SGD(groups, lr=0.01), twin, mode)
     seen, expected = [], []
     for step in range(0, 6, 2):
@@ -139,7 +155,9 @@ def test_an_accumulated_sparse_gradient_equals_the_oracle_by_hand(mode):
 @pytest.mark.parametrize("absent", [("text",), ("text", "visual"), NAMES])
 def test_absent_gradients_take_their_group_out(mode, absent):
     model, twin = Toy(), Toy()
-    optimizer = ConflictAwarePenalty(torch.optim.AdamW(model.parameters(), lr=0.1), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(
+        torch.optim.AdamW(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **RULE
+    )
     hand = ByHand(lambda groups: torch.optim.AdamW(groups, lr=0.1), twin, mode)
     for step in range(4):
         for module in (model, twin):
@@ -160,23 +178,35 @@ def test_a_frozen_group_is_warned_of_and_takes_no_part(mode):
     model.text.requires_grad_(False)
     twin.text.requires_grad_(False)
     with pytest.warns(UserWarning, match="`text` requires a gradient: the group is frozen"):
-        optimizer = ConflictAwarePenalty(torch.optim.AdamW(model.parameters(), lr=0.1), groups_of(model), apply_to=mode)
+        optimizer = ConflictAwarePenalty(
+            torch.optim.AdamW(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **RULE
+        )
     hand = ByHand(lambda groups: torch.optim.AdamW(groups, lr=0.1), twin, mode)
     assert_same_coefficients(train(model, optimizer, range(4), observe=False), hand.train(range(4), observe=False))
     assert_same_parameters(model, twin)
 
 
+@pytest.mark.parametrize(("kept", "strides"), [(coalesced, (3, 2)), (coalesced, (1, 1)), (uncoalesced, (2, 1))])
+def test_a_sketch_of_a_sparse_gradient_is_that_of_the_dense_one(kept, strides):
+    gradient = kept(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    slices = tuple(slice(0, None, stride) for stride in strides)
+    torch.testing.assert_close(_read_sparse(gradient.coalesce(), slices), gradient.to_dense()[slices])
+
+
 @each_mode
+@each_rule
 @pytest.mark.parametrize("meta", [("text",), NAMES])
-def test_parameters_on_the_meta_device_are_skipped(mode, meta):
+def test_parameters_on_the_meta_device_are_skipped(mode, meta, agreement):
     model = Leaves()
     for name in meta:
         getattr(model, name)[0] = nn.Parameter(torch.ones(5, 2, device="meta"))
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to=mode)
-    for step in range(2):
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **{**RULE, "agreement": agreement}
+    )
+    for step in range(4):
         model.set_gradients(step)
         optimizer.step()
-    expected = {"text": 1.0, "audio": 0.1 if meta == ("text",) else 1.0, "visual": 1.0}
+    expected = {"text": 1.0, "audio": 0.1 if meta == ("text",) and agreement is None else 1.0, "visual": 1.0}
     assert optimizer.coefficients() == pytest.approx(expected)
 
 
@@ -192,7 +222,9 @@ def test_the_derivative_of_a_differentiable_step_holds_the_coefficient(mode):
             p.grad = gradient
         c = 1.0
         if wrap:
-            optimizer = ConflictAwarePenalty(inner, {n: [p] for n, p in zip(NAMES, params, strict=True)}, apply_to=mode)
+            optimizer = ConflictAwarePenalty(
+                inner, {n: [p] for n, p in zip(NAMES, params, strict=True)}, apply_to=mode, **RULE
+            )
             optimizer.step()
             c = optimizer.coefficients()["audio"]
         else:
@@ -211,7 +243,7 @@ def test_the_derivative_of_a_differentiable_step_holds_the_coefficient(mode):
 def test_max_norm_clips_as_clip_grad_norm_does_after_the_penalty(mode):
     model, twin = Toy(), Toy()
     optimizer = ConflictAwarePenalty(
-        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, max_norm=0.5
+        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **RULE, max_norm=0.5
     )
     hand = ByHand(lambda groups: torch.optim.SGD(groups, lr=0.1), twin, mode)
     for step in range(3):
@@ -231,7 +263,9 @@ def test_max_norm_clips_as_clip_grad_norm_does_after_the_penalty(mode):
 @each_mode
 def test_a_batch_without_a_finite_loss_changes_no_coefficient(mode):
     model, twin = Toy(), Toy()
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to=mode, **RULE
+    )
     plain = torch.optim.SGD(twin.parameters(), lr=0.1)
     for module, o in ((model, optimizer), (twin, plain)):
         inputs, target = batch(0)
