@@ -12,6 +12,8 @@ from tests.reference import ReferenceRule
 
 NAMES = ("text", "audio", "visual")
 TOLERANCE = 1e-6
+# Not the defaults: these tests are about optimizers, and the norms alone make conflicts enough.
+RULE = {"eta": 0.1, "threshold": 3.0, "smoothing": 0.9, "agreement": None}
 
 
 class Toy(nn.Module):
@@ -77,14 +79,23 @@ class ByHand:
         rest = [p for p in model.parameters() if id(p) not in grouped]
         self.optimizer = factory([{"params": p} for p in (*self.groups.values(), rest) if p])
         self.model, self.apply_to = model, apply_to
-        self.rule = ReferenceRule(Settings(apply_to=apply_to, **options))
-        self.coefficients = {}
+        self.rule = ReferenceRule(Settings(apply_to=apply_to, **{**RULE, **options}))
+        self.coefficients, self.last = {}, {}
 
     def decide(self, errors=None, scale=1.0):
         """The coefficients out of the gradients as they lie there, each divided by ``scale``."""
         norms = [norm_by_hand(p.grad for p in members) / scale for members in self.groups.values()]
         observed = None if errors is None else [errors.get(name) for name in NAMES]
-        self.coefficients = dict(zip(NAMES, self.rule.step(norms, observed), strict=True))
+        cosines = None if self.rule.settings.agreement is None else [self.cosine(name) for name in NAMES]
+        self.coefficients = dict(zip(NAMES, self.rule.step(norms, observed, cosines), strict=True))
+
+    def cosine(self, name):
+        """The cosine between this gradient of a group and its last one, None if there is none."""
+        now = [x.real for p in self.groups[name] for x in p.grad.to_dense().flatten().tolist()]
+        last, self.last[name] = self.last.get(name), now
+        if last is None:
+            return None
+        return sum(x * y for x, y in zip(now, last, strict=True)) / (math.hypot(*now) * math.hypot(*last))
 
     @contextmanager
     def applied(self):

@@ -6,7 +6,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gradbalance import ConflictAwarePenalty, attach
 from tests.optimizers import MODES
-from tests.oracle import ByHand, Toy, assert_same_coefficients, assert_same_parameters, groups_of, loss_of
+from tests.oracle import RULE, ByHand, Toy, assert_same_coefficients, assert_same_parameters, groups_of, loss_of
 
 SCALE = 1024.0
 BASES = {
@@ -29,8 +29,8 @@ def build(base, mode, attached):
     optimizer = BASES[base](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=10**6)
     if attached:
-        return model, optimizer, attach(optimizer, groups_of(model), apply_to=mode), scaler, twin
-    wrapper = ConflictAwarePenalty(optimizer, groups_of(model), apply_to=mode)
+        return model, optimizer, attach(optimizer, groups_of(model), apply_to=mode, **RULE), scaler, twin
+    wrapper = ConflictAwarePenalty(optimizer, groups_of(model), apply_to=mode, **RULE)
     return model, wrapper, wrapper, scaler, twin
 
 
@@ -98,7 +98,7 @@ def test_norms_are_those_of_unscaled_gradients(base, mode, attached):
 def test_max_norm_clips_unscaled_gradients_of_a_fused_step(mode):
     model, twin = Toy(), ByHand(BASES["fused sgd"], Toy(), mode)
     optimizer = ConflictAwarePenalty(
-        BASES["fused sgd"](model.parameters()), groups_of(model), apply_to=mode, max_norm=0.5
+        BASES["fused sgd"](model.parameters()), groups_of(model), apply_to=mode, **RULE, max_norm=0.5
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for step in range(3):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradbalance import ConflictAwarePenalty, _norms
 from tests.optimizers import CLASSES, each
 from tests.oracle import (
+    RULE,
     ByHand,
     Toy,
     assert_same_coefficients,
@@ -75,7 +76,7 @@ def as_on_a_gpu(monkeypatch):
 @each(c for c in CLASSES if not c.closure_alone)
 def test_a_step_reads_nothing_in_gradient_mode_and_once_in_update_mode(case, mode, errors):
     plain, model = Toy(case.bias), Toy(case.bias)
-    optimizer = ConflictAwarePenalty(case.make(model.parameters()), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(case.make(model.parameters()), groups_of(model), apply_to=mode, **RULE)
     ours = reads_of_a_step(model, optimizer, errors)
     assert len(ours) == len(reads_of_a_step(plain, case.make(plain.parameters()))) + (mode == "update")
 
@@ -84,7 +85,7 @@ def test_a_step_reads_nothing_in_gradient_mode_and_once_in_update_mode(case, mod
 def test_no_option_reads_in_gradient_mode(options):
     model = Toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(optimizer, groups_of(model), apply_to="gradient", **options)
+    optimizer = ConflictAwarePenalty(optimizer, groups_of(model), apply_to="gradient", **RULE, **options)
     assert reads_of_a_step(model, optimizer) == []
 
 
@@ -93,7 +94,7 @@ def test_a_learning_rate_in_a_tensor_is_scaled_without_a_read():
         return torch.optim.AdamW(params, lr=torch.tensor(0.02), fused=True)
 
     model, twin = Toy(), ByHand(make, Toy(), "update")
-    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model))
+    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model), **RULE)
     lr = optimizer.param_groups[0]["lr"]
     assert_same_coefficients(train(model, optimizer, range(4)), twin.train(range(4)))
     assert_same_parameters(model, twin.model)
@@ -131,7 +132,7 @@ def test_a_compiled_step_has_at_most_one_graph_more(mode, lr, foreach):
         return torch.optim.AdamW(params, lr=torch.tensor(0.02) if lr == "tensor" else lr, foreach=foreach)
 
     plain, model, twin = Toy(), Toy(), ByHand(make, Toy(), mode)
-    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model), apply_to=mode, **RULE)
     assert graphs_of_six_steps(optimizer, model) <= graphs_of_six_steps(make(plain.parameters()), plain) + 1
     assert_same_coefficients([optimizer.coefficients()], twin.train(range(6), observe=False)[-1:])
     assert_same_parameters(model, twin.model)

@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler as schedulers
 from gradbalance import ConflictAwarePenalty, attach
 from tests.optimizers import MODES
 from tests.oracle import (
+    RULE,
     ByHand,
     Toy,
     assert_same_coefficients,
@@ -90,9 +91,9 @@ def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, base, mode, order)
     plain = BASES[base](model.parameters())
     early = MAKE[scheduler](plain) if order.startswith("built before") else None
     if order == "attached":
-        penalty, optimizer = attach(plain, groups_of(model), apply_to=mode), plain
+        penalty, optimizer = attach(plain, groups_of(model), apply_to=mode, **RULE), plain
     else:
-        penalty = optimizer = ConflictAwarePenalty(plain, groups_of(model), apply_to=mode)
+        penalty = optimizer = ConflictAwarePenalty(plain, groups_of(model), apply_to=mode, **RULE)
     rates, seen = train_scheduled(model, optimizer, early or MAKE[scheduler](optimizer), penalty, range(STEPS))
     twin, plain_rates, expected = train_by_hand(base, scheduler, mode)
     assert rates == plain_rates
@@ -107,7 +108,7 @@ def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, base, mode, order)
 def test_a_schedule_goes_on_after_load_state_dict(scheduler, base, mode):
     def build():
         model = Toy()
-        optimizer = ConflictAwarePenalty(BASES[base](model.parameters()), groups_of(model), apply_to=mode)
+        optimizer = ConflictAwarePenalty(BASES[base](model.parameters()), groups_of(model), apply_to=mode, **RULE)
         return model, optimizer, MAKE[scheduler](optimizer)
 
     model, optimizer, schedule = build()

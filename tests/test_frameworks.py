@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from gradbalance import ConflictAwarePenalty, attach
 from tests.optimizers import MODES
-from tests.oracle import ByHand, Toy, assert_same_coefficients, assert_same_parameters, batch, groups_of
+from tests.oracle import RULE, ByHand, Toy, assert_same_coefficients, assert_same_parameters, batch, groups_of, refused
 
 STEPS = 8
 CLIP = 0.5
@@ -32,8 +32,8 @@ def penalised(model, mode, wrapping="wrapped", make=adamw):
     """The optimizer to hand to the framework, and the penalty on it."""
     optimizer = make(model.parameters())
     if wrapping == "attached":
-        return optimizer, attach(optimizer, groups_of(model), apply_to=mode)
-    wrapper = ConflictAwarePenalty(optimizer, groups_of(model), apply_to=mode)
+        return optimizer, attach(optimizer, groups_of(model), apply_to=mode, **RULE)
+    wrapper = ConflictAwarePenalty(optimizer, groups_of(model), apply_to=mode, **RULE)
     return wrapper, wrapper
 
 
@@ -239,7 +239,7 @@ def test_attaching_to_what_accelerate_prepared_leaves_micro_batches_alone(mode):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = Toy()
     model, optimizer = accelerator.prepare(model, adamw(model.parameters()))
-    penalty = attach(optimizer, groups_of(model), apply_to=mode)
+    penalty = attach(optimizer, groups_of(model), apply_to=mode, **RULE)
     seen = recorded(optimizer.optimizer, penalty)
     for one in batches():
         with accelerator.accumulate(model):
@@ -311,37 +311,50 @@ def test_the_hugging_face_trainer_equals_the_loop_by_hand_and_resumes(mode, wrap
 
 
 @each_mode
-@each_wrapping
-def test_opacus_shows_the_penalty_noised_gradients_alone(mode, wrapping):
-    def private(model, make):
+@pytest.mark.parametrize("order", ["penalty around", "penalty inside", "attached"])
+def test_opacus_shows_the_penalty_noised_gradients_alone(mode, order):
+    def private(optimizer, model):
         for p in model.parameters():
             p.grad_sample = None
+        generator = torch.Generator().manual_seed(0)
         return DPOptimizer(
-            make(model.parameters()),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=4,
-            generator=torch.Generator().manual_seed(0),
+            optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4, generator=generator
         )
 
-    model, twin = Toy(), Toy()
-    optimizer = private(model, sgd)
-    wrapper = ConflictAwarePenalty(optimizer, groups_of(model), apply_to=mode) if wrapping == "wrapped" else optimizer
-    penalty = wrapper if wrapping == "wrapped" else attach(optimizer, groups_of(model), apply_to=mode)
-    hand = ByHand(sgd, twin, mode)
-    reference = private(twin, sgd)
+    rule = {**RULE, "threshold": 1.0}  # the noise evens the norms out
+    model, twin = Toy(), ByHand(sgd, Toy(), mode, **rule)
+    if order == "penalty inside":
+        penalty = ConflictAwarePenalty(sgd(model.parameters()), groups_of(model), apply_to=mode, **rule)
+        optimizer = private(penalty, model)
+    else:
+        optimizer = private(sgd(model.parameters()), model)
+        put_on = attach if order == "attached" else ConflictAwarePenalty
+        penalty = put_on(optimizer, groups_of(model), apply_to=mode, **rule)
+        optimizer = optimizer if order == "attached" else penalty
+    reference = private(sgd(twin.model.parameters()), twin.model)
     seen, by_hand = [], []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            p.grad_sample = torch.randn(4, *p.shape, generator=generator)
+        for (name, p), q in zip(model.named_parameters(), twin.model.parameters(), strict=True):
+            p.grad_sample = torch.randn(4, *p.shape, generator=generator) * (1 + 9 * name.startswith("audio"))
             q.grad_sample = p.grad_sample.clone()
-        wrapper.step()
-        wrapper.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         reference.pre_step()
-        hand.step()
+        twin.step()
         reference.zero_grad()
         seen.append(penalty.coefficients())
-        by_hand.append(hand.coefficients)
-    assert seen == by_hand
-    assert_same_parameters(model, twin)
+        by_hand.append(twin.coefficients)
+    assert_same_coefficients(seen, by_hand)
+    assert_same_parameters(model, twin.model)
+
+
+# One optimizer per parameter
+
+
+def test_an_optimizer_that_steps_one_parameter_in_backward_is_refused(record_property):
+    model = Toy()
+    with refused(record_property, ValueError, "must hold parameters of the optimizer"):
+        ConflictAwarePenalty(adamw([model.text.weight]), groups_of(model))
+    with refused(record_property, ValueError, "at least two groups"):
+        ConflictAwarePenalty(adamw([model.text.weight]), {"text": [model.text.weight]})

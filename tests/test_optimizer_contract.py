@@ -13,6 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gradbalance import ConflictAwarePenalty, attach
 from tests.optimizers import CLASSES, EVERY, GRADIENT_ONLY, MODES, TORCH, each
 from tests.oracle import (
+    RULE,
+    TOLERANCE,
     ByHand,
     Toy,
     assert_same_coefficients,
@@ -27,7 +29,9 @@ from tests.oracle import (
 def wrapped(case, mode, **options):
     """A model and its optimizer, all parameters in one param_group, under the penalty."""
     model = Toy(case.bias)
-    return model, ConflictAwarePenalty(case.make(model.parameters()), groups_of(model), apply_to=mode, **options)
+    return model, ConflictAwarePenalty(
+        case.make(model.parameters()), groups_of(model), apply_to=mode, **{**RULE, **options}
+    )
 
 
 def by_hand(case, mode, **options):
@@ -56,11 +60,20 @@ def test_training_equals_the_oracle_by_hand(case, mode):
     assert_same_parameters(model, twin.model)
 
 
+@each(c for c in CLASSES if not c.averages)
+def test_conflicts_by_the_agreement_of_gradients_equal_the_oracle_by_hand(case, mode):
+    model, optimizer = wrapped(case, mode, agreement=1.0)
+    twin = by_hand(case, mode, agreement=1.0)
+    seen, expected = train(model, optimizer, range(6), observe=False), twin.train(range(6), observe=False)
+    assert seen == [pytest.approx(by_hand, rel=TOLERANCE) for by_hand in expected]
+    assert_same_parameters(model, twin.model)
+
+
 @each(CLASSES)
 def test_an_attached_penalty_equals_the_oracle_by_hand(case, mode):
     model, twin = Toy(case.bias), by_hand(case, mode)
     optimizer = case.make(model.parameters())
-    penalty = attach(optimizer, groups_of(model), apply_to=mode)
+    penalty = attach(optimizer, groups_of(model), apply_to=mode, **RULE)
     observe = not case.averages
     seen = train(model, optimizer, range(4), penalty=penalty, observe=observe)
     assert_same_coefficients(seen, twin.train(range(4), observe))
@@ -91,16 +104,17 @@ def test_the_wrapper_is_an_optimizer_and_param_groups_stay_what_they_were(case, 
 
 
 @pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("observe", [True, False])
 @each(CLASSES)
-def test_a_resumed_run_is_bitwise_the_unbroken_one(case, mode, before):
-    model, optimizer = wrapped(case, mode)
-    train(model, optimizer, range(before))
+def test_a_resumed_run_is_bitwise_the_unbroken_one(case, mode, observe, before):
+    model, optimizer = wrapped(case, mode, agreement=1.0)
+    train(model, optimizer, range(before), observe=observe)
     weights, state = saved(model, optimizer)
-    resumed, other = wrapped(case, mode)
+    resumed, other = wrapped(case, mode, agreement=1.0)
     resumed.load_state_dict(weights)
     other.load_state_dict(state)
-    unbroken, again = train(model, optimizer, range(before, 6)), train(resumed, other, range(before, 6))
-    assert again == unbroken
+    steps = range(before, 6)
+    assert train(resumed, other, steps, observe=observe) == train(model, optimizer, steps, observe=observe)
     assert_same_parameters(resumed, model, tolerance=0)
 
 
@@ -113,7 +127,7 @@ def test_a_checkpoint_loaded_before_the_penalty_is_put_on_resumes_too(case, mode
     resumed.load_state_dict(weights)
     plain = case.make(resumed.parameters())
     plain.load_state_dict(state)
-    other = ConflictAwarePenalty(plain, groups_of(resumed), apply_to=mode)
+    other = ConflictAwarePenalty(plain, groups_of(resumed), apply_to=mode, **RULE)
     assert train(resumed, other, range(3, 6)) == train(model, optimizer, range(3, 6))
     assert_same_parameters(resumed, model, tolerance=0)
 
@@ -184,7 +198,7 @@ def test_a_param_group_added_later_joins_its_group(case, mode):
         m.text.requires_grad_(False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     with pytest.warns(UserWarning, match="`text` requires a gradient"):
-        optimizer = ConflictAwarePenalty(case.make(trainable), groups_of(model), apply_to=mode)
+        optimizer = ConflictAwarePenalty(case.make(trainable), groups_of(model), apply_to=mode, **RULE)
     hand = ByHand(case.make, twin, mode)
     seen, expected = train(model, optimizer, range(2), observe=False), hand.train(range(2), observe=False)
     hand.optimizer.param_groups.pop(0)
@@ -273,7 +287,7 @@ def test_a_step_that_raised_leaves_no_trace(base, mode):
             return super().step(closure)
 
     model, twin = Toy(), ByHand(lambda groups: base(groups, lr=0.02), Toy(), mode)
-    optimizer = ConflictAwarePenalty(Fragile(model.parameters(), lr=0.02), groups_of(model), apply_to=mode)
+    optimizer = ConflictAwarePenalty(Fragile(model.parameters(), lr=0.02), groups_of(model), apply_to=mode, **RULE)
     shown = copy.deepcopy(optimizer.state_dict()["param_groups"][0]["lr"])
     seen = []
     for step in range(4):
@@ -311,7 +325,7 @@ def test_a_step_that_calls_the_step_of_its_base_class_counts_once(mode, dominanc
     model = Toy()
     threshold = 1e6 / dominance**6  # at 1e6 no group is ever in conflict, and nothing is scaled
     optimizer = ConflictAwarePenalty(
-        Derived(model.parameters(), lr=0.02), groups_of(model), apply_to=mode, threshold=threshold
+        Derived(model.parameters(), lr=0.02), groups_of(model), apply_to=mode, **{**RULE, "threshold": threshold}
     )
     train(model, optimizer, range(3), observe=False)
     assert optimizer.balance.step.item() == 3
@@ -323,7 +337,7 @@ def test_lbfgs_is_refused(mode, named, record_property):
     model = Toy()
     parameters = list(model.named_parameters()) if named else list(model.parameters())
     with refused(record_property, ValueError, "LBFGS, which evaluates the closure many times"):
-        ConflictAwarePenalty(torch.optim.LBFGS(parameters), groups_of(model), apply_to=mode)
+        ConflictAwarePenalty(torch.optim.LBFGS(parameters), groups_of(model), apply_to=mode, **RULE)
 
 
 @pytest.mark.parametrize("cls", GRADIENT_ONLY)
@@ -339,7 +353,7 @@ def test_a_constant_coefficient_scales_the_distance_travelled(case, mode):
         model = Toy(case.bias)
         optimizer = case.make(model.parameters())
         if damped:
-            optimizer = ConflictAwarePenalty(optimizer, groups_of(model), eta=0.5, threshold=1.0)
+            optimizer = ConflictAwarePenalty(optimizer, groups_of(model), **{**RULE, "eta": 0.5})
         optimizer.param_groups[0]["lr"] = 1e-4  # Adafactor takes it relative to the size of the parameter
         if "weight_decay" in optimizer.param_groups[0]:
             optimizer.param_groups[0]["weight_decay"] = 0.0

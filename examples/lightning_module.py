@@ -1,0 +1,56 @@
+"""The penalty in Lightning: wrap the optimizer in ``configure_optimizers``; clipping, accumulation, resuming stay.
+
+Run ``python examples/lightning_module.py``.
+"""
+
+import lightning
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradbalance import ConflictAwarePenalty
+
+
+class Regression(lightning.LightningModule):
+    """A branch for each modality, whose predictions are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio, self.visual = nn.Linear(20, 1), nn.Linear(5, 1)
+
+    def training_step(self, batch, batch_idx):
+        audio, visual, target = batch
+        heard, seen = self.audio(audio), self.visual(visual)  # [B, 1], [B, 1]
+        # The errors of the branches alone are optional: without them the norms of the gradients decide.
+        self.optimizers().observe(audio=mse_loss(heard, target), visual=mse_loss(seen, target))
+        return mse_loss(heard + seen, target)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return ConflictAwarePenalty(optimizer, {"audio": self.audio, "visual": self.visual})
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log_dict({f"coefficient/{name}": c for name, c in self.optimizers().coefficients().items()})
+
+
+def main(steps: int = 100) -> dict[str, float]:
+    """Train; the coefficients of the last step."""
+    torch.manual_seed(0)
+    audio, visual = torch.randn(1000, 20), torch.randn(1000, 5)
+    data = TensorDataset(audio, visual, audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True))
+    module = Regression()
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=16, shuffle=True))
+    return module.optimizers().coefficients()
+
+
+if __name__ == "__main__":
+    print(main())
