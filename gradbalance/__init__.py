@@ -6,7 +6,7 @@ from gradbalance._moments import Moments, moments
 from gradbalance._optimizer import ConflictAwarePenalty
 from gradbalance._penalty import attach
 from gradbalance._recorder import Recorder
-from gradbalance._rule import PAPER
+from gradbalance._settings import PAPER
 from gradbalance._statistical import StatisticalLoss, statistical_loss
 
 __all__ = [

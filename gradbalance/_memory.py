@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gradbalance import _rule
 from gradbalance._norms import wide
-from gradbalance._rule import UNSEEN, Settings, State
+from gradbalance._rule import UNSEEN, State
+from gradbalance._settings import Settings
 from gradbalance._sketch import Sketch
 
 # Where a checkpoint keeps it, in the first param_group, in builtin types: every checkpoint format takes these.

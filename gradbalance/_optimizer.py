@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from gradbalance._groups import Groups
 from gradbalance._memory import Balance
 from gradbalance._penalty import Penalty, penalty_of
-from gradbalance._rule import Options, Settings
+from gradbalance._settings import Options, Settings
 
 
 def _forwarded(name: str) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from gradbalance._memory import KEYS, Balance, Memory
 from gradbalance._observed import Observed
 from gradbalance._plan import Fingerprint, Plan, make_plan
 from gradbalance._rates import LearningRates
-from gradbalance._rule import Options, Settings
+from gradbalance._settings import Options, Settings
 from gradbalance._wrapped import check_optimizer, layers, unwrap
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradbalance import _norms
 from gradbalance._groups import Assignment, ParamGroups
-from gradbalance._rule import Settings
+from gradbalance._settings import Settings
 from gradbalance._sketch import Sketch
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from gradbalance._rule import Settings
+from gradbalance._settings import Settings
 
 # Where wrappers keep the optimizer that they wrap: accelerate, Lightning, Opacus, SAM, schedule-free.
 WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer", "base")

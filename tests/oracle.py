@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradbalance._rule import Settings
+from gradbalance._settings import Settings
 from tests.reference import ReferenceRule
 
 NAMES = ("text", "audio", "visual")

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from gradbalance._rule import DEAD_BAND, EPS, Settings
+from gradbalance._rule import DEAD_BAND, EPS
+from gradbalance._settings import Settings
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from gradbalance._rule import Settings
+from gradbalance._settings import Settings
 
 # Eighths of integers: repeated and zero values are common, and no variance is small by underflow.
 _EIGHTHS = st.integers(-8000, 8000).map(lambda n: n / 8)

@@ -26,7 +26,7 @@ from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance._rule import Settings
+from gradbalance._settings import Settings
 
 NAMES = ("text", "audio", "visual")
 RULE = {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5}

@@ -11,7 +11,7 @@ from torch import nn
 
 from gradbalance import PAPER, ConflictAwarePenalty, attach
 from gradbalance._norms import CPU_PART
-from gradbalance._rule import Settings
+from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES
 from tests.reference import ReferenceRule
 

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gradbalance import PAPER
-from gradbalance._rule import UNSEEN, Decision, Options, Settings, State, decide
+from gradbalance._rule import UNSEEN, Decision, State, decide
+from gradbalance._settings import Options, Settings
 from tests.reference import ReferenceRule, paper_coefficients
 from tests.strategies import group_cosines, group_errors, group_norms, rule_settings
 
