@@ -111,6 +111,14 @@ def test_statistics_come_from_the_training_rows_alone():
     assert (standardise(rows, train)[6:] == 10).all()
 
 
+def test_other_utterances_do_not_change_what_training_sees(columns, tmp_path):
+    train = torch.from_numpy(np.flatnonzero(columns["split"] == "train"))
+    before = samples.dataset(load(str(samples.write(tmp_path, columns)))).batch(train, ["audio"])
+    columns["acoustic73"][columns["split"] != "train"] *= 100
+    after = samples.dataset(load(str(samples.write(tmp_path, columns)))).batch(train, ["audio"])
+    assert torch.equal(before.features["audio"], after.features["audio"])
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
 def test_a_constant_column_becomes_zero(value):
     rows = torch.full((5, 1), value)

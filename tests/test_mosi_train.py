@@ -96,7 +96,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(data, tmp_path):
 
 
 def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
-    config = Config(**SMALL, lr=0.03)
+    config = Config(**SMALL, lr=0.3)  # the last epoch is not the best
     result = train.train(config, data, out=tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     test = json.loads((tmp_path / "run/test.json").read_text())
@@ -109,6 +109,10 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     model = train.build(config, data, ["audio", "timing"], Draw(torch.device("cpu")))
     model.load_state_dict(state["best"])
+    valid = train.predict(model, data, "valid", ["audio", "timing"])
+    best = history[test["best_epoch"]]["valid"]["mae"]
+    assert (valid - data.corpus.labels[data.corpus.split["valid"]]).abs().mean().item() == pytest.approx(best)
+    assert test["best_epoch"] < 2
     prediction = train.predict(model, data, "test", ["audio", "timing"])
     with (tmp_path / "run/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -36,8 +36,9 @@ def main() -> int:
         if first:
             print(table(result, config), f"Run folder: {out}", sep="\n")
     except KeyboardInterrupt:
-        again = f"python -m examples.mosi --resume {out}"
-        print(f"\nInterrupted; the last whole epoch is saved. Go on with: {again}", file=sys.stderr)
+        saved = out is not None and (out / "checkpoint.pt").is_file()
+        again = f"Go on with: python -m examples.mosi --resume {out}" if saved else "Nothing had been trained yet."
+        print(f"\nInterrupted. {again}", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         parser.exit(2, f"error: {error}\n")
