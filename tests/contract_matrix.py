@@ -32,7 +32,7 @@ class Matrix:
         self.rows[row][{"failed": "silent", "skipped": "skipped"}.get(report.outcome, outcome)] += 1
 
     def report(self) -> str:
-        width = max(len(test) for _, test in self.rows)
+        width = max((len(test) for _, test in self.rows), default=0)
         lines, file = [], None
         head = f"{'':{width}}  {'works':>6}{'refused':>9}{'silent':>8}{'skipped':>9}"
         for (name, test), row in self.rows.items():
