@@ -232,7 +232,11 @@ def test_an_option_of_the_wrong_kind_is_a_type_error(name, value, start):
 def test_a_mistake_in_observe_is_named_and_changes_nothing(errors, kind, start):
     optimizer = make()
     assert_raises(lambda: optimizer.observe(**errors), kind, start)
-    assert optimizer.penalty._observed == {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.balance.errors.isnan().all()
 
 
 def test_an_unknown_option_is_a_type_error_that_names_it():
