@@ -1,0 +1,163 @@
+"""The measurements of ``benchmarks.overhead`` as Markdown and as a figure."""
+
+from pathlib import Path
+
+CLIP = "clip_grad_norm_"
+# What is asked for: title, where the ratio is found, target on the CPU, target on an H200.
+OPERATION_TARGETS = [
+    ("gradient mode / `clip_grad_norm_`", "gradient", 0.95, 1.0),
+    ("update mode / `clip_grad_norm_`", "update", 0.50, 0.6),
+    ("update + `max_norm` / `clip_grad_norm_`", "update + max_norm", 1.02, 1.1),
+    ("gradient + `max_norm` / `clip_grad_norm_`", "gradient + max_norm", 1.02, 1.1),
+]
+
+
+def text(quartiles: list[float]) -> str:
+    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*quartiles)
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]] + [""]
+
+
+def report(found: dict) -> str:
+    """The measurements as Markdown."""
+    about, operations = found["environment"], found["operations"]
+    lines = [
+        "Does anyone notice the penalty? The cost of a step beside clipping and beside other ways to balance.",
+        "",
+        f"`python -m benchmarks.overhead` on {about['hardware']}, torch {about['torch']}, Python {about['python']}, "
+        f"{about['date']}, load average {about['load']} at the start (above 0, others were computing too, which "
+        "costs caches and memory bandwidth). Milliseconds are computing time of the process; ratios are medians "
+        "[quartiles] of the rounds. The GPU column: `python -m benchmarks.gpu`.",
+        "",
+        "## Targets",
+        "",
+        *targets(found),
+        f"## The operation alone, {operations['parameters'] / 1e6:.0f} M parameters, {operations['tensors']} tensors, "
+        f"{operations['groups']} groups",
+        "",
+        "The rule at its busiest, all groups but the smallest scaled, `agreement=None`; `max_norm` and the clipping "
+        "rivals always clip. The floor: the bytes that have to be read and written, at the speed of a copy in the same "
+        f"rounds ({operations['copy_gb_per_s']:.1f} GB/s read and written). On the CPU a group with coefficient 1 is "
+        "not written.",
+        "",
+    ]
+    rows = []
+    for name, ratio in operations["ratios"].items():
+        over, peak = operations["over_floor"].get(name), operations["peak_bytes"].get(name)
+        rows.append([name, text(ratio), text(over) if over else "", f"{peak / 1e3:.0f} kB" if peak is not None else ""])
+    lines += table(["", "× `clip_grad_norm_`", "× floor", "peak extra memory"], rows)
+    lines += ["## Scaling", "", "Time of a step against `clip_grad_norm_` on the same tensors.", ""]
+    names = [name for name in operations["ratios"] if name in found["curves"]["tensors"][0]["ratios"] and name != CLIP]
+    for title, points in found["curves"].items():
+        rows = [
+            [f"{p['parameters']:,}", f"{p['tensors']:,}", str(p["groups"]), f"{p['clip_ms'][1]:.3g}"]
+            + [text(p["ratios"][name]) for name in names]
+            for p in points
+        ]
+        lines += [f"### {title}", "", *table(["parameters", "tensors", "groups", "clip, ms", *names], rows)]
+    lines += ["## Whole training step", "", "Against the plain optimizer: forward, backward, balance, update.", ""]
+    full = [step for step in found["steps"] if len(step["ratios"]) > 6]
+    titles = [f"{s['model']}, {s['parameters'] / 1e6:.0f} M" for s in full]
+    rows = [["plain, ms", *(f"{s['plain_ms'][1]:.0f}" for s in full)]]
+    rows += [
+        [name, *(text(s["ratios"][name]) if name in s["ratios"] else "" for s in full)]
+        for name in full[0]["ratios"]
+        if name != "plain"
+    ]
+    lines += table(["AdamW fused", *titles], rows)
+    others = [step for step in found["steps"] if step not in full]
+    shared = [name for name in others[0]["ratios"] if name != "plain"]
+    rows = [
+        [f"{s['model']}, {s['parameters'] / 1e6:.0f} M, {s['optimizer']}", f"{s['plain_ms'][1]:.0f}"]
+        + [text(s["ratios"][name]) for name in shared]
+        for s in others
+    ]
+    lines += table(["", "plain, ms", *shared], rows)
+    lines += profiled(found["profile"])
+    return "\n".join(lines + (sharded(found["fsdp2"]) if found["fsdp2"] else []))
+
+
+def targets(found: dict) -> list[str]:
+    """The table of what is asked for."""
+    largest = max(found["steps"], key=lambda step: step["parameters"])["parameters"]
+    steps = [s for s in found["steps"] if s["parameters"] > 0.5 * largest]
+    rows = []
+    for mode in ("update", "gradient"):
+        middle = sorted(s["ratios"][mode][1] for s in steps)
+        shown = f"{middle[len(middle) // 2]:.2f} (medians of {len(steps)} models and optimizers: {middle[0]:.2f} to "
+        rows.append([f"whole step / plain optimizer, {mode}", "≤ 1.03", f"{shown}{middle[-1]:.2f})", "≤ 1.02"])
+    for title, name, cpu, gpu in OPERATION_TARGETS:
+        rows.append([title, f"≤ {cpu:.2f}", text(found["operations"]["ratios"][name]), f"≤ {gpu:.1f}"])
+    peak = max(found["operations"]["peak_bytes"][name] for _, name, *_ in OPERATION_TARGETS)
+    rows.append(["extra memory", "< 1 MB", f"{peak / 1e6:.2f} MB", "< 1 MB"])
+    rows.append(["host synchronisations, gradient / update mode", "", "", "0 / ≤ 1"])
+    for title, curve in (("10,000 tensors", "tensors"), ("256 groups, 512 tensors", "groups")):
+        ratios = found["curves"][curve][-1]["ratios"]
+        shown = ", ".join(f"{name} {ratios[name][1]:.2f}" for name in ("update", "gradient", "update, defaults"))
+        rows.append([f"host time / `clip_grad_norm_`, {title}", "≤ 1.20", shown, "≤ 1.2"])
+    return table(["", "CPU target", "CPU", "H200 target", "H200"], [[*row, "not run"] for row in rows])
+
+
+def profiled(rows: list[dict]) -> list[str]:
+    """Where the host time of a small step goes."""
+    whole, *operators = rows
+    cells = [[row["operator"], f"{row['calls']:.0f}", f"{row['us']:.0f}"] for row in operators if row["us"] >= 3]
+    return [
+        "## What remains in a step",
+        "",
+        f"Gradient mode, 300 tensors of 1000 entries, 3 groups: {whole['us']:.0f} us a step without the profiler. Its "
+        "operators under the profiler, own time, 3 us or more:",
+        "",
+        *table(["operator", "calls", "us"], cells),
+        "The norms and the scaling of each tensor are what clipping does too; the rest is arithmetic on vectors of "
+        "length N, each operator a few microseconds of dispatch, whatever the size of the model.",
+        "",
+    ]
+
+
+def sharded(found: dict) -> list[str]:
+    """The penalty under FSDP2."""
+    rows = [[name, str(found["collectives"][name]), text(ratio)] for name, ratio in found["ratios"].items()]
+    return [
+        "## FSDP2, two gloo processes",
+        "",
+        f"The optimizer's step, MLP of 10 M parameters, default options; plain AdamW: "
+        f"{found['plain_ms'][1]:.0f} ms of wall time.",
+        "",
+        *table(["", "collectives a step", "× plain step"], rows),
+    ]
+
+
+def plot(found: dict, path: Path) -> None:
+    """The curves of scaling, and the rivals' whole step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    for axis, key in zip(axes, ("parameters", "tensors", "groups"), strict=False):
+        points = found["curves"][key]
+        at = [point[key] for point in points]
+        for name in ("update", "gradient", "gradient + max_norm", "update, defaults"):
+            low, middle, high = zip(*(point["ratios"][name] for point in points), strict=True)
+            axis.plot(at, middle, marker="o", label=name)
+            axis.fill_between(at, low, high, alpha=0.15)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel=key, ylim=(0, None))
+    axes[0].set_ylabel("time / clip_grad_norm_")
+    axes[0].legend(fontsize=8)
+    step = max((s for s in found["steps"] if len(s["ratios"]) > 6), key=lambda s: s["parameters"])
+    names = [name for name in step["ratios"] if name != "plain"]
+    colors = [
+        "tab:orange" if name.startswith(("update", "gradient")) and "-" not in name else "tab:gray" for name in names
+    ]
+    axes[3].barh(names, [step["ratios"][name][1] for name in names], color=colors)
+    axes[3].axvline(1, color="black", linewidth=0.8)
+    axes[3].set(xlabel=f"whole step / plain, {step['model']} {step['parameters'] / 1e6:.0f} M", xscale="log")
+    axes[3].tick_params(axis="y", labelsize=8)
+    axes[3].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,98 @@
+"""The benchmarks of the overhead: what they time does what it says, and the command for GPUs refuses without one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import _rivals, _timing, gpu, overhead
+
+
+def norm_of(groups):
+    return torch.cat([p.grad.flatten() for group in groups.values() for p in group]).norm()
+
+
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+def test_the_step_that_is_timed_acts_every_time(mode):
+    groups = overhead.with_gradients(3, 6, 50, "cpu")
+    step = overhead.penalty(groups, overhead.MODES[f"{mode} + max_norm"])
+    for _ in range(3):
+        for group in groups.values():
+            for p in group:
+                p.grad.fill_(2.0)
+        step()
+        assert norm_of(groups) == pytest.approx(_rivals.MAX_NORM, rel=2e-3)
+
+
+def test_busy_scaling_leaves_the_smallest_group_alone_and_no_other():
+    groups = overhead.with_gradients(3, 3, 50, "cpu")
+    before = [float(p.grad.norm()) for group in groups.values() for p in group]
+    overhead.penalty(groups, overhead.MODES["gradient"])()
+    after = [float(p.grad.norm()) for group in groups.values() for p in group]
+    assert [a < b for a, b in zip(after, before, strict=True)] == [b > min(before) for b in before]
+
+
+@pytest.mark.parametrize("n_groups", [2, 3, 7])
+def test_gradients_are_dealt_to_all_groups(n_groups):
+    groups = overhead.with_gradients(n_groups, 10, 4, "cpu")
+    assert sum(len(group) for group in groups.values()) == 10
+    assert min(len(group) for group in groups.values()) == 10 // n_groups
+
+
+def test_zclip_clips_an_outlier_and_nothing_else():
+    groups = overhead.with_gradients(2, 4, 50, "cpu")
+    parameters = [p for group in groups.values() for p in group]
+    clip = _rivals.ZClip(parameters, warm_up=4)
+    for scale in (1.0, 1.1, 0.9, 1.05):
+        for p in parameters:
+            p.grad.fill_(scale)
+        clip()
+        assert norm_of(groups) == pytest.approx(scale * 200**0.5)
+    for p in parameters:
+        p.grad.fill_(100.0)
+    clip()
+    assert norm_of(groups) < 2 * 200**0.5
+
+
+def test_ogm_ge_damps_the_better_branch_alone():
+    torch.manual_seed(0)
+    groups = overhead.with_gradients(2, 2, 10_000, "cpu")
+    before = {name: group[0].grad.clone() for name, group in groups.items()}
+    _rivals.OGMGE(groups, alpha=1.0)([torch.tensor(3.0), torch.tensor(1.0)])
+    for (name, (p,)), factor in zip(groups.items(), (1 - torch.tanh(torch.tensor(3.0)), 1.0), strict=True):
+        noise = p.grad - factor * before[name]
+        assert float((noise * before[name]).mean()) == pytest.approx(0, abs=0.05)
+        assert float(noise.std()) == pytest.approx(float(before[name].std()), rel=0.05)
+
+
+def test_the_peak_of_memory_is_that_of_what_is_held_at_once():
+    def call():
+        for _ in range(3):
+            torch.empty(1000)
+        return torch.empty(500)
+
+    assert 4000 <= _timing.peak_memory(call, "cpu") < 8000
+
+
+def test_ratios_are_taken_within_a_round():
+    times = {"a": torch.tensor([1.0, 10.0, 100.0]), "b": torch.tensor([2.0, 20.0, 200.0])}
+    assert _timing.ratios(times, "a")["b"] == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_training_for_the_graph_is_repeatable():
+    assert gpu.graph_difference("cpu", gpu.warmed_up) == 0
+
+
+def test_the_steps_of_the_gpu_run_on_the_cpu():
+    assert set(gpu.steps("cpu")) == {*gpu.MODES, "update, AdamW with tensor lr"}
+    assert set(gpu.host_times(2, 4, "cpu", rounds=2)) == {overhead.CLIP, *gpu.MODES, "update, defaults"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_for_gpus_says_in_one_line_that_there_is_none():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "CUDA" in done.stderr
