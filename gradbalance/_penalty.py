@@ -185,7 +185,8 @@ class Penalty:
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
         for optimizer in (self._reader, self._stepper):  # ZeroRedundancyOptimizer copies from one to the other
-            self._take_in(optimizer.param_groups[0])
+            for group in optimizer.param_groups[:1]:
+                self._take_in(group)
         plan = self._current_plan()
         gathered = _norms.gather(plan.buckets, attrgetter("grad"))
         if _norms.world_size(None) > 1 and not any(g.read for g in gathered):
