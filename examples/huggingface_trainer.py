@@ -8,9 +8,9 @@ import tempfile
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
-from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, Recorder
 
 
 class Regression(nn.Module):
@@ -23,6 +23,18 @@ class Regression(nn.Module):
     def forward(self, audio, visual, labels):
         prediction = self.audio(audio) + self.visual(visual)  # [B, 1]
         return {"loss": mse_loss(prediction, labels), "logits": prediction}
+
+
+class RecordBalance(TrainerCallback):
+    """Records the balance of every step and prints it as a table at the end."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.recorder = Recorder(optimizer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.recorder.close()
+        if state.is_world_process_zero:
+            print(self.recorder.summary())
 
 
 def train(folder: str, steps: int, resume: bool = False) -> dict[str, float]:
@@ -38,7 +50,9 @@ def train(folder: str, steps: int, resume: bool = False) -> dict[str, float]:
         output_dir=folder, max_steps=steps, save_steps=max(1, steps // 2), max_grad_norm=1.0, report_to=[]
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1, num_training_steps=steps)
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+    trainer = Trainer(
+        model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[RecordBalance()]
+    )
     trainer.train(resume_from_checkpoint=resume)
     return optimizer.coefficients()
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, Recorder
 
 
 class Regression(lightning.LightningModule):
@@ -34,6 +34,18 @@ class Regression(lightning.LightningModule):
         self.log_dict({f"coefficient/{name}": c for name, c in self.optimizers().coefficients().items()})
 
 
+class RecordBalance(lightning.Callback):
+    """Records the balance of every step and prints it as a table at the end."""
+
+    def on_train_start(self, trainer, module):
+        self.recorder = Recorder(trainer.optimizers[0])
+
+    def on_train_end(self, trainer, module):
+        self.recorder.close()
+        if trainer.is_global_zero:
+            print(self.recorder.summary())
+
+
 def main(steps: int = 100) -> dict[str, float]:
     """Train; the coefficients of the last step."""
     torch.manual_seed(0)
@@ -42,6 +54,7 @@ def main(steps: int = 100) -> dict[str, float]:
     module = Regression()
     trainer = lightning.Trainer(
         max_steps=steps,
+        callbacks=[RecordBalance()],
         gradient_clip_val=1.0,
         accumulate_grad_batches=2,
         logger=False,
