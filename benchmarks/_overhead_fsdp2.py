@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks._rivals import MAX_NORM, Branches
+from benchmarks._overhead_rivals import MAX_NORM, Branches
 from benchmarks._timing import interleaved, quartiles, ratios
 from gradbalance import attach
 

@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 
 from benchmarks import moments, overhead
-from benchmarks._rivals import Branches, clipping
+from benchmarks._overhead_rivals import Branches, clipping
 from benchmarks._timing import Call, environment, interleaved, launches, ratios
 from gradbalance import attach
 

@@ -6,17 +6,13 @@ the ratios of all rounds and their quartiles.
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks._timing import environment, interleaved, launches, peak_memory, quartiles
 from gradbalance._moments import moments
 from gradbalance._statistical import statistical_loss
 
@@ -111,55 +107,6 @@ def runs(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], object]
     return forward, both
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = perf_counter()
-        call()
-        return perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Tensor]:
-    """Seconds of every round of every call, one after the other in each round."""
-    for call in list(calls.values()) * 3:
-        call()
-    times = [[seconds(call, device) for call in calls.values()] for _ in range(rounds)]
-    return dict(zip(calls, torch.tensor(times).T, strict=True))
-
-
-def quartiles(values: Tensor) -> list[float]:
-    return torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-
-
-def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Most bytes allocated at once during the call, beyond those held before it."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        call()
-    held = peak = 0
-    events = (event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def launches(call: Callable[[], object]) -> int:
-    """Kernels on the GPU."""
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        call()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
-
-
 def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds: int) -> dict:
     """Times, memory and (on a GPU) kernel launches of every case at one size."""
     chosen = {name: runs(*case) for name, case in cases(shape, device, dtype).items()}
@@ -219,12 +166,8 @@ def measure(device: str = "cpu", rounds: int = 30) -> dict:
     sizes = [(shape, torch.float32) for shape in SIZES]
     if device != "cpu":
         sizes += [(shape, torch.bfloat16) for shape in CUDA_SIZES]
-    hardware = f"{platform.machine()}, 1 thread" if device == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "load": os.getloadavg()[0],
+        **environment(device),
         "rounds": rounds,
         "sizes": {" x ".join(map(str, shape)): measure_size(shape, device, dtype, rounds) for shape, dtype in sizes},
         "accuracy": accuracy(device),

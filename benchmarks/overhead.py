@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._overhead_fsdp2 import measure_fsdp2
 from benchmarks._overhead_report import plot, report
-from benchmarks._rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
+from benchmarks._overhead_rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
 from benchmarks._timing import Call, environment, interleaved, peak_memory, quartiles, ratios, seconds
 from gradbalance import attach
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import _rivals, _timing, gpu, overhead
+from benchmarks import _overhead_rivals, _timing, gpu, overhead
 
 
 def norm_of(groups):
@@ -22,7 +22,7 @@ def test_the_step_that_is_timed_acts_every_time(mode):
             for p in group:
                 p.grad.fill_(2.0)
         step()
-        assert norm_of(groups) == pytest.approx(_rivals.MAX_NORM, rel=2e-3)
+        assert norm_of(groups) == pytest.approx(_overhead_rivals.MAX_NORM, rel=2e-3)
 
 
 def test_busy_scaling_leaves_the_smallest_group_alone_and_no_other():
@@ -43,7 +43,7 @@ def test_gradients_are_dealt_to_all_groups(n_groups):
 def test_zclip_clips_an_outlier_and_nothing_else():
     groups = overhead.with_gradients(2, 4, 50, "cpu")
     parameters = [p for group in groups.values() for p in group]
-    clip = _rivals.ZClip(parameters, warm_up=4)
+    clip = _overhead_rivals.ZClip(parameters, warm_up=4)
     for scale in (1.0, 1.1, 0.9, 1.05):
         for p in parameters:
             p.grad.fill_(scale)
@@ -59,7 +59,7 @@ def test_ogm_ge_damps_the_better_branch_alone():
     torch.manual_seed(0)
     groups = overhead.with_gradients(2, 2, 10_000, "cpu")
     before = {name: group[0].grad.clone() for name, group in groups.items()}
-    _rivals.OGMGE(groups, alpha=1.0)([torch.tensor(3.0), torch.tensor(1.0)])
+    _overhead_rivals.OGMGE(groups, alpha=1.0)([torch.tensor(3.0), torch.tensor(1.0)])
     for (name, (p,)), factor in zip(groups.items(), (1 - torch.tanh(torch.tensor(3.0)), 1.0), strict=True):
         noise = p.grad - factor * before[name]
         assert float((noise * before[name]).mean()) == pytest.approx(0, abs=0.05)
