@@ -30,6 +30,7 @@ class Output(NamedTuple):
     latents: dict[str, Latent]
     reconstructions: dict[str, Tensor]  # each [B, T, D]
     statistics: dict[str, tuple[Tensor, Tensor] | Tensor]  # what is compared with the inputs, each [B, T, D]
+    pooled: dict[str, Tensor]  # output of each encoder, mean over its steps, each [B, Z] or [B, W]
 
 
 class Draw:
@@ -184,6 +185,7 @@ class Model(nn.Module):
             latents,
             {name: decoder(zs[name]) for name, decoder in self.decoders.items()},
             {name: self.statistic(name, latents[name]) for name in self.statistics},
+            pooled,
         )
 
     def statistic(self, name: str, latent: Latent) -> tuple[Tensor, Tensor] | Tensor:

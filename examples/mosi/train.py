@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from examples.mosi.config import Config
 from examples.mosi.data import Dataset
 from examples.mosi.metrics import metrics
 from examples.mosi.model import Adapter, Draw, Model, Transformer, losses
+from examples.mosi.probe import probes
 from examples.mosi.text import prepare, transformer
 from gradbalance import PAPER, ConflictAwarePenalty, Recorder
 
@@ -24,7 +26,13 @@ WATCH = {"eta": 1.0, "alpha": 0.0}  # the plain optimizer, bit for bit, with the
 
 
 def train(
-    config: Config, dataset: Dataset | None = None, *, out: Path | None = None, resume: bool = False, bars: bool = False
+    config: Config,
+    dataset: Dataset | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    bars: bool = False,
+    probe: bool = False,
 ) -> dict[str, Any]:
     """Trains, and returns the test metrics of the epoch with the best validation MAE.
 
@@ -34,6 +42,7 @@ def train(
         out: The run folder; without it nothing is written.
         resume: Go on from the checkpoint in `out`: the result is bitwise that of the uninterrupted run.
         bars: Show progress.
+        probe: Also return how well each encoder's frozen output predicts the label, as ``probes``.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(config.device)
@@ -95,6 +104,8 @@ def train(
     test |= {"data": corpus.source, "banner": corpus.banner, "best_epoch": state["best_epoch"]}
     if writes:
         run.finish(out, test, corpus, index, prediction, state["history"])
+    if probe:
+        test["probes"] = probes(model, dataset, names)
     return test | {"history": state["history"]}
 
 
@@ -131,7 +142,15 @@ def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Confi
     for name, value in line["train"].items():
         if not math.isfinite(value):
             raise FloatingPointError(f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight.")
-    return line | ({"balance": recorder.summary()._asdict()} if watched else {})
+    return line | ({"balance": recorder.summary()._asdict() | {"histogram": histogram(recorder)}} if watched else {})
+
+
+def histogram(recorder: Recorder) -> dict[str, list[int]]:
+    """How many of the steps each group's coefficient was in each tenth of [0, 1]."""
+    steps = recorder.to_dict()["coefficients"].T
+    return {
+        name: np.histogram(values, 10, (0, 1))[0].tolist() for name, values in zip(recorder.names, steps, strict=True)
+    }
 
 
 @torch.inference_mode()
