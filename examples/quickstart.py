@@ -1,6 +1,6 @@
 """Two modalities, one of which starves the other: train plainly, then balanced.
 
-Run ``python examples/quickstart.py``: it prints two tables and saves quickstart.png, in a few seconds.
+Run ``python examples/quickstart.py``: it prints two tables and saves quickstart.png, in half a minute.
 """
 
 import torch
