@@ -22,9 +22,10 @@ class Sketch:
         for group in members:
             quota, size = ENTRIES // len(members), sum(lengths)
             chosen = _chosen(group, quota // TENSORS)
-            for i, p in enumerate(chosen):
-                shape, slices, grid = _thinned(p, quota // (len(chosen) - i))
-                quota -= prod(shape)
+            total = sum(p.numel() for p in chosen)
+            for p in chosen:  # in equal parts of all: small tensors kept whole would outweigh the others
+                shape, slices, grid = _thinned(p, quota * p.numel() // max(total, 1))
+                quota, total = quota - prod(shape), total - p.numel()
                 mesh: Any = getattr(p, "device_mesh", None)
                 copies = prod(mesh.size(i) for i, at in enumerate(getattr(p, "placements", ())) if at.is_replicate())
                 self._picks.setdefault(mesh, []).append((p, slices, copies))
@@ -70,8 +71,9 @@ def _chosen(group: Sequence[Tensor], enough: int) -> list[Tensor]:
 def _thinned(p: Any, entries: int) -> tuple[list[int], tuple[slice, ...], tuple[slice, ...]]:
     """A regular grid of about ``entries`` positions in ``p``: its shape, this rank's part of ``p`` and of the grid."""
     strides, shape = [1] * p.dim(), list(p.shape)
-    for d in sorted(range(p.dim()), key=lambda d: -p.shape[d]):
-        strides[d] = max(1, min(p.shape[d], ceil(prod(shape) / max(entries, 1))))
+    # All axes alike: whole rows would be few, and differ more from each other than the entries of one.
+    for axes, d in zip(range(p.dim(), 0, -1), sorted(range(p.dim()), key=lambda d: p.shape[d]), strict=True):
+        strides[d] = max(1, min(p.shape[d], ceil((prod(shape) / max(entries, 1)) ** (1 / axes))))
         shape[d] = ceil(p.shape[d] / strides[d])
     sizes, offsets = tuple(p.shape), (0,) * p.dim()
     if getattr(p, "device_mesh", None) is not None:

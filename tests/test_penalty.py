@@ -12,7 +12,7 @@ from torch import nn
 from gradbalance import PAPER, ConflictAwarePenalty, attach
 from gradbalance._norms import CPU_PART
 from gradbalance._settings import Settings
-from gradbalance._sketch import ENTRIES
+from gradbalance._sketch import ENTRIES, _thinned
 from tests.reference import ReferenceRule
 
 PLAIN_RULE = {"threshold": 1.0, "smoothing": 0.0, "agreement": None}
@@ -491,6 +491,25 @@ def test_the_sketch_of_a_large_group_is_small_and_close_to_its_gradient():
         penalty._stepper.step()
     assert penalty.balance.agreements.tolist() == pytest.approx([0.5, 0.5], abs=0.03)
     assert len(penalty._memory._sketch) <= ENTRIES
+
+
+def test_small_tensors_count_in_the_sketch_by_their_size_alone():
+    generator = torch.Generator().manual_seed(0)
+    biases = [nn.Parameter(torch.zeros(2000)) for _ in range(7)]
+    groups = {"one": [nn.Parameter(torch.zeros(1000, 1000)), *biases], "two": [nn.Parameter(torch.zeros(3))]}
+    parameters = [*groups["one"], *groups["two"]]
+    penalty = attach(torch.optim.SGD(parameters, lr=0.0), groups, smoothing=0.0)
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        parameters[0].grad = torch.randn(1000, 1000, generator=generator)
+        penalty._stepper.step()
+    assert penalty.balance.agreements.tolist() == pytest.approx([0.014, 1.0], abs=0.03)
+
+
+def test_the_sketch_takes_as_many_rows_of_a_matrix_as_columns():
+    assert _thinned(torch.zeros(1024, 1024), 1 << 14)[0] == [128, 128]
+    assert _thinned(torch.zeros(1024, 4), 1 << 10)[0] == [512, 2]
 
 
 def test_a_step_that_does_not_count_leaves_the_sketch(model):
