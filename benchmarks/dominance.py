@@ -42,16 +42,17 @@ COSTLY = ("GradNorm", "UPGrad", "OGM", "clip all", "own heads", "PCGrad", "IMTL-
 MODES = ("none", "default", "default, gradient", "norms only", "norms only, gradient")
 
 # What is run, most important first: testbeds, rules, and the optimizer where it is not the testbed's.
-EASY = ("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0", "B", "YB", "POM", "S1", "A1")
+MAIN = ("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0", "B", "YB", "POM")
 PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
-    (EASY, FEW, None),
+    (MAIN, FEW, None),
     (("S2", "C1"), RIVALS, None),
+    (("S1", "A1"), FEW, None),
     (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.65",), None),
     (("S2", "C1"), MODES, "Adam"),
     (("S2", "C1"), MODES, "SGD"),
     (("S2", "C1"), COSTLY, None),
     (("S2", "C1"), MODES, "AdamW"),
-    (EASY, RIVALS, None),
+    ((*MAIN, "S1", "A1"), RIVALS, None),
     (("Y6",), FEW, None),
     (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.8", "agreement 1"), None),
     (("S2", "C1"), MODES, "Muon"),
