@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tensors of the tests are small: a second thread would only wait, and for long on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,5 +12,4 @@ from hypothesis import HealthCheck, settings
 # torch's first call of a kind takes hundreds of milliseconds: a deadline would only measure that.
 settings.register_profile("torch", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("torch")
-# The tensors of the tests are small: a second thread would only wait, and for long on a busy machine.
 torch.set_num_threads(1)
