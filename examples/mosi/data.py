@@ -146,12 +146,19 @@ def standardise(rows: Tensor, used: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def load(data: str = "auto", split: str = "standard") -> Corpus:
-    """The corpus at `data` (a folder, a file, ``simulated``, or ``auto``) with the ``standard`` or ``poria`` split."""
+    """The corpus at `data` (a folder, a file, ``simulated``, or ``auto``), ``standard`` or ``poria`` split."""
     from examples.mosi.files import read, utterance_file
+    from examples.mosi.published import read as read_pickle
     from examples.mosi.simulated import simulate
 
     if split not in ("standard", "poria"):
         raise ValueError(f'`split` must be "standard" or "poria". Got {split!r}. Choose one of them.')
+    if Path(data).suffix == ".pkl":
+        if split != "standard":
+            raise ValueError(
+                f'`split` must be "standard" with a pickle, which has its own. Got {split!r}. Leave it out.'
+            )
+        return read_pickle(Path(data))
     if data not in ("auto", "simulated"):
         return read(Path(data), split)
     if data == "auto":
