@@ -46,7 +46,7 @@ MAIN = ("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0", "B", "YB", "POM")
 PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
     (MAIN, FEW, None),
     (("S2", "C1"), RIVALS, None),
-    (("S1", "A1"), FEW, None),
+    (("Y3L", "S1", "A1"), FEW, None),
     (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.65",), None),
     (("S2", "C1"), MODES, "Adam"),
     (("S2", "C1"), MODES, "SGD"),

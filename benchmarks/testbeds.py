@@ -54,7 +54,7 @@ class Bed:
     @property
     def starved(self) -> bool:
         """Whether a branch that could add much is starved by a worse one: meant so, the headroom is measured."""
-        return self.name in ("S1", "S2", "S3", "V2", "Y3", "Y6")
+        return self.name in ("S1", "S2", "S3", "V2", "Y3", "Y3L", "Y6")
 
     def alone(self, branch: Branch) -> "Bed":
         """The same data with one branch."""
@@ -225,40 +225,25 @@ def _several(branch: Branch, count: int) -> tuple[Branch, ...]:
     return tuple(replace(branch, name=f"{branch.name}{i}") for i in range(count))
 
 
+_EQUAL, _SHARED = _several(_EVEN, 3), partial(gaussians, redundancy=0.5)
+_Y3 = Bed(
+    "Y3", "synthetic: a fast, noisy branch, two slow", (_FAST, *_several(_SLOW, 2)), gaussians, epochs=30, width=64
+)
+
 _BEDS = [
     Bed("S1", "noisy audio starves a deep, faint visual branch", (_AUDIO, _DEEP), digits, size=2000, epochs=30),
     Bed("S2", "the same with half the data", (_AUDIO, _VISUAL), digits),
     Bed("S3", "S2 with three times the audio features", (_AUDIO, _VISUAL), partial(digits, frames=12)),
     Bed("V2", "noisy visual starves deep, faint audio", (_SHALLOW, Branch("audio", 4, 0.5, 0.25)), digits),
-    Bed(
-        "Y3",
-        "synthetic: a fast, noisy branch and two slow ones",
-        (_FAST, *_several(_SLOW, 2)),
-        gaussians,
-        epochs=30,
-        width=64,
-    ),
-    Bed(
-        "Y6",
-        "synthetic: a fast, noisy branch and five slow ones",
-        (_FAST, *_several(_SLOW, 5)),
-        gaussians,
-        epochs=30,
-        width=64,
-    ),
+    _Y3,
+    replace(_Y3, name="Y3L", about="Y3 for three times the steps", epochs=90),
+    replace(_Y3, name="Y6", about="a fast, noisy branch and five slow ones", branches=(_FAST, *_several(_SLOW, 5))),
     Bed("C1", "S2 with clean audio: what dominates is better", (_CLEAN, _VISUAL), digits),
     Bed("C2", "C1 with a noisier visual branch", (_CLEAN, replace(_VISUAL, noise=1.5)), digits),
     Bed("C0", "C1 with a visual branch of noise alone", (_CLEAN, Branch("visual", 4, 20.0, 0.05)), digits),
     Bed("VC", "clean visual over noisy, deep audio", (Branch("visual", 2, 0.0), Branch("audio", 4, 1.5, 0.5)), digits),
     Bed("B", "mild noise, two layers each", (Branch("audio", 2, 0.3), Branch("visual", 2, 0.3)), digits, 2000, 30),
-    Bed(
-        "YB",
-        "synthetic: three equal branches, noise half shared",
-        _several(_EVEN, 3),
-        partial(gaussians, redundancy=0.5),
-        epochs=30,
-        width=64,
-    ),
+    replace(_Y3, name="YB", about="three equal branches, noise half shared", branches=_EQUAL, parts=_SHARED),
     Bed("A1", "S1 under Adam", (_AUDIO, _DEEP), digits, size=2000, epochs=30, optimizer="Adam"),
     Bed("POM", "real audio and video, 17 ratings", (Branch("audio", 2, 0.0), Branch("video", 2, 0.0)), pom, epochs=20),
 ]
