@@ -1,8 +1,8 @@
 """Does balancing help? ``python -m benchmarks.dominance`` trains what is missing and writes ``results/dominance.*``.
 
 Every run is one line of ``dominance.jsonl``, written when it ends; stop it at any time and start it again. The learning
-rate of a testbed and optimizer is the best of three without balancing, on validation, and all rules share it; a rule
-with a knob has three tries more. Rules were designed on other seeds than these.
+rate of a testbed and optimizer is the best of three without balancing, on validation, and all rules share it but those
+with a rate of their own; a rule with a knob has three tries more. Rules were designed on other seeds than these.
 """
 
 import argparse
@@ -46,7 +46,9 @@ MAIN = ("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0", "B", "YB", "POM")
 PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
     (MAIN, FEW, None),
     (("S2", "C1"), RIVALS, None),
-    (("Y3L", "S1", "A1"), FEW, None),
+    (("Y3L",), FEW, None),
+    (("S2", "S3", "V2", "Y3", "C1", "C2", "VC"), ("default, own rate",), None),
+    (("S1", "A1"), FEW, None),
     (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.65",), None),
     (("S2", "C1"), MODES, "Adam"),
     (("S2", "C1"), MODES, "SGD"),
@@ -56,6 +58,7 @@ PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
     (("Y6",), FEW, None),
     (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.8", "agreement 1"), None),
     (("S2", "C1"), MODES, "Muon"),
+    (("S2", "S3", "V2", "Y3", "C1", "C2", "VC"), ("norms only, own rate",), None),
 ]
 
 
@@ -157,8 +160,12 @@ def measure(
     rates = {bed: [Run(bed, "none", o, lr, None, TUNING) for lr in RATES[o]] for bed, o in optimizers.items()}
     results.complete(chain.from_iterable(rates.values()), carry_out)
     best = {bed: results.best(tries) for bed, tries in rates.items()}
+
+    def starts(bed: str, rule: str) -> list[Run]:
+        return rates[bed] if RULES[rule].own_rate else [best[bed]]
+
     knobs = {
-        (bed, rule): [best[bed]._replace(rule=rule, knob=k) for k in RULES[rule].knobs]
+        (bed, rule): [run._replace(rule=rule, knob=k) for run in starts(bed, rule) for k in RULES[rule].knobs]
         for bed in beds
         for rule in rules
     }

@@ -113,7 +113,7 @@ def headroom_rows(m: Measured) -> list[list[Any]]:
             continue
         joint = [np.mean([found["probes"][i] for found in base.values()]) for i in range(len(bed.branches))]
         cells = [
-            f"{branch.name} {100 * (score + h.mean / 100):.1f} / {100 * score:.1f} ({h})"
+            f"{branch.name} {100 * (score + h.mean / 100):.1f} / {100 * score:.1f} ({h.mean:+.1f} ± {h.half:.1f})"
             for branch, score, h in zip(bed.branches, joint, m.headroom(name), strict=True)
             if h
         ]

@@ -16,10 +16,11 @@ Step = Callable[[list[Tensor], Tensor], None]
 
 @dataclass(frozen=True)
 class Rule:
-    """``step(model, optimizer, knob)`` and the values of its knob that are tried on validation."""
+    """``step(model, optimizer, knob)``, the values of its knob, and whether it has a learning rate of its own."""
 
     step: Callable[[Model, Optimizer, Any], Step]
     knobs: tuple[Any, ...] = (None,)
+    own_rate: bool = False
 
 
 def descent(
@@ -179,7 +180,7 @@ def ours(observe: bool = False, **options: Any) -> Callable[[Model, Optimizer, A
 _ALPHAS = (0.1, 0.3, 1.0)
 _NORMS = (0.1, 0.3, 1.0)
 
-#: Every rule has three tries on validation at most, ours none. The learning rate is that best without balancing.
+#: Every rule has three tries on validation at most. The learning rate is that best without balancing, or its own.
 RULES = {
     "none": Rule(plain),
     "default": Rule(ours()),
@@ -196,6 +197,8 @@ RULES = {
     "own heads": Rule(own_heads, (0.3, 1.0, 3.0)),
     "PCGrad": Rule(jacobian_descent("PCGrad")),
     "IMTL-G": Rule(jacobian_descent("IMTLG")),
+    "default, own rate": Rule(ours(), own_rate=True),
+    "norms only, own rate": Rule(ours(agreement=None), own_rate=True),
     "agreement 0.65": Rule(ours(agreement=0.65)),
     "agreement 0.8": Rule(ours(agreement=0.8)),
     "agreement 1": Rule(ours(agreement=1.0)),

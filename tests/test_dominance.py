@@ -188,6 +188,18 @@ def test_the_learning_rate_and_the_knob_are_those_best_on_validation(monkeypatch
     assert alone == {(f"alone: {b}", 0.04, seed) for b in "ab" for seed in dominance.ALONE}
 
 
+def test_a_rule_with_a_rate_of_its_own_takes_the_best_one_for_itself(monkeypatch, tmp_path):
+    def fake(run):
+        best = 0.01 if run.rule == "default, own rate" else 0.04
+        return run._asdict() | {"valid": float(run.lr == best)}
+
+    monkeypatch.setattr(dominance, "train", fake)
+    results = Results(tmp_path / "runs.jsonl")
+    dominance.measure(results, ["tiny"], ["default", "default, own rate"], None)
+    rates = {(run.rule, run.lr) for run in results if run.seed in dominance.SEEDS}
+    assert rates == {("default", 0.04), ("default, own rate", 0.01)}
+
+
 def test_the_interval_is_students():
     found = dominance_report.interval([0.01, 0.02, 0.03])
     assert found == pytest.approx((2.0, 4.302653 / 3**0.5, 3))
