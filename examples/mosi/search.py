@@ -8,7 +8,7 @@ from typing import Any
 from examples.mosi.data import atomic
 from examples.mosi.rows import Row, config
 
-STUDY = {"epochs": 10, "lr": 2e-3}  # the schedule of the study: shorter and steeper than that of a single run
+SEARCH = {"epochs": 10}
 MODELS = {"baseline": "A0", "full": "A6"}
 
 
@@ -20,11 +20,11 @@ def search(rows: dict[str, Row], train: Callable[..., dict], path: Path, trials:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    record: dict[str, Any] = {"best": {}, "trials": {}}
+    record: dict[str, Any] = {"schedule": SEARCH, "best": {}, "trials": {}}
     for model, row in MODELS.items():
 
         def objective(trial: optuna.Trial, row: Row = rows[row]) -> float:
-            own = config(row, {row.tuned: suggest(trial)}, **STUDY, **common)
+            own = config(row, {row.tuned: suggest(trial)}, **SEARCH, **common)
             value = min(line["valid"]["mae"] for line in train(own)["history"])
             print(f"{row.title}: validation MAE {value:.3f} with {trial.params}", flush=True)
             return value
