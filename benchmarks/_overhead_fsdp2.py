@@ -51,7 +51,7 @@ def _work(rank: int, folder: str, rounds: int, sender: Any) -> None:
 
     def step(optimizer: torch.optim.Optimizer, clip: bool = False) -> None:
         first = next(model.parameters())
-        first.grad = first.grad.detach()
+        first.grad = first.grad.detach()  # else a second step with the same gradients would do nothing
         if clip:
             clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()

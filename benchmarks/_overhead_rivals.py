@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-# Always active, and never so strong that repeated clipping of the same gradients would make them denormal.
+# Small enough that clipping always acts.
 MAX_NORM = 1e-3
 Groups = dict[str, list[nn.Parameter]]
 Losses = Callable[[], list[Tensor]]
@@ -115,7 +115,7 @@ class Branches(nn.Module):
         make, width, depth = (mlp, *WIDTHS[kind, size]) if kind == "MLP" else (transformer, *WIDTHS[kind, size])
         self.encoders = nn.ModuleDict({name: make(width, depth) for name in ("text", "audio", "visual")})
         self.head = nn.Linear(width, 1)
-        self.inputs = torch.randn(3, 8, width) if kind == "MLP" else torch.randn(3, 1, 16, width)
+        self.inputs = torch.randn(3, 64, width) if kind == "MLP" else torch.randn(3, 8, 16, width)
         self.targets = torch.randn(self.inputs.shape[1:-1])
 
     def forward(self) -> Tensor:

@@ -40,12 +40,21 @@ def seconds(call: Call, device: str, clock: Callable[[], float] = process_time) 
 
 
 def interleaved(
-    calls: dict[str, Call], rounds: int, device: str, warm_up: int = 3, clock: Callable[[], float] = process_time
+    calls: dict[str, Call],
+    rounds: int,
+    device: str,
+    *,
+    warm_up: int = 3,
+    clock: Callable[[], float] = process_time,
+    prepare: Call = lambda: None,
 ) -> dict[str, Tensor]:
-    """Seconds of every round of every call, one after the other in each round."""
-    for call in list(calls.values()) * warm_up:
-        call()
-    times = [[seconds(call, device, clock) for call in calls.values()] for _ in range(rounds)]
+    """Seconds of every round of every call, one after the other in each round; ``prepare`` comes before each."""
+
+    def timed(call: Call) -> float:
+        prepare()
+        return seconds(call, device, clock)
+
+    times = [[timed(call) for call in calls.values()] for _ in range(warm_up + rounds)][warm_up:]
     return dict(zip(calls, torch.tensor(times, dtype=torch.float64).T, strict=True))
 
 

@@ -35,25 +35,17 @@ def synchronisations(call: Call) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def steps(device: str) -> dict[str, Call]:
-    """Steps of the penalty by mode, set up; with the learning rate as float and as tensor in update mode."""
-    found = {}
-    for name in MODES:
-        found[name] = overhead.penalty(overhead.with_gradients(3, 300, 1000, device), overhead.MODES[name])
+def steps(device: str) -> tuple[dict[str, Call], Call]:
+    """Steps of the penalty by mode, set up, and what has to come before each of them."""
     groups = overhead.with_gradients(3, 300, 1000, device)
-    parameters = [p for group in groups.values() for p in group]
-    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(1e-5, device=device), capturable=device != "cpu")
+    found = {name: overhead.penalty(groups, overhead.MODES[name]) for name in MODES}
+    lr = torch.tensor(1e-5, device=device)
+    optimizer = torch.optim.AdamW([p for group in groups.values() for p in group], lr=lr, capturable=device != "cpu")
     attach(optimizer, groups, **overhead.MODES["update"])
-
-    def step() -> None:
-        parameters[0].grad = parameters[0].grad.detach()
-        optimizer.step()
-
-    found["update, AdamW with tensor lr"] = step
-    for call in found.values():
-        for _ in range(3):
-            call()
-    return found
+    found["update, AdamW with tensor lr"] = optimizer.step
+    renew = overhead.renewal(groups)
+    interleaved(found, 1, device, prepare=renew)
+    return found, renew
 
 
 def host_times(n_groups: int, n_tensors: int, device: str, rounds: int = 30) -> dict[str, list[float]]:
@@ -68,7 +60,7 @@ def host_times(n_groups: int, n_tensors: int, device: str, rounds: int = 30) -> 
             torch.cuda.synchronize()  # after the time is taken, so that every call starts with an empty queue
         return now
 
-    return ratios(interleaved(calls, rounds, "cpu", clock=clock), overhead.CLIP)
+    return ratios(interleaved(calls, rounds, "cpu", clock=clock, prepare=overhead.renewal(groups)), overhead.CLIP)
 
 
 def trained(device: str, run: Callable[[Call], Call], n_steps: int = 4) -> list[torch.Tensor]:
@@ -116,15 +108,23 @@ def graph_difference(device: str, run: Callable[[Call], Call] = captured) -> flo
 
 def measure(device: str = "cuda") -> dict:
     """Everything, ready for JSON."""
-    calls = steps(device)
+    calls, renew = steps(device)
+
+    def each(count: Callable[[Call], int]) -> dict[str, int]:
+        found = {}
+        for name, call in calls.items():
+            renew()
+            found[name] = count(call)
+        return found
+
     return {
         "environment": environment(device),
-        "host_synchronisations": {name: synchronisations(call) for name, call in calls.items()},
-        "launches": {name: launches(call) for name, call in calls.items()},
+        "host_synchronisations": each(synchronisations),
+        "launches": each(launches),
         "host_time": {"10,000 tensors": host_times(2, 10_000, device), "256 groups": host_times(256, 512, device)},
         "graph_difference": graph_difference(device),
         "moments": moments.measure(device),
-        "overhead": overhead.measure(device),
+        "overhead": overhead.measure(device, overhead.PARTS[:-1]),
     }
 
 

@@ -6,7 +6,7 @@ the ratios of all rounds and their quartiles.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks._overhead_fsdp2 import measure_fsdp2
 from benchmarks._overhead_report import plot, report
 from benchmarks._overhead_rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
-from benchmarks._timing import Call, environment, interleaved, peak_memory, quartiles, ratios, seconds
+from benchmarks._timing import Call, environment, interleaved, peak_memory, quartiles, ratios
 from gradbalance import attach
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = "clip_grad_norm_"
+IN_PLACE = "negation in place"
 # The rule at its busiest: every group but the smallest is scaled, by factors near 1 so that the same gradients can be
 # scaled a thousand times.
 BUSY: dict[str, Any] = {"threshold": 1.0, "eta": 0.999, "smoothing": 0.0, "agreement": None}
@@ -56,25 +57,31 @@ def penalty(groups: Groups, options: dict[str, Any]) -> Call:
     """One step of the penalty on an optimizer that does nothing else."""
     optimizer = NoStep([p for group in groups.values() for p in group])
     attach(optimizer, groups, **options)
-    first = optimizer.param_groups[0]["params"][0]
+    return optimizer.step
 
-    def step() -> None:
-        first.grad = first.grad.detach()  # else a second step with the same gradients would do nothing
-        optimizer.step()
 
-    return step
+def renewal(groups: Groups) -> Call:
+    """What makes gradients that were clipped already count as new ones that have to be clipped."""
+    first = next(iter(groups.values()))[0]
+
+    def renew() -> None:
+        # A little above the limit: clipping it away hundreds of times must not make the others denormal.
+        first.grad = first.grad.detach()
+        first.grad.flatten()[:1].fill_(1.01 * MAX_NORM)
+
+    return renew
 
 
 def measure_operations(n_groups: int, n_tensors: int, numel: int, device: str, rounds: int, rivals: bool) -> dict:
-    """The penalty alone beside clipping, and beside what the bytes take at the speed of a copy in the same rounds."""
+    """The penalty alone beside clipping, and beside the time in which the same bytes can be read and written."""
     groups = with_gradients(n_groups, n_tensors, numel, device)
     others = clipping(groups)
     calls = {CLIP: others[CLIP], **{name: penalty(groups, options) for name, options in MODES.items()}}
     calls |= others if rivals else {}
     source = torch.randn(n_tensors * numel, device=device) if rivals else torch.empty(0)
-    target = torch.empty_like(source)
-    calls |= {"copy": lambda: target.copy_(source)} if rivals else {}
-    times = interleaved(calls, rounds, device)
+    calls |= {"copy": partial(torch.empty_like(source).copy_, source), IN_PLACE: source.neg_} if rivals else {}
+    renew = renewal(groups)
+    times = interleaved(calls, rounds, device, prepare=renew)
     found: dict = {
         "parameters": n_tensors * numel,
         "tensors": n_tensors,
@@ -83,12 +90,16 @@ def measure_operations(n_groups: int, n_tensors: int, numel: int, device: str, r
         "ratios": ratios(times, CLIP),
     }
     if rivals:
-        # A copy reads and writes every byte once: so does scaling, and norms read it.
+        # In place every byte is read and written once: so it is in scaling, and norms only read it.
         scaled = (n_groups - 1) / n_groups if device == "cpu" else 1.0
-        floors = {"update": 0.5, "gradient": 0.5 + scaled, "update + max_norm": 1.5, "gradient + max_norm": 1.5}
-        found["copy_gb_per_s"] = float(2 * 4 * n_tensors * numel / times["copy"].median() / 1e9)
-        found["over_floor"] = {name: quartiles(times[name] / times["copy"] / f) for name, f in floors.items()}
-        found["peak_bytes"] = {name: peak_memory(calls[name], device) for name in (CLIP, *MODES)}
+        floors = {CLIP: 1.5, "update": 0.5, "gradient": 0.5 + scaled}
+        floors |= {"update + max_norm": 1.5, "gradient + max_norm": 1.5}
+        found["gb_per_s"] = {name: 8e-9 * len(source) / float(times[name].median()) for name in ("copy", IN_PLACE)}
+        found["over_floor"] = {name: quartiles(times[name] / times[IN_PLACE] / f) for name, f in floors.items()}
+        found["peak_bytes"] = {}
+        for name in (CLIP, *MODES):
+            renew()
+            found["peak_bytes"][name] = peak_memory(calls[name], device)
     return found
 
 
@@ -136,20 +147,24 @@ def measure_step(kind: str, size: int, optimizer: str, device: str, rounds: int,
     }
 
 
-def measure_profile(device: str) -> list[dict]:
+def measure_profile(device: str, steps: int = 100) -> list[dict]:
     """The operators of one step of the penalty in gradient mode on 300 small tensors, by the host time they take."""
-    step = penalty(with_gradients(3, 300, 1000, device), MODES["gradient"])
-    for _ in range(5):
-        step()
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        for _ in range(20):
+    groups = with_gradients(3, 300, 1000, device)
+    step, renew = penalty(groups, MODES["gradient"]), renewal(groups)
+    whole = interleaved({"step": step}, steps, "cpu", prepare=renew)["step"].median()
+    durations: dict[str, list[float]] = {}
+    for _ in range(steps):
+        renew()
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
             step()
+        for event in trace.events():
+            durations.setdefault(event.name.removeprefix("aten::"), []).append(event.self_cpu_time_total)
     rows = [
-        {"operator": e.key.removeprefix("aten::"), "calls": e.count / 20, "us": e.self_cpu_time_total / 20}
-        for e in trace.key_averages()
+        # The median, since what else runs on the machine interrupts a few.
+        {"operator": name, "calls": len(us) / steps, "us": float(torch.tensor(us).median()) * len(us) / steps}
+        for name, us in durations.items()
     ]
-    host = sum(seconds(step, "cpu") for _ in range(100)) / 100 * 1e6
-    return [{"operator": "whole step, not profiled", "calls": 1, "us": host}, *sorted(rows, key=lambda r: -r["us"])]
+    return [{"operator": "whole", "calls": 1, "us": 1e6 * float(whole)}, *sorted(rows, key=lambda r: -r["us"])]
 
 
 def curves(largest: int) -> dict[str, list[tuple[int, int, int]]]:
@@ -169,34 +184,42 @@ def rounds_at(size: tuple[int, int, int]) -> int:
     return max(5, min(60, 10**8 // (tensors * (numel + 10**4))))
 
 
-def measure(device: str = "cpu", quick: bool = False) -> dict:
-    """Everything, ready for JSON; ``quick`` for the smallest sizes alone, to see that it runs."""
+PARTS = ("operations", "curves", "steps", "profile", "fsdp2")
+
+
+def measure(device: str = "cpu", parts: Sequence[str] = PARTS, quick: bool = False) -> dict:
+    """The parts, ready for JSON; ``quick`` for the smallest sizes alone, to see that it runs."""
     size, numel, largest, rounds = (10, 3000, 10**6, 9) if quick else (60, 220_000, 5 * 10**8, 25)
-    found: dict = {"environment": environment(device)}
-    found["operations"] = measure_operations(3, 300, numel, device, rounds, True)
-    found["curves"] = {
-        name: [measure_operations(*at, device, rounds_at(at), False) for at in points]
-        for name, points in curves(largest).items()
+    measurements: dict[str, Call] = {
+        "operations": lambda: measure_operations(3, 300, numel, device, rounds, True),
+        "curves": lambda: {
+            name: [measure_operations(*at, device, rounds_at(at), False) for at in points]
+            for name, points in curves(largest).items()
+        },
+        "steps": lambda: [
+            measure_step(kind, million, name, device, 3 if quick else 7, name == "AdamW fused")
+            for million in sorted({10, size})
+            for kind in ("MLP", "transformer")
+            for name in OPTIMIZERS
+        ],
+        "profile": lambda: measure_profile(device, 5 if quick else 100),
+        "fsdp2": measure_fsdp2,
     }
-    found["steps"] = [
-        measure_step(kind, million, name, device, 3 if quick else 9, name == "AdamW fused")
-        for million in sorted({10, size})
-        for kind in ("MLP", "transformer")
-        for name in OPTIMIZERS
-    ]
-    found["profile"] = measure_profile(device)
-    found["fsdp2"] = measure_fsdp2() if device == "cpu" else None
-    return found
+    return {"environment": environment(device), **{part: measurements[part]() for part in parts}}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(PARTS)}; default all")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing written")
-    quick = parser.parse_args().quick
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    measured = measure("cpu", quick)
-    if not quick:
-        (RESULTS / "overhead.json").write_text(json.dumps(measured, indent=1) + "\n")
-        (RESULTS / "overhead.md").write_text(report(measured))
-        plot(measured, RESULTS / "overhead.png")
+    measured = measure("cpu", arguments.parts or PARTS, arguments.quick)
+    path = RESULTS / "overhead.json"
+    if arguments.parts:
+        measured = {**json.loads(path.read_text()), **measured}
+    if not arguments.quick:
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+        path.with_suffix(".md").write_text(report(measured))
+        plot(measured, path.with_suffix(".png"))
     print(report(measured))

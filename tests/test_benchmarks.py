@@ -18,9 +18,8 @@ def test_the_step_that_is_timed_acts_every_time(mode):
     groups = overhead.with_gradients(3, 6, 50, "cpu")
     step = overhead.penalty(groups, overhead.MODES[f"{mode} + max_norm"])
     for _ in range(3):
-        for group in groups.values():
-            for p in group:
-                p.grad.fill_(2.0)
+        overhead.renewal(groups)()
+        assert norm_of(groups) > 1.005 * _overhead_rivals.MAX_NORM
         step()
         assert norm_of(groups) == pytest.approx(_overhead_rivals.MAX_NORM, rel=2e-3)
 
@@ -85,7 +84,7 @@ def test_training_for_the_graph_is_repeatable():
 
 
 def test_the_steps_of_the_gpu_run_on_the_cpu():
-    assert set(gpu.steps("cpu")) == {*gpu.MODES, "update, AdamW with tensor lr"}
+    assert set(gpu.steps("cpu")[0]) == {*gpu.MODES, "update, AdamW with tensor lr"}
     assert set(gpu.host_times(2, 4, "cpu", rounds=2)) == {overhead.CLIP, *gpu.MODES, "update, defaults"}
 
 
