@@ -140,7 +140,7 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Heading("Gradients"),
         Paragraph(
             "Means over the epochs. Conflicts are those of the row's own rule: in rows with GM of the paper's (audio "
-            "against timing or visual, by errors), in the others of the library's, which rows without balancing only watch."
+            "against timing or visual, by errors), in the others of the library's (A0 and its like only watch)."
         ),
         gradients(runs, rows),
         Image(images["norms"], "Gradient norm of each encoder, mean over an epoch."),
