@@ -47,7 +47,7 @@ PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
     (MAIN, FEW, None),
     (("S2", "C1"), RIVALS, None),
     (("Y3L",), FEW, None),
-    (("S2", "S3", "V2", "Y3", "C1", "C2", "VC"), ("default, own rate",), None),
+    (("S1", "S2", "S3", "V2", "Y3", "C1", "C2", "VC"), ("default, own rate",), None),
     (("S1", "A1"), FEW, None),
     (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.65",), None),
     (("S2", "C1"), MODES, "Adam"),
