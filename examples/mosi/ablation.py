@@ -75,8 +75,9 @@ def main() -> None:
 
 
 def smoke(out: Path, workers: int) -> None:
-    rows = study(tuple(load("simulated").features))
-    common = {"data": "simulated", "epochs": 2}
+    data = "simulated:8"
+    rows = study(tuple(load(data).features))
+    common = {"data": data, "epochs": 2}
     jobs = [Job(name, config(rows[name], {}, **common, seed=seed)) for seed in (0, 1) for name in ("A0", "A6")]
     run(jobs, out, workers)
     for line in read(out):

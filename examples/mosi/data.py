@@ -159,6 +159,9 @@ def load(data: str = "auto", split: str = "standard") -> Corpus:
                 f'`split` must be "standard" with a pickle, which has its own. Got {split!r}. Leave it out.'
             )
         return read_pickle(Path(data))
+    kind, _, share = data.partition(":")  # simulated:8 is an eighth of it
+    if kind == "simulated" and share.isdigit():
+        return simulate(share=int(share))
     if data not in ("auto", "simulated"):
         return read(Path(data), split)
     if data == "auto":

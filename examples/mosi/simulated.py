@@ -33,18 +33,19 @@ OPENINGS = ["", "i think", "honestly", "you know", "i mean", "well", "for me", "
 CLOSINGS = ["", "and that is it", "i saw it last night", "if you ask me", "you know what i mean", "so there you go"]
 
 
-def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0) -> Corpus:
+def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0, share: int = 1) -> Corpus:
     """2,199 utterances of 93 videos; sentences carry most of the label, the other modalities as much as asked.
 
     Args:
         audio: Correlation of the label with the best direction of the audio vector (one an utterance), in [0, 1).
         timing: The same for word timing (one vector a word).
         seed: Of the generator; the same seed gives the same corpus.
+        share: One utterance of so many, for a quick look.
     """
     rng = np.random.default_rng(seed)
     split, ids = [], []
     for part, videos in VIDEOS.items():
-        for video, members in enumerate(np.array_split(np.arange(SIZES[part]), videos)):
+        for video, members in enumerate(np.array_split(np.arange(SIZES[part] // share), videos)):
             ids += [f"{part}{video:02d}_{i}" for i in range(len(members))]
             split += [part] * len(members)
     split = np.array(split)
