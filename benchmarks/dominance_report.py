@@ -207,7 +207,7 @@ def plot(m: Measured, path: Path) -> None:
     axis.plot(0, 0, "k+")
     axis.annotate("no balancing", (0, 0), (6, -12), textcoords="offset points")
     axis.axvline(0, color="k", linewidth=0.5)
-    axis.margins(0.2)
+    axis.margins(0.3, 0.2)
     axis.set_xlabel(f"change of accuracy where no branch starves ({', '.join(others)}), points")
     axis.set_ylabel(f"headroom recovered where one does ({', '.join(starved)}), %")
     figure.savefig(path, dpi=120)
