@@ -53,7 +53,7 @@ def rows(runs: Runs) -> Figure:
         close = [line[name] for row, own in runs.items() if row not in COLOURS for line in own.values()]
         margin = 0.1 * (max(close) - min(close)) + 1e-3
         axes.set_xlim(min(close) - margin, max(close) + margin)
-        axes.invert_yaxis()
+    figure.axes[0].invert_yaxis()  # shared
     return figure
 
 
