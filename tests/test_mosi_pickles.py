@@ -199,12 +199,19 @@ def test_a_hostile_array_is_refused(tmp_path, dtype, shape, data, message):
         load(str(write(tmp_path, made + state + b"b.")))
 
 
-def test_one_array_under_many_references_is_refused(tmp_path):
-    words, rows = ["a"] * 100, np.ones((100, 74), np.float32)
-    example = ((words, rows, rows), np.ones((1, 1)), "segment")
+@pytest.mark.parametrize(("word", "width"), [("a", 74), ("a" * 100_000, 1)])
+def test_one_example_under_many_references_is_refused(tmp_path, word, width):
+    rows = np.ones((100, width), np.float32)
+    example = (([word] * 100, rows, rows), np.ones((1, 1)), "segment")
     content = dict.fromkeys(("train", "dev", "test"), [example] * 1000)
-    with pytest.raises(ValueError, match=r"more audio than the \d+ bytes of the file can hold"):
+    with pytest.raises(ValueError, match=r"more than the \d+ bytes of the file can hold"):
         load(str(write(tmp_path, content)))
+
+
+def test_an_array_of_objects_may_hold_strings_alone(tmp_path):
+    assert pickles.load(write(tmp_path, np.array(["a", "film"], dtype=object))) == ["a", "film"]
+    with pytest.raises(ValueError, match="array of objects that are not strings"):
+        pickles.load(write(tmp_path, np.array(["a", 1], dtype=object)))
 
 
 def test_nested_references_cost_nothing(tmp_path):
@@ -241,7 +248,7 @@ def test_a_truncated_file_is_refused(cut, protocol, tmp_path_factory):
     ("change", "message"),
     [
         (lambda c: c.pop("test"), "StopIteration"),
-        (lambda c: c["train"][0][0][0].append("word"), "audio of shape .* for .* words in"),
+        (lambda c: c["train"][0][0][0].append("word"), "features of shape .* for .* words in"),
         (lambda c: c["train"].__setitem__(0, (c["train"][0][0], np.full((1, 1), 4.0), "s")), "a label outside"),
         (lambda c: c["dev"].clear(), "no utterance in valid"),
     ],

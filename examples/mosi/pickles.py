@@ -58,9 +58,9 @@ def array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
     if not isinstance(dtype, Dtype) or not all(isinstance(n, int) and n >= 0 for n in shape) or len(shape) > 8:
         raise ValueError("array of a strange shape")
     if dtype.value is None:
-        if not isinstance(data, list) or not all(isinstance(item, str) for item in data) or prod(shape) != len(data):
+        if not isinstance(data, list) or not all(isinstance(item, str) for item in data) or shape != (len(data),):
             raise ValueError("array of objects that are not strings")
-        return np.array(data, dtype=np.str_ if data else "<U1").reshape(shape)
+        return list(data)  # no array: one long string would set the width of all
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(data, bytes | bytearray) or prod(shape) * dtype.value.itemsize != len(data):
         raise ValueError("array whose shape is not that of its bytes")
