@@ -88,6 +88,12 @@ def test_the_verdict_follows_the_numbers(full, after, told):
         assert re.search(part, text)
 
 
+def test_the_verdict_says_when_the_seeds_are_too_few():
+    for seeds, told in ((5, True), (6, False)):
+        found = {"A0": runs([0.9] * seeds), "A6": runs([0.8] * seeds)}
+        assert ("an effect is not ruled out" in " ".join(verdict(found, 1.46))) is told
+
+
 def test_the_verdict_names_the_rows_that_collapse_or_differ():
     found = {"A0": runs([0.9, 0.91, 0.92]), "A6": runs([0.9, 0.9, 0.9]), "X": runs([1.6, 1.61, 1.6])}
     text = " ".join(verdict(found, 1.46))
@@ -147,6 +153,11 @@ def test_the_report_is_whole_and_loads_nothing(lines, monkeypatch):
     assert "| A6 | full: AME+GM+GE+CP+SL | 2 |" in text
     gap = difference(*(by_row(ablation.read(lines))[row] for row in ("A6", "A0")), metric("mae"))
     assert gap.told() in text
+
+
+def test_an_unfinished_seed_is_left_out():
+    found = [*runs([0.9, 0.8]).values(), *runs([0.7], "A6").values()]
+    assert [(line["row"], line["seed"]) for line in compare.whole_seeds(found)] == [("A0", 0), ("A6", 0)]
 
 
 def test_a_report_needs_the_baseline_and_its_data(lines, monkeypatch, tmp_path):

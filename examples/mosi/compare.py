@@ -40,6 +40,12 @@ def by_row(lines: Iterable[Line]) -> Runs:
     return runs
 
 
+def whole_seeds(lines: list[Line]) -> list[Line]:
+    """The lines of the seeds that every row has: a study that is not finished is reported on equal terms."""
+    shared = set.intersection(*(set(own) for own in by_row(lines).values()))
+    return [line for line in lines if line["seed"] in shared]
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean by Student's distribution; infinite for fewer than two values."""
     from scipy.stats import t
@@ -131,6 +137,7 @@ def accuracy_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
         f"Is the final accuracy distinguishable from the baseline's? Full minus baseline over {seeds} paired seeds: "
         + "; ".join(parts)
         + "."
+        + f" So few seeds cannot bring p below {2 / 2**seeds:.3g}: an effect is not ruled out." * (seeds < 6)
     )
 
 

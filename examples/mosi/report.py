@@ -23,6 +23,7 @@ from examples.mosi.compare import (
     over_epochs,
     probe,
     verdict,
+    whole_seeds,
 )
 from examples.mosi.data import Corpus, load
 from examples.mosi.document import Block, Heading, Image, Paragraph, Table, markdown, page
@@ -64,8 +65,13 @@ def main() -> None:
         )
     if len(banners := {line["banner"] for line in lines}) > 1:
         raise SystemExit(f"`lines` must be of one data set and split. Got {sorted(banners)}. Give one study's file.")
+    whole = whole_seeds(lines)
+    if not whole:
+        raise SystemExit(
+            f"`lines` must hold a seed that every row has. Got none in {options.lines}. Let the study go on."
+        )
     facts = statistics(options.lines.with_suffix(".data.json"), options.data, lines[0])
-    blocks = report(lines, facts, options.lines)
+    blocks = report(whole, facts, options.lines)
     for suffix, text in ((".md", markdown(blocks)), (".html", page(blocks[0].text, blocks))):
         write_text(options.lines.with_suffix(suffix), text)
         print(options.lines.with_suffix(suffix))
@@ -107,15 +113,13 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
     rows = study(singles)
     runs = {name: found[name] for name in rows if name in found}
     images = draw(runs, lines[0]["data"], path.parent, path.stem)
-    seeds = sorted({len(own) for own in runs.values()})
-    count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     own = lines[0]["settings"]
     blocks: list[Block] = [
         Heading(f"The MOSI study, {lines[0]['data']} data, {own['split']} split", 1),
         Paragraph(f"**{lines[0]['banner']}**"),
         Paragraph(
-            f"{len(lines)} runs: {len(runs)} rows of {count} seeds, {own['epochs']} epochs each, text by a "
-            f"{own['text']} `{own['text_encoder']}`. Test metrics are those of the epoch with the best validation MAE."
+            f"{len(lines)} runs: {len(runs)} rows of {len(runs[BASELINE])} seeds, {own['epochs']} epochs each, text by "
+            f"a {own['text']} `{own['text_encoder']}`. Test metrics are those of the epoch with the best validation MAE."
         ),
         Heading("Verdict"),
         *map(Paragraph, verdict(runs, facts["constant_mae"])),
