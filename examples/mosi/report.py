@@ -118,8 +118,8 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Heading(f"The MOSI study, {lines[0]['data']} data, {own['split']} split", 1),
         Paragraph(f"**{lines[0]['banner']}**"),
         Paragraph(
-            f"{len(lines)} runs: {len(runs)} rows of {len(runs[BASELINE])} seeds, {own['epochs']} epochs each, text by "
-            f"a {own['text']} `{own['text_encoder']}`. Test metrics are those of the epoch with the best validation MAE."
+            f"{len(lines)} runs: {len(runs)} rows of {len(runs[BASELINE])} seeds, {own['epochs']} epochs each, over a "
+            f"{own['text']} `{own['text_encoder']}`. Tested is the epoch with the best validation MAE."
         ),
         Heading("Verdict"),
         *map(Paragraph, verdict(runs, facts["constant_mae"])),
