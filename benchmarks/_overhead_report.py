@@ -10,12 +10,12 @@ WHOLE = (
 WHY = (
     "Where a ratio is above its target:",
     "",
-    "- Update mode does nothing with the gradients but take their norms, and half of clipping is that. On the CPU the "
-    "kernel of the norm computes for longer than it waits for memory, so that it is further from its floor than scaling.",
-    "- The arithmetic of the rule is some forty operators on vectors of length N, a tenth of a millisecond whatever the "
-    "model: more than clipping takes on a few dozen small tensors, and nothing on large ones.",
-    "- With hundreds of groups of two tensors each, what is done once a group (a factor, a check that the gradient is a "
-    "new one, a stand-in of a param_group) counts as much as what is done once a tensor. The default `agreement` also "
+    "- Update mode only takes the norms of the gradients, and that is half of clipping. On the CPU the norm is limited "
+    "by its kernel rather than by memory: it is further from its floor than scaling.",
+    "- The rule is some forty operators on vectors of length N, a tenth of a millisecond whatever the model: more than "
+    "clipping takes on a few dozen small tensors, nothing beside large ones.",
+    "- With hundreds of groups of two tensors each, what is done once a group (a factor, the check that the gradient "
+    "is new, a stand-in of a param_group) counts as much as what is done once a tensor. The default `agreement` also "
     "reads entries of up to eight tensors of each group; `agreement=None` spares that.",
     "- A whole step at a small batch is mostly optimizer, and there clipping is noticed too: compare with its row.",
 )
