@@ -9,6 +9,7 @@ from torch import Tensor
 
 ENTRIES = 1 << 15  # of all groups together: 128 KiB
 TENSORS = 8  # of a group at most: each costs one small read
+ALL_TENSORS = 128  # of all groups together, though at least one of each
 
 
 class Sketch:
@@ -19,9 +20,10 @@ class Sketch:
         self._picks: dict[Any, list[tuple[Tensor, tuple[slice, ...], int]]] = {}  # by mesh, None for plain tensors
         positions: dict[Any, list[Tensor]] = {}
         lengths: list[int] = []
+        most = max(1, min(TENSORS, ALL_TENSORS // len(members)))
         for group in members:
             quota, size = ENTRIES // len(members), sum(lengths)
-            chosen = _chosen(group, quota // TENSORS)
+            chosen = _chosen(group, most, quota // most)
             total = sum(p.numel() for p in chosen)
             for p in chosen:  # in equal parts of all: small tensors kept whole would outweigh the others
                 shape, slices, grid = _thinned(p, quota * p.numel() // max(total, 1))
@@ -58,14 +60,11 @@ class Sketch:
         return dot / (old_square.sqrt() * new_square.sqrt())
 
 
-def _chosen(group: Sequence[Tensor], enough: int) -> list[Tensor]:
-    """At most TENSORS tensors, the smallest first: spread over those that are large enough, or the largest."""
+def _chosen(group: Sequence[Tensor], most: int, enough: int) -> list[Tensor]:
+    """At most so many tensors, the smallest first: spread over those that are large enough, or the largest."""
     large = [p for p in group if p.numel() >= enough]
-    if len(large) >= TENSORS:
-        large = large[:: ceil(len(large) / TENSORS)]
-    else:
-        large = sorted(group, key=lambda p: -p.numel())[:TENSORS]
-    return sorted(large, key=lambda p: p.numel())
+    largest = sorted(group, key=lambda p: -p.numel())[:most]
+    return sorted(large[:: ceil(len(large) / most)] if len(large) >= most else largest, key=lambda p: p.numel())
 
 
 def _thinned(p: Any, entries: int) -> tuple[list[int], tuple[slice, ...], tuple[slice, ...]]:
