@@ -26,8 +26,7 @@ class Bucket:
         mesh: Any = getattr(like, "device_mesh", None)
         self.mesh = mesh
         self.placements: tuple[Any, ...] = getattr(like, "placements", ())
-        # The ranks that hold the same shard: in a sum over the whole mesh it is counted that often.
-        self.copies = math.prod(mesh.size(i) for i, at in enumerate(self.placements) if at.is_replicate())
+        self.copies = copies(like)
         self.plain = mesh is None and not like.is_complex()
         self.large = False  # whether some tensor has to be taken in parts
         self._counts: list[int] = []
@@ -59,8 +58,14 @@ def buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
                 if key not in found:
                     found[key] = Bucket(p, len(parameters))
                 found[key].parameters[group].append(p)
-                found[key].large |= p.device.type == "cpu" and p.numel() > CPU_PART
+                found[key].large |= on_host(p.device) and p.numel() > CPU_PART
     return list(found.values())
+
+
+def copies(p: Any) -> int:
+    """The ranks that hold the same shard of ``p``: in a sum over its whole mesh the shard is counted that often."""
+    placements = getattr(p, "placements", ())  # of a DTensor
+    return math.prod(p.device_mesh.size(i) for i, at in enumerate(placements) if at.is_replicate())
 
 
 def gather(found: Iterable[Bucket], source: Callable[[Tensor], Tensor | None]) -> list[Gathered]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbalance._norms import copies
+
 ENTRIES = 1 << 15  # of all groups together: 128 KiB
 TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
@@ -29,8 +31,7 @@ class Sketch:
                 shape, slices, grid = _thinned(p, quota * p.numel() // max(total, 1))
                 quota, total = quota - prod(shape), total - p.numel()
                 mesh: Any = getattr(p, "device_mesh", None)
-                copies = prod(mesh.size(i) for i, at in enumerate(getattr(p, "placements", ())) if at.is_replicate())
-                self._picks.setdefault(mesh, []).append((p, slices, copies))
+                self._picks.setdefault(mesh, []).append((p, slices, copies(p)))
                 own = torch.arange(prod(shape)).view(shape)[grid].flatten()
                 positions.setdefault(mesh, []).append(size + own)
                 size += prod(shape)
@@ -45,7 +46,7 @@ class Sketch:
         for mesh, picks in self._picks.items():
             parts = [_read(p, slices).to(self._home, torch.float32) for p, slices, _ in picks]
             # Ranks with the same shard each bring it.
-            parts = [part if copies == 1 else part / copies for part, (*_, copies) in zip(parts, picks, strict=True)]
+            parts = [part if times == 1 else part / times for part, (*_, times) in zip(parts, picks, strict=True)]
             taken[mesh] = torch.zeros(self.size, device=self._home).index_copy_(
                 0, self._positions[mesh], torch.cat(parts)
             )
