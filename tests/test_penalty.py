@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradbalance import PAPER, ConflictAwarePenalty, attach
-from gradbalance._norms import CPU_PART
+from gradbalance._buckets import CPU_PART
 from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES, _thinned
 from tests.reference import ReferenceRule
@@ -364,6 +364,19 @@ def test_remove_gives_the_optimizer_back(model):
     scheduler.step()
     assert set(optimizer.coefficients().values()) == {1.0}
     ConflictAwarePenalty(inner, groups_of(model))
+
+
+def test_remove_leaves_a_schedule_built_since_in_place(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty = attach(optimizer, groups_of(model))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    step = optimizer.step
+    penalty.remove()
+    assert optimizer.step == step
+    backward(model)
+    optimizer.step()
+    scheduler.step()  # would warn if the step it counts were gone
+    assert set(penalty.coefficients().values()) == {1.0}
 
 
 def test_members_unfrozen_later_join_their_group(model):
