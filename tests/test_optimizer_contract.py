@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 
+import bitsandbytes
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -345,6 +346,30 @@ def test_a_step_not_proportional_to_the_learning_rate_is_refused_in_update_mode(
     model = Toy()
     with refused(record_property, ValueError, 'Use `apply_to="gradient"`'):
         ConflictAwarePenalty(cls(model.parameters()), groups_of(model))
+
+
+@pytest.mark.parametrize("where", ["pid2config", "index2config", "module_weight_config_triple"])
+def test_settings_of_bitsandbytes_beside_the_param_groups_are_refused_in_update_mode(
+    where, monkeypatch, record_property
+):
+    manager = object.__new__(bitsandbytes.optim.GlobalOptimManager)
+    manager.initialize()
+    monkeypatch.setattr(bitsandbytes.optim.GlobalOptimManager, "_instance", manager)
+    model = Toy()
+    if where == "pid2config":
+        manager.override_config(model.text.weight, "lr", 1.0)
+    elif where == "index2config":
+        manager.index2config[0, 0] = {"lr": 1.0}  # which `register_parameters` gets out of the former
+    else:
+        manager.register_module_override(model.text, "weight", {"lr": 1.0})
+    optimizer = bitsandbytes.optim.AdamW(model.parameters(), lr=0.02)
+    penalty = attach(optimizer, groups_of(model), **RULE)
+    loss_of(model, 0).backward()
+    with refused(record_property, RuntimeError, "`param_groups`. Got overrides"):
+        optimizer.step()
+    penalty.remove()
+    attach(optimizer, groups_of(model), apply_to="gradient", **RULE)
+    optimizer.step()
 
 
 @each(CLASSES, modes=("update",))
