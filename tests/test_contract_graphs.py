@@ -122,8 +122,6 @@ def graphs_of_six_steps(optimizer, model):
     return len(compiled)
 
 
-# torch's compiler imports what it has itself deprecated, in whichever test it is the first to need it.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 # In update mode a float learning rate would be a constant of the graph, which changes at every step.
 @pytest.mark.parametrize(
     ("mode", "lr", "foreach"),

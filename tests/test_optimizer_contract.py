@@ -6,13 +6,12 @@ import io
 import pickle
 import re
 
-import bitsandbytes
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradbalance import ConflictAwarePenalty, attach
-from tests.optimizers import CLASSES, EVERY, GRADIENT_ONLY, MODES, TORCH, each
+from tests.optimizers import CLASSES, EVERY, GRADIENT_ONLY, MODES, TORCH, bitsandbytes, each
 from tests.oracle import (
     RULE,
     TOLERANCE,
