@@ -36,29 +36,29 @@ RATES = {
     "AdamW": (3e-4, 1e-3, 3e-3),
     "Muon": (3e-3, 0.01, 0.03),
 }
-FEW = ("none", "default", "norms only")
-RIVALS = ("paper", "errors", "slower by hand", "OGM-GE", "clip groups")
+BASE = ("none", "default")
+BY_HAND = ("clip groups", "faster by hand", "slower by hand")
+LEARNED = ("paper", "errors", "OGM-GE")
 COSTLY = ("GradNorm", "UPGrad", "OGM", "clip all", "own heads", "PCGrad", "IMTL-G")
-MODES = ("none", "default", "default, gradient", "norms only", "norms only, gradient")
+MODES = ("default", "default, gradient", "norms only", "norms only, gradient")
 
 # What is run, most important first: testbeds, rules, and the optimizer where it is not the testbed's.
-MAIN = ("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0", "B", "YB", "POM")
+ALL = ("S1", "S2", "S3", "V2", "Y3", "Y6", "C1", "C2", "VC", "C0", "B", "YB", "A1", "POM")
 PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
-    (MAIN, FEW, None),
-    (("S2", "C1"), RIVALS, None),
-    (("Y3L",), FEW, None),
-    (("S1", "S2", "S3", "V2", "Y3", "C1", "C2", "VC"), ("default, own rate",), None),
-    (("S1", "A1"), FEW, None),
-    (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.65",), None),
-    (("S2", "C1"), MODES, "Adam"),
+    (ALL, BASE, None),
+    (ALL[:10], BY_HAND, None),
+    (("S2", "C1"), ("none", *MODES, "raising"), "Adam"),
     (("S2", "C1"), MODES, "SGD"),
-    (("S2", "C1"), COSTLY, None),
-    (("S2", "C1"), MODES, "AdamW"),
-    ((*MAIN, "S1", "A1"), RIVALS, None),
-    (("Y6",), FEW, None),
-    (("S2", "S3", "Y3", "C1", "C2", "VC"), ("agreement 0.8", "agreement 1"), None),
-    (("S2", "C1"), MODES, "Muon"),
-    (("S2", "S3", "V2", "Y3", "C1", "C2", "VC"), ("norms only, own rate",), None),
+    (("S2", "C1"), ("none", *MODES, "raising"), "AdamW"),
+    (("S2", "C1"), ("none", *MODES, "raising"), "Muon"),
+    (("S2", "C1"), (*LEARNED, *COSTLY), None),
+    (ALL[:10], LEARNED, None),
+    (ALL[:10], ("norms only", "damping"), None),
+    (ALL[10:], (*BY_HAND, *LEARNED, "norms only"), None),
+    (ALL[:10], ("agreement 0.8",), None),
+    (("S1", "S2", "S3", "Y3", "C1"), ("default, own rate",), None),
+    (("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0"), ("damping, norms only",), None),
+    (("Y3L",), (*BASE, "damping"), None),
 ]
 
 

@@ -15,7 +15,7 @@ from benchmarks.testbeds import BEDS
 
 Found = dict[str, Any]
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "Muon")
-MODES = ("default", "default, gradient", "norms only", "norms only, gradient")
+MODES = ("default", "default, gradient", "norms only", "norms only, gradient", "raising")
 
 
 class Interval(NamedTuple):
@@ -193,7 +193,7 @@ def plot(m: Measured, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rules = ("default", "norms only", "paper", "errors", "slower by hand", "OGM-GE", "clip groups")
+    rules = ("default", "norms only", "paper", "errors", "faster by hand", "slower by hand", "OGM-GE", "clip groups")
     beds = [bed for bed in BEDS if all(m.accuracy(bed, rule) for rule in rules)]
     starved = [bed for bed in beds if BEDS[bed].starved and all(m.recovered(bed, rule) for rule in rules)]
     others = [bed for bed in beds if not BEDS[bed].starved]

@@ -92,6 +92,13 @@ def slower_first(model: Model, optimizer: Optimizer, factor: float) -> Step:
     return descent(model, optimizer)
 
 
+def faster_others(model: Model, optimizer: Optimizer, factor: float) -> Step:
+    """A learning rate set by hand for the branches known not to dominate."""
+    for group in optimizer.param_groups[1 : len(model.encoders)]:
+        group["lr"] *= factor
+    return descent(model, optimizer)
+
+
 def ogm_coefficients(scores: Tensor, alpha: float) -> Tensor:
     r"""On-the-fly gradient modulation, :math:`k_m = 1 - \tanh(\alpha\,r_m)` where :math:`r_m > 1`, else 1.
 
@@ -187,6 +194,7 @@ RULES = {
     "norms only": Rule(ours(agreement=None)),
     "paper": Rule(ours(observe=True, **PAPER)),
     "errors": Rule(ours(observe=True)),
+    "faster by hand": Rule(faster_others, (3.0, 10.0, 30.0)),
     "slower by hand": Rule(slower_first, (0.3, 0.1, 0.03)),
     "OGM-GE": Rule(lambda *args: ogm(*args, noise=True), _ALPHAS),
     "clip groups": Rule(clip_groups, _NORMS),
@@ -198,10 +206,12 @@ RULES = {
     "PCGrad": Rule(jacobian_descent("PCGrad")),
     "IMTL-G": Rule(jacobian_descent("IMTLG")),
     "default, own rate": Rule(ours(), own_rate=True),
-    "norms only, own rate": Rule(ours(agreement=None), own_rate=True),
-    "agreement 0.65": Rule(ours(agreement=0.65)),
     "agreement 0.8": Rule(ours(agreement=0.8)),
-    "agreement 1": Rule(ours(agreement=1.0)),
+    "raising": Rule(ours(max_coefficient=20.0)),
+    "damping": Rule(ours(max_coefficient=1.0)),
+    "damping, norms only": Rule(ours(agreement=None, max_coefficient=1.0)),
+    "damping, errors": Rule(ours(observe=True, max_coefficient=1.0)),
+    "damping, own rate": Rule(ours(max_coefficient=1.0), own_rate=True),
     "default, gradient": Rule(ours(apply_to="gradient")),
     "norms only, gradient": Rule(ours(agreement=None, apply_to="gradient")),
 }

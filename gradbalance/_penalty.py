@@ -22,7 +22,7 @@ from gradbalance._plan import Fingerprint, Plan, make_plan
 from gradbalance._rates import LearningRates
 from gradbalance._scaling import write_
 from gradbalance._settings import Options, Settings
-from gradbalance._wrapped import check_optimizer, unwrap
+from gradbalance._wrapped import check_optimizer, settle, unwrap
 
 
 class Penalty:
@@ -38,7 +38,7 @@ class Penalty:
                 f"`optimizer` must not be wrapped twice. Got {type(self._stepper).__name__} with a penalty on it. "
                 "Call its `remove()` first."
             )
-        self.settings = settings
+        self.settings = settle(settings, self._stepper)
         self._assignment = _groups.assign(self._reader.param_groups, groups)
         self._plan: Plan | None = None
         self._rates = LearningRates(self._stepper)
@@ -232,7 +232,7 @@ def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> 
         >>> (10 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
         >>> optimizer.step()
         >>> penalty.coefficients()
-        {'text': 0.5, 'audio': 1.0}
+        {'text': 1.0, 'audio': 2.0}
     """
     return Penalty(optimizer, groups, Settings(**options))
 

@@ -80,8 +80,8 @@ class Recorder:
         ...         optimizer.step()
         >>> print(recorder.summary())
                    mean norm  coefficient  in conflict
-        text            22.4        0.500       100.0%
-        audio           2.24        1.000         0.0%
+        text            22.4        1.000       100.0%
+        audio           2.24        2.000         0.0%
         dominance  10 before, 5 after; steps: 3
     """
 

@@ -75,13 +75,17 @@ def decide(
             due = due & (step < stop)
 
     members = members & due
-    conflicts = conflict_matrix(torch.where(members, new_shares, torch.nan), settings.threshold)
+    compared = torch.where(members, new_shares, torch.nan)
+    conflicts = conflict_matrix(compared, settings.threshold)
     conflicts = conflicts if ahead is None else conflicts & ahead
     factor = penalty(conflicts, members, settings.eta, norms.dtype)
     if seen is not None and settings.alpha > 0:
         factor = factor * modulation(new_errors, members & seen, settings.alpha, settings.centred)
     # Who takes no part has no conflict: its factor is 1.
     coefficients = factor.clamp(min=settings.min_coefficient) if settings.min_coefficient > 0 else factor
+    if settings.max_coefficient is not None and settings.max_coefficient > 1:
+        raised = coefficients * lift(coefficients, compared, settings.max_coefficient)
+        coefficients = torch.where(members, raised, coefficients)
     state = State(step + counts, torch.where(counts, new_shares, shares), errors, agreements)
     return Decision(state, conflicts, coefficients, due)
 
@@ -142,6 +146,27 @@ def penalty(conflicts: Tensor, members: Tensor, eta: float, dtype: torch.dtype =
     """
     peers = (members.sum(dtype=dtype) - 1).clamp(min=1)
     return torch.pow(eta, conflicts.sum(1) / peers)
+
+
+def lift(coefficients: Tensor, shares: Tensor, most: float) -> Tensor:
+    r"""The factor by which all coefficients rise, :math:`\lambda \geq 1`, shape ``[]``.
+
+    [R] To slow the dominant group down or to speed the others up balances them alike, but the slow one may not finish
+    in the steps there are. :math:`\lambda` is the largest factor that takes no coefficient above ``most``, the smallest
+    one not above 1, and no group's scaled norm above the largest unscaled one.
+
+    Args:
+        coefficients: In [0, 1], one of them 1, shape ``[N]``.
+        shares: Share of each group in the sum of the norms, NaN for who takes no part, shape ``[N]``.
+        most: The largest coefficient allowed, >= 1.
+
+    Example:
+        >>> lift(torch.tensor([0.05, 1.0]), torch.tensor([0.9, 0.1]), most=20.0)
+        tensor(9.)
+    """
+    shares = shares.nan_to_num()
+    room = shares.amax() / (coefficients * shares).amax()
+    return torch.minimum(1 / coefficients.amin(), room).clamp(1, most)
 
 
 def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:

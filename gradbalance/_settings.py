@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     apply_to: ApplyTo
     norm: Norm
     min_coefficient: float
+    max_coefficient: float | None
     window: tuple[int, int | None] | None
     noise: float
     max_norm: float | None
@@ -59,6 +60,7 @@ class Settings:
     apply_to: ApplyTo = "update"
     norm: Norm = "l2"
     min_coefficient: float = 0.0
+    max_coefficient: float | None = None
     window: tuple[int, int | None] | None = None
     noise: float = 0.0
     max_norm: float | None = None
@@ -74,6 +76,8 @@ class Settings:
         if self.agreement is not None:
             _check_range("agreement", self.agreement, 0, 1)
         _check_range("min_coefficient", self.min_coefficient, 0, 1)
+        if self.max_coefficient is not None:
+            _check_range("max_coefficient", self.max_coefficient, 1, None)
         _check_range("noise", self.noise, 0, None)
         _check_choice("apply_to", self.apply_to, get_args(ApplyTo))
         _check_choice("norm", self.norm, get_args(Norm))

@@ -1,5 +1,6 @@
 """Optimizers inside optimizers: which one to hook, and which ones cannot be."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from gradbalance._settings import Settings
 WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer", "base")
 # Their step is not proportional to the learning rate of the same step.
 NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD)
+# How far the default raises learning rates where a step is as long as the gradient. Elsewhere the steps of a group with
+# a small gradient are as long as any, and longer ones have been seen to do harm.
+MAX_COEFFICIENT = 20.0
 
 
 def layers(optimizer: Any) -> list[Optimizer]:
@@ -54,3 +58,11 @@ def check_optimizer(optimizer: Optimizer, settings: Settings) -> None:
                 '`apply_to="update"` must have an optimizer whose step is proportional to its learning rate. '
                 f'Got {name}. Use `apply_to="gradient"`.'
             )
+
+
+def settle(settings: Settings, optimizer: Optimizer) -> Settings:
+    """The settings with the ``max_coefficient`` that is left to the optimizer."""
+    if settings.max_coefficient is not None:
+        return settings
+    raises = settings.apply_to == "update" and isinstance(optimizer, torch.optim.SGD)
+    return replace(settings, max_coefficient=MAX_COEFFICIENT if raises else 1.0)

@@ -13,7 +13,7 @@ from tests.reference import ReferenceRule
 NAMES = ("text", "audio", "visual")
 TOLERANCE = 1e-6
 # Not the defaults: these tests are about optimizers, and the norms alone make conflicts enough.
-RULE = {"eta": 0.1, "threshold": 3.0, "smoothing": 0.9, "agreement": None}
+RULE = {"eta": 0.1, "threshold": 3.0, "smoothing": 0.9, "agreement": None, "max_coefficient": 1.0}
 
 
 class Toy(nn.Module):

@@ -54,6 +54,9 @@ class ReferenceRule:
                 peers = [k for k in members if k != m]
                 factor = self.penalty(m, peers) * (self.modulation(m, peers) if self.errors else 1.0)
                 coefficients[m] = max(s.min_coefficient, factor)
+            lift = self.lift({m: coefficients[m] for m in members})
+            for m in members:
+                coefficients[m] *= lift
         return coefficients
 
     def smooth(self, mean: float | None, value: float) -> float:
@@ -72,6 +75,13 @@ class ReferenceRule:
 
     def penalty(self, m: int, peers: list[int]) -> float:
         return self.settings.eta ** (sum(self.in_conflict(m, k) for k in peers) / len(peers))
+
+    def lift(self, coefficients: dict[int, float]) -> float:
+        largest, scaled = (
+            max(self.shares[m] * f for m, f in c.items()) for c in (dict.fromkeys(coefficients, 1.0), coefficients)
+        )
+        lowest = min(coefficients.values())
+        return max(1.0, min(self.settings.max_coefficient or 1.0, 1 / lowest if lowest else math.inf, largest / scaled))
 
     def modulation(self, m: int, peers: list[int]) -> float:
         def score(k: int) -> float:

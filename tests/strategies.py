@@ -65,6 +65,7 @@ def rule_settings(draw, **fixed):
         "agreement": st.sampled_from([None, 0.0, 3.0**-0.5, 1.0]),
         "centred": st.booleans(),
         "min_coefficient": st.sampled_from([0.0, 0.05, 1.0]),
+        "max_coefficient": st.sampled_from([None, 1.0, 3.0, 20.0]),
         "window": st.sampled_from([None, (0, 2), (1, 3), (1, None)]),
     }
     return Settings(**{k: draw(s) for k, s in options.items() if k not in fixed}, **fixed)

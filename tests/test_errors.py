@@ -159,6 +159,7 @@ OUT_OF_RANGE = {
     "threshold": (0.5, "`threshold` must be in [1, inf). Got 0.5."),
     "smoothing": (1, "`smoothing` must be in [0, 1). Got 1."),
     "agreement": (2, "`agreement` must be in [0, 1]. Got 2."),
+    "max_coefficient": (0, "`max_coefficient` must be in [1, inf). Got 0."),
     "min_coefficient": (-0.1, "`min_coefficient` must be in [0, 1]. Got -0.1."),
     "noise": (float("inf"), "`noise` must be in [0, inf). Got inf."),
     "max_norm": (0, "`max_norm` must be in (0, inf). Got 0."),

@@ -70,6 +70,17 @@ def test_conflicts_by_the_agreement_of_gradients_equal_the_oracle_by_hand(case, 
 
 
 @each(CLASSES)
+def test_raised_steps_equal_the_oracle_by_hand(case, mode):
+    model, optimizer = wrapped(case, mode, max_coefficient=4.0)
+    twin = by_hand(case, mode, max_coefficient=4.0)
+    observe = not case.averages
+    seen, expected = train(model, optimizer, range(5), observe=observe), twin.train(range(5), observe)
+    assert seen == [pytest.approx(by_hand, rel=TOLERANCE) for by_hand in expected]
+    assert max(c for coefficients in seen for c in coefficients.values()) > 1.5
+    assert_same_parameters(model, twin.model)
+
+
+@each(CLASSES)
 def test_an_attached_penalty_equals_the_oracle_by_hand(case, mode):
     model, twin = Toy(case.bias), by_hand(case, mode)
     optimizer = case.make(model.parameters())

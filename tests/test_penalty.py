@@ -15,7 +15,7 @@ from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES, _thinned
 from tests.reference import ReferenceRule
 
-PLAIN_RULE = {"threshold": 1.0, "smoothing": 0.0, "agreement": None}
+PLAIN_RULE = {"threshold": 1.0, "smoothing": 0.0, "agreement": None, "max_coefficient": 1.0}
 
 
 class TwoBranches(nn.Module):
@@ -69,10 +69,35 @@ def test_gradient_mode_scales_the_gradients_of_each_group_in_place(model):
         assert all(torch.equal(p.grad, factor * g) for p, g in zip(module.parameters(), before[name], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("make", "mode", "raised"),
+    [
+        (torch.optim.SGD, "update", 2.0),
+        (torch.optim.SGD, "gradient", 1.0),
+        (torch.optim.AdamW, "update", 1.0),
+        (torch.optim.AdamW, "gradient", 1.0),
+    ],
+)
+def test_by_default_learning_rates_rise_where_steps_are_as_long_as_gradients(model, make, mode, raised):
+    optimizer = make(model.parameters(), lr=0.1)
+    penalty = attach(optimizer, groups_of(model), eta=0.5, agreement=None, apply_to=mode)
+    backward(model)
+    for p in model.text.parameters():
+        p.grad *= 100
+    optimizer.step()
+    assert max(penalty.coefficients().values()) == raised
+    penalty.remove()
+    explicit = attach(optimizer, groups_of(model), max_coefficient=7.0, apply_to=mode)
+    assert explicit.settings.max_coefficient == 7.0
+
+
 @pytest.mark.parametrize("mode", ["update", "gradient"])
 @pytest.mark.parametrize("observed", [False, True])
 def test_a_run_equals_plain_sgd_with_coefficients_by_hand(model, mode, observed):
-    other, options = copy.deepcopy(model), {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5, "agreement": None}
+    other, options = (
+        copy.deepcopy(model),
+        {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5, "agreement": None, "max_coefficient": 1.0},
+    )
     optimizer = ConflictAwarePenalty(
         torch.optim.SGD(model.parameters(), lr=0.05), groups_of(model), apply_to=mode, **options
     )

@@ -15,7 +15,7 @@ def make_penalty(gains=(10.0, 1.0), **options):
     """A penalty on SGD over one linear layer per gain, and a function that steps it."""
     names = ["text", "audio", "visual", "depth", "touch", "radar"][: len(gains)]
     model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
-    options = {"eta": 0.1, "agreement": None} | options
+    options = {"eta": 0.1, "agreement": None, "max_coefficient": 1.0} | options
     optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.01), dict(model.items()), **options)
 
     def step(scale=1.0):

@@ -61,11 +61,40 @@ def test_the_fast_rule_equals_the_slow_loops_over_many_steps(data, settings):
 
 
 @given(data=st.data(), norms=group_norms(inactive=True), settings=rule_settings())
-def test_coefficients_lie_between_the_minimum_and_one(data, norms, settings):
+def test_coefficients_lie_between_the_minimum_and_the_maximum(data, norms, settings):
     errors = data.draw(st.none() | group_errors(len(norms), partial=True))
     c = Rule(len(norms), settings).step(norms, errors).coefficients
     assert (c >= settings.min_coefficient).all()
-    assert (c <= 1).all()
+    assert (c <= (settings.max_coefficient or 1) * (1 + 1e-12)).all()
+
+
+@given(data=st.data(), norms=group_norms(inactive=True), settings=rule_settings())
+def test_no_scaled_norm_is_larger_than_the_largest_norm(data, norms, settings):
+    errors = data.draw(st.none() | group_errors(len(norms), partial=True))
+    c = Rule(len(norms), settings).step(norms, errors).coefficients.tolist()
+    assert all(a * n <= max(norms) * (1 + 1e-12) for a, n in zip(c, norms, strict=True))
+
+
+@given(data=st.data(), norms=group_norms(inactive=True), settings=rule_settings(), most=st.floats(1, 100))
+def test_raising_keeps_the_ratios_of_the_coefficients(data, norms, settings, most):
+    errors = data.draw(st.none() | group_errors(len(norms)))
+    plain, raised = (
+        Rule(len(norms), replace(settings, max_coefficient=m)).step(norms, errors).coefficients for m in (1.0, most)
+    )
+    members = torch.tensor(norms) > 0
+    lift = (raised / plain)[members & (plain > 0)]
+    assert raised[~members].tolist() == [1.0] * int((~members).sum())
+    assert (lift >= 1).all()
+    torch.testing.assert_close(lift, lift[:1].expand_as(lift))
+
+
+def test_the_others_are_raised_as_far_as_the_dominant_group_was_damped():
+    options = {"eta": 0.05, "agreement": None}
+    assert coefficients([64.0, 1.0], max_coefficient=32.0, **options) == [1.0, 20.0]
+    assert coefficients([64.0, 1.0], max_coefficient=4.0, **options) == [0.2, 4.0]
+    assert coefficients([8.0, 1.0], max_coefficient=32.0, **options) == [0.4, 8.0], "not above the largest norm"
+    assert coefficients([64.0, 1.0], max_coefficient=32.0, **options | {"eta": 0.0}) == [0.0, 32.0]
+    assert coefficients([64.0, 1.0], **options) == [0.05, 1.0]
 
 
 @given(n=st.integers(2, 6), norm=st.floats(1e-6, 1e6), error=st.none() | st.floats(0, 1e3), settings=rule_settings())
@@ -93,13 +122,13 @@ def test_the_rule_acts_inside_the_window_alone(window, damped):
 def test_the_group_with_the_worst_error_keeps_its_step(data, norms, settings):
     errors = data.draw(group_errors(len(norms)))
     c = Rule(len(norms), settings).step(norms, errors).coefficients
-    assert c[max(range(len(norms)), key=errors.__getitem__)] == 1
+    assert c[max(range(len(norms)), key=errors.__getitem__)] >= 1
 
 
 @given(norms=group_norms(), settings=rule_settings(window=None))
 def test_without_errors_the_smallest_norm_keeps_its_step(norms, settings):
     c = Rule(len(norms), settings).step(norms).coefficients
-    assert c[min(range(len(norms)), key=norms.__getitem__)] == 1
+    assert c[min(range(len(norms)), key=norms.__getitem__)] >= 1
 
 
 @given(data=st.data(), norms=group_norms(inactive=True), settings=rule_settings(window=None))
@@ -125,7 +154,12 @@ def test_the_unit_of_the_errors_does_not_change_the_coefficients(data, norms, sc
     assert coefficients(norms, [scale * e for e in errors]) == pytest.approx(plain, rel=1e-6, abs=1e-9)
 
 
-@given(data=st.data(), norms=group_norms(), factor=st.floats(1.0, 100.0), settings=rule_settings(window=None))
+@given(
+    data=st.data(),
+    norms=group_norms(),
+    factor=st.floats(1.0, 100.0),
+    settings=rule_settings(window=None, max_coefficient=1.0),
+)
 def test_a_larger_norm_lowers_only_its_own_coefficient(data, norms, factor, settings):
     errors = data.draw(st.none() | group_errors(len(norms)))
     m = data.draw(st.integers(0, len(norms) - 1))
@@ -135,7 +169,7 @@ def test_a_larger_norm_lowers_only_its_own_coefficient(data, norms, factor, sett
     assert all(after[k] >= before[k] for k in range(len(norms)) if k != m)
 
 
-@given(data=st.data(), norms=group_norms(), settings=rule_settings(window=None))
+@given(data=st.data(), norms=group_norms(), settings=rule_settings(window=None, max_coefficient=1.0))
 def test_a_lower_error_never_raises_the_own_coefficient(data, norms, settings):
     errors = data.draw(group_errors(len(norms)))
     m = data.draw(st.integers(0, len(norms) - 1))
@@ -195,7 +229,7 @@ def test_a_dominant_group_whose_gradients_agree_is_never_damped(data, norms, set
     m = max(range(n), key=norms.__getitem__)
     cosines = data.draw(group_cosines(n))
     cosines[m] = 1.0
-    assert Rule(n, settings).step(norms, None, cosines).coefficients[m] == 1
+    assert Rule(n, settings).step(norms, None, cosines).coefficients[m] >= 1
 
 
 def test_a_conflict_needs_less_agreement_than_the_other_group_has():
@@ -249,6 +283,8 @@ def test_float32_decides_as_float64_away_from_ties(norms, settings):
         {"smoothing": 1.0},
         {"smoothing": -0.1},
         {"min_coefficient": 2},
+        {"max_coefficient": 0.5},
+        {"max_coefficient": math.inf},
         {"agreement": 1.5},
         {"agreement": -0.1},
         {"noise": -1},
@@ -287,7 +323,7 @@ def test_an_option_of_the_wrong_kind_is_refused_by_name(option):
 
 def test_the_ends_of_the_ranges_are_inside_them():
     Settings(alpha=0, eta=0, threshold=1, smoothing=0, min_coefficient=0, noise=0, window=(0, 1))
-    Settings(eta=1, min_coefficient=1, window=(0, None))
+    Settings(eta=1, min_coefficient=1, max_coefficient=1, window=(0, None))
 
 
 def test_the_option_types_name_exactly_the_settings():
