@@ -29,7 +29,7 @@ def draw(record: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray) -
     norms, coefficients, conflicts, dominance = figure.subplots(4, 1, sharex=True, height_ratios=heights)
 
     _title(norms, "Gradient norm of each group", "before the penalty")
-    _title(coefficients, "Coefficient", "what is left of the group's step; 1 is all of it")
+    _title(coefficients, "Coefficient", "the group's step is scaled by it; 1 leaves it as it is")
     _title(conflicts, "In conflict", "dominates others and is ahead of them; the darker, the more of them")
     _title(dominance, "Dominance", "largest norm over the mean of the others; 1 is balance")
     for m, name in enumerate(names):
@@ -45,13 +45,15 @@ def draw(record: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray) -
     _line(dominance, steps, before, "before", "#888888")
     _line(dominance, steps, after, "after", "#000000")
 
-    for axes in (norms, dominance):
+    raised = record["coefficients"].max() > 1
+    for axes in (norms, dominance, coefficients) if raised else (norms, dominance):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    coefficients.set_ylim(-0.04, 1.06)
+    if not raised:
+        coefficients.set_ylim(-0.04, 1.06)
     conflicts.set_yticks(range(n), names)
     conflicts.set_ylim(n - 0.5, -0.5)
     conflicts.tick_params(axis="y", length=0)

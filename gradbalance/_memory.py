@@ -29,7 +29,7 @@ class Balance(NamedTuple):
         norms: Gradient norm of each group, as the option ``norm`` defines it, shape ``[N]``.
         shares: Running share of each group in the sum of the norms, NaN before the first, shape ``[N]``.
         errors: Running error of each group, NaN where none is in force, shape ``[N]``.
-        coefficients: Coefficient of each group, in [0, 1], shape ``[N]``.
+        coefficients: Coefficient of each group, in [0, ``max_coefficient``], shape ``[N]``.
         conflicts: ``conflicts[m, k]``: group m is damped for the sake of group k, bool, shape ``[N, N]``.
         agreements: Running cosine between successive gradients of each group, NaN where not known, shape ``[N]``.
         step: Optimizer steps that took place, shape ``[]``.

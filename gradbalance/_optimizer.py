@@ -30,14 +30,16 @@ def _live(name: str) -> Any:
 
 
 class ConflictAwarePenalty(Optimizer):
-    r"""An optimizer that damps the groups whose gradients dominate, around any optimizer.
+    r"""An optimizer that balances the groups whose gradients dominate with the others, around any optimizer.
 
     At every step the gradient norms :math:`n_m` of the groups are compared. A group is in conflict with another if its
     share of their sum exceeds ``threshold`` times the other's and it is ahead of it: its gradients agree from step to
     step less than ``agreement`` times as much as the other's, or, where errors are observed, its error is lower. Its
-    update is scaled by :math:`c_m = \max(c_{\min}, q_m \pi_m)` with the penalty :math:`\pi_m = \eta^{\kappa_m}`,
-    :math:`\kappa_m` the fraction of the other groups in conflict, and the modulation :math:`q_m = 1 - \tanh(\alpha\,
-    \varphi(r_m))` of its lead in errors (1 without errors).
+    update is scaled by :math:`c_m = \lambda \max(c_{\min}, q_m \pi_m)` with the penalty
+    :math:`\pi_m = \eta^{\kappa_m}`, :math:`\kappa_m` the fraction of the other groups in conflict, and the modulation
+    :math:`q_m = 1 - \tanh(\alpha\,\varphi(r_m))` of its lead in errors (1 without errors). The factor
+    :math:`\lambda \geq 1`, common to all, turns the damping of the dominant group into larger steps of the others as
+    far as ``max_coefficient`` allows.
 
     It helps where a strong branch fits the training data, noise included, before a weak one has learned. It does
     nothing where the dominant branch is still learning, and cannot help where the weak one has little to add.
@@ -63,7 +65,10 @@ class ConflictAwarePenalty(Optimizer):
             gradient is scaled in place; Adam and its like cancel a constant factor there.
         norm: ``"l2"`` [P], ``"rms"`` (over the root of the number of entries) or ``"relative"`` (over the norm of the
             parameters) [R].
-        min_coefficient: Lowest coefficient, in [0, 1].
+        min_coefficient: Lowest coefficient before they are raised, in [0, 1].
+        max_coefficient: Highest coefficient, >= 1. [R] All rise together, the smallest not above 1, and no norm times
+            its coefficient above the largest norm. [P] 1: the dominant group is damped. None: 20 on the update of
+            ``torch.optim.SGD``, else 1, since a step of Adam and its like is long however small the gradient is.
         window: ``(start, stop)`` in optimizer steps between which the rule acts, ``stop`` None for no end; None for
             always. [P] epochs 0 to 25 of 30.
         noise: Standard deviation of Gaussian noise on each grouped gradient tensor inside the window, as a multiple
