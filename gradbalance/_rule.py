@@ -152,8 +152,8 @@ def lift(coefficients: Tensor, shares: Tensor, most: float) -> Tensor:
     r"""The factor by which all coefficients rise, :math:`\lambda \geq 1`, shape ``[]``.
 
     [R] To slow the dominant group down or to speed the others up balances them alike, but the slow one may not finish
-    in the steps there are. :math:`\lambda` is the largest factor that takes no coefficient above ``most``, the smallest
-    one not above 1, and no group's scaled norm above the largest unscaled one.
+    in the steps there are. :math:`\lambda` is the largest factor that takes no coefficient above ``most`` and no group's
+    scaled norm above the largest unscaled one, so that the dominant group's own coefficient stays at 1 or below.
 
     Args:
         coefficients: In [0, 1], one of them 1, shape ``[N]``.
@@ -165,8 +165,7 @@ def lift(coefficients: Tensor, shares: Tensor, most: float) -> Tensor:
         tensor(9.)
     """
     shares = shares.nan_to_num()
-    room = shares.amax() / (coefficients * shares).amax()
-    return torch.minimum(1 / coefficients.amin(), room).clamp(1, most)
+    return (shares.amax() / (coefficients * shares).amax()).clamp(1, most)
 
 
 def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:

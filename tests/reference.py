@@ -77,11 +77,9 @@ class ReferenceRule:
         return self.settings.eta ** (sum(self.in_conflict(m, k) for k in peers) / len(peers))
 
     def lift(self, coefficients: dict[int, float]) -> float:
-        largest, scaled = (
-            max(self.shares[m] * f for m, f in c.items()) for c in (dict.fromkeys(coefficients, 1.0), coefficients)
-        )
-        lowest = min(coefficients.values())
-        return max(1.0, min(self.settings.max_coefficient or 1.0, 1 / lowest if lowest else math.inf, largest / scaled))
+        largest = max(self.shares[m] for m in coefficients)
+        scaled = max(self.shares[m] * c for m, c in coefficients.items())
+        return max(1.0, min(self.settings.max_coefficient or 1.0, largest / scaled))
 
     def modulation(self, m: int, peers: list[int]) -> float:
         def score(k: int) -> float:

@@ -92,6 +92,7 @@ def test_the_others_are_raised_as_far_as_the_dominant_group_was_damped():
     options = {"eta": 0.05, "agreement": None}
     assert coefficients([64.0, 1.0], max_coefficient=32.0, **options) == [1.0, 20.0]
     assert coefficients([64.0, 1.0], max_coefficient=4.0, **options) == [0.2, 4.0]
+    assert coefficients([64.0, 1.0], max_coefficient=1.5, **options) == pytest.approx([0.075, 1.5])
     assert coefficients([8.0, 1.0], max_coefficient=32.0, **options) == [0.4, 8.0], "not above the largest norm"
     assert coefficients([64.0, 1.0], max_coefficient=32.0, **options | {"eta": 0.0}) == [0.0, 32.0]
     assert coefficients([64.0, 1.0], **options) == [0.05, 1.0]
