@@ -66,8 +66,8 @@ class ConflictAwarePenalty(Optimizer):
         norm: ``"l2"`` [P], ``"rms"`` (over the root of the number of entries) or ``"relative"`` (over the norm of the
             parameters) [R].
         min_coefficient: Lowest coefficient before they are raised, in [0, 1].
-        max_coefficient: Highest coefficient, >= 1. [R] All rise together, as long as no norm times its coefficient exceeds the
-            largest norm. [P] 1: the dominant group is damped. None: 20 on the update of
+        max_coefficient: Highest coefficient, >= 1. [R] All rise together, as long as no norm times its coefficient
+            exceeds the largest norm. [P] 1: the dominant group is damped. None: 20 on the update of
             ``torch.optim.SGD``, else 1, since a step of Adam and its like is long however small the gradient is.
         window: ``(start, stop)`` in optimizer steps between which the rule acts, ``stop`` None for no end; None for
             always. [P] epochs 0 to 25 of 30.

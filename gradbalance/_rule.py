@@ -152,8 +152,8 @@ def lift(coefficients: Tensor, shares: Tensor, most: float) -> Tensor:
     r"""The factor by which all coefficients rise, :math:`\lambda \geq 1`, shape ``[]``.
 
     [R] To slow the dominant group down or to speed the others up balances them alike, but the slow one may not finish
-    in the steps there are. :math:`\lambda` is the largest factor that takes no coefficient above ``most`` and no group's
-    scaled norm above the largest unscaled one, so that the dominant group's own coefficient stays at 1 or below.
+    in the steps there are. :math:`\lambda` is the largest factor that takes no coefficient above ``most`` and no norm
+    times its coefficient above the largest norm, so that the dominant group's own coefficient stays at 1 or below.
 
     Args:
         coefficients: In [0, 1], one of them 1, shape ``[N]``.
