@@ -61,8 +61,6 @@ class Memory:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self.has_errors = False
-        self._sketch = torch.empty(0)
         unseen = [UNSEEN] * len(names)
         self._set((0.0, unseen, unseen, unseen, []), torch.device("cpu"))
 
