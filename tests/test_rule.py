@@ -214,6 +214,26 @@ def test_the_penalty_grows_with_the_fraction_of_the_peers_in_conflict():
     assert coefficients([8.0, 4.0, 4.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.5, 0.5, 0.5, 1.0])
 
 
+def test_a_tie_is_no_conflict():
+    assert coefficients([2.0, 1.0], threshold=2.0, eta=0.5) == [1.0, 1.0]
+    assert coefficients([2.0, 1.0], [0.5, 0.5], eta=0.5) == [1.0, 1.0]
+
+
+def test_an_error_of_zero_is_an_error():
+    assert coefficients([2.0, 1.0], [0.0, 1.0], eta=0.5, alpha=0.0) == [0.5, 1.0]
+    assert coefficients([2.0, 1.0], [0.0, 1.0], eta=1.0) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("none", [UNSEEN, -1.0, -0.5])
+def test_any_negative_error_is_none(none):
+    unseen = torch.full((3,), UNSEEN, dtype=torch.float64)
+    norms, observed = (torch.tensor(v, dtype=torch.float64) for v in ([9.0, 2.0, 1.0], [none, 0.5, 1.0]))
+    settings = Settings(eta=0.5, alpha=0.0, threshold=1.0)
+    decision = decide(norms, observed, None, State(torch.zeros(()), unseen, unseen, None), settings)
+    assert decision.coefficients.tolist() == [1.0, 0.5, 1.0]
+    assert decision.state.errors.tolist() == [UNSEEN, 0.5, 1.0]
+
+
 def test_observed_errors_stand_in_for_the_agreement():
     options = {"eta": 0.5, "alpha": 0.0, "agreement": 0.5}
     assert coefficients([2.0, 1.0], [0.1, 0.2], [0.9, 0.1], **options) == [0.5, 1.0]
