@@ -182,6 +182,12 @@ def test_a_group_that_was_not_observed_is_left_alone():
     assert c == [1.0, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_group_that_was_not_observed_changes_nothing_for_the_others(centred):
+    c = coefficients([9.0, 2.0, 1.0, 1.0], [None, 0.5, 1.0, 0.8], centred=centred)
+    assert c == [1.0, *coefficients([2.0, 1.0, 1.0], [0.5, 1.0, 0.8], centred=centred)]
+
+
 def test_errors_stay_in_force_until_the_next_observation():
     rule = Rule(2, Settings(threshold=1.0, eta=0.5, alpha=0.0, smoothing=0.0))
     assert rule.step([2.0, 1.0], [1.0, 0.5]).coefficients.tolist() == [1.0, 1.0]
