@@ -11,7 +11,7 @@ from gradbalance import _buckets
 from gradbalance._buckets import gather, in_buckets
 from gradbalance._norms import _mean, _summable, reduce_norms
 from gradbalance._rule import UNSEEN
-from gradbalance._scaling import scale_
+from gradbalance._scaling import clipped, scale_
 
 GRADIENT = attrgetter("grad")
 
@@ -82,3 +82,14 @@ def test_norms_are_taken_without_a_read_inside_an_operator():
     names = {event.name for event in trace.events()}
     assert "aten::segment_reduce" in names
     assert "aten::_local_scalar_dense" not in names
+
+
+@pytest.mark.parametrize("norms", [[3e-6, 4e-6], [3.0, 4.0], [0.3, 0.4]])
+def test_clipping_is_that_of_clip_grad_norm(norms):
+    parameters = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in norms]
+    for p, norm in zip(parameters, norms, strict=True):
+        p.grad = torch.full_like(p, norm)
+    max_norm = 1e-6 if norms[0] < 1e-3 else 1.0
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    clip = clipped(torch.tensor(norms, dtype=torch.float64), None, max_norm).item()
+    assert [clip * norm for norm in norms] == pytest.approx([p.grad.item() for p in parameters], rel=1e-9)
