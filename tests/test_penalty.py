@@ -358,20 +358,41 @@ def test_learning_rates_are_restored_after_a_step_that_raised(model):
     optimizer.step()
 
 
-def test_what_the_step_writes_into_its_param_group_stays(model):
+@pytest.mark.parametrize("first", ["text", "audio"])
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_what_the_step_writes_into_its_param_group_stays_as_without_the_penalty(model, lr, first):
     class Counting(torch.optim.SGD):
         def step(self, closure=None):
             for group in self.param_groups:
-                group["count"] = group.get("count", 0) + 1
+                group["count"], group["used"] = group.get("count", 0) + 1, float(group["lr"])
             return super().step(closure)
 
-    optimizer = ConflictAwarePenalty(Counting(model.parameters(), lr=0.1), groups_of(model), **PLAIN_RULE)
+    groups = dict(sorted(groups_of(model).items(), key=lambda item: item[0] != first))
+    optimizer = ConflictAwarePenalty(Counting(model.parameters(), lr=lr), groups, **PLAIN_RULE)
     for step in range(3):
         backward(model, step)
         optimizer.step()
     assert min(optimizer.coefficients().values()) < 1
     assert optimizer.param_groups[0]["count"] == 3
+    assert optimizer.param_groups[0]["used"] == 0.5
     assert optimizer.balance.step == 3
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_gets_all_that_it_is_given_beside_the_closure(model, by_name):
+    class Repeating(torch.optim.SGD):
+        def step(self, closure=None, times=1, lr=0.1):
+            self.given = times, lr
+            return super().step(closure)
+
+    inner = Repeating(model.parameters(), lr=0.1)
+    penalty = attach(inner, groups_of(model))
+    if by_name:
+        inner.step(closure=lambda: backward(model), times=2, lr=0.2)
+    else:
+        inner.step(lambda: backward(model), 2, 0.2)
+    assert inner.given == (2, 0.2)
+    assert penalty.balance.step == 1
 
 
 def test_a_learning_rate_tensor_is_scaled_without_being_replaced(model):
@@ -396,6 +417,7 @@ def test_remove_gives_the_optimizer_back(model):
     optimizer = ConflictAwarePenalty(inner, groups_of(model), **PLAIN_RULE)
     optimizer.remove()
     assert set(vars(inner)) == attributes
+    assert not any("gradbalance" in key for key in inner.state_dict()["param_groups"][0])
     backward(model)
     optimizer.step()
     scheduler.step()
@@ -601,9 +623,8 @@ def test_a_step_that_does_not_count_leaves_the_sketch(model):
 @pytest.mark.parametrize("errors", [None, {"text": 0.0, "audio": 0.0}])
 def test_a_checkpoint_brings_back_what_decides(model, errors):
     def build(model):
-        return ConflictAwarePenalty(
-            torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), eta=0.5, threshold=1.0, agreement=1.0
-        )
+        inner = torch.optim.SGD([{"params": part.parameters()} for part in model.children()], lr=0.1)
+        return ConflictAwarePenalty(inner, groups_of(model), eta=0.5, threshold=1.0, agreement=1.0)
 
     def train(model, optimizer, steps):
         for step in steps:
