@@ -220,6 +220,13 @@ def test_the_penalty_grows_with_the_fraction_of_the_peers_in_conflict():
     assert coefficients([8.0, 4.0, 4.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.5, 0.5, 0.5, 1.0])
 
 
+@pytest.mark.parametrize(("centred", "start"), [(True, 1.0), (False, 0.0)])
+def test_the_modulation_is_by_the_lead_over_the_mean_of_the_peers(centred, start):
+    c = coefficients([1.0, 1.0, 1.0], [1.0, 2.0, 4.0], alpha=0.3, eta=1.0, centred=centred)
+    lead = 1.0 / ((0.5 + 0.25) / 2) - start
+    assert c == pytest.approx([1 - math.tanh(0.3 * lead), 1.0, 1.0], rel=1e-6)
+
+
 def test_a_tie_is_no_conflict():
     assert coefficients([2.0, 1.0], threshold=2.0, eta=0.5) == [1.0, 1.0]
     assert coefficients([2.0, 1.0], [0.5, 0.5], eta=0.5) == [1.0, 1.0]
