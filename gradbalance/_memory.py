@@ -61,8 +61,8 @@ class Memory:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self.has_errors = False
-        self._sketch = torch.empty(0)
+        self.has_errors: bool
+        self._sketch: Tensor
         unseen = [UNSEEN] * len(names)
         self._set((0.0, unseen, unseen, unseen, []), torch.device("cpu"))
 

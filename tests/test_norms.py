@@ -1,5 +1,6 @@
 """Norms and scaling: what is read, what is written."""
 
+import math
 from operator import attrgetter
 
 import pytest
@@ -8,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from gradbalance import _buckets
 from gradbalance._buckets import gather, in_buckets
-from gradbalance._norms import reduce_norms
-from gradbalance._scaling import scale_
+from gradbalance._norms import _mean, _summable, reduce_norms
+from gradbalance._rule import UNSEEN
+from gradbalance._scaling import clipped, scale_
 
 GRADIENT = attrgetter("grad")
 
@@ -51,6 +53,27 @@ def test_parameters_without_a_gradient_shift_no_other_group():
     assert norms.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_norm_of_a_group_spans_its_dtypes():
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+    groups = [
+        [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes],
+        [torch.nn.Parameter(torch.zeros(2))],
+    ]
+    for group in groups:
+        for p in group:
+            p.grad = torch.full_like(p, 3 + 4j if p.is_complex() else 5)
+    norms, *_ = reduce_norms(gather(in_buckets(groups), GRADIENT), 2, torch.device("cpu"))
+    assert norms.tolist() == pytest.approx([250**0.5, 50**0.5], rel=1e-6)
+
+
+def test_errors_are_averaged_over_the_ranks_that_have_them():
+    ranks = [[0.0, 2.0, UNSEEN, -1.0, math.nan, 0.5], [UNSEEN, 4.0, UNSEEN, 0.0, 1.0, -0.5]]
+    mean = _mean(sum(_summable(torch.tensor(errors)) for errors in ranks))
+    assert mean[[0, 1, 3, 5]].tolist() == [0.0, 3.0, 0.0, 0.5]
+    assert mean[2] < 0
+    assert mean[4].isnan()
+
+
 def test_norms_are_taken_without_a_read_inside_an_operator():
     _, gathered = gathered_gradients([[3, 4], [5], [6]])
     reduce_norms(gathered, 3, torch.device("cpu"))  # the offsets are made once
@@ -59,3 +82,14 @@ def test_norms_are_taken_without_a_read_inside_an_operator():
     names = {event.name for event in trace.events()}
     assert "aten::segment_reduce" in names
     assert "aten::_local_scalar_dense" not in names
+
+
+@pytest.mark.parametrize("norms", [[3e-6, 4e-6], [3.0, 4.0], [0.3, 0.4]])
+def test_clipping_is_that_of_clip_grad_norm(norms):
+    parameters = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in norms]
+    for p, norm in zip(parameters, norms, strict=True):
+        p.grad = torch.full_like(p, norm)
+    max_norm = 1e-6 if norms[0] < 1e-3 else 1.0
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    clip = clipped(torch.tensor(norms, dtype=torch.float64), None, max_norm).item()
+    assert [clip * norm for norm in norms] == pytest.approx([p.grad.item() for p in parameters], rel=1e-9)

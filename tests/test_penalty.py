@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gradbalance import PAPER, ConflictAwarePenalty, attach
+from gradbalance import PAPER, ConflictAwarePenalty, _observed, attach
 from gradbalance._buckets import CPU_PART
 from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES, _thinned
@@ -141,6 +141,18 @@ def test_any_layout_of_param_groups_gives_the_same_run(model, mode, layout):
     assert all(map(torch.equal, run(model, list(model.parameters())), run(other, parameters)))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_the_balance_holds_no_graph_of_the_gradients(model):
+    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), max_norm=1.0)
+    for step in range(2):
+        model.zero_grad()
+        batch = torch.randn(16, 9, generator=torch.Generator().manual_seed(step))
+        model(batch).square().mean().backward(create_graph=True)
+        optimizer.step()
+    assert model.text.weight.grad.requires_grad
+    assert not any(part.requires_grad for part in optimizer.balance[:-1])
+
+
 def test_weight_decay_that_is_decoupled_is_scaled_in_update_mode(model):
     optimizer = ConflictAwarePenalty(
         torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, eps=1e30),
@@ -268,17 +280,12 @@ def test_parameters_of_no_group_are_bitwise_those_of_the_plain_optimizer(model):
 
 
 def test_noise_has_the_spread_of_each_gradient_and_is_repeatable():
-    wide, narrow, single = (
-        nn.Parameter(torch.zeros(20000)),
-        nn.Parameter(torch.zeros(20000)),
-        nn.Parameter(torch.zeros(1)),
-    )
-    parameters = [wide, narrow, single]
+    wide, narrow, pair, single = parameters = [nn.Parameter(torch.zeros(n)) for n in (20000, 20000, 2, 1)]
 
     def noisy(seed):
         optimizer = ConflictAwarePenalty(
             torch.optim.SGD(parameters, lr=0.0),
-            {"wide": [wide], "narrow": [narrow, single]},
+            {"wide": [wide], "narrow": [narrow, pair, single]},
             noise=0.5,
             generator=torch.Generator().manual_seed(seed),
             apply_to="gradient",
@@ -288,16 +295,17 @@ def test_noise_has_the_spread_of_each_gradient_and_is_repeatable():
         generator = torch.Generator().manual_seed(1)
         for p, spread in ((wide, 10.0), (narrow, 0.1)):
             p.grad = 3 + spread * torch.randn(20000, generator=generator)
-        single.grad = torch.ones(1)
+        pair.grad, single.grad = torch.tensor([1.0, 3.0]), torch.ones(1)
         clean = [p.grad.clone() for p in parameters]
         optimizer.step()
-        c = [0.5, 1.0, 1.0]
+        c = [0.5, 1.0, 1.0, 1.0]
         return [p.grad - f * g for p, f, g in zip(parameters, c, clean, strict=True)]
 
     first = noisy(7)
     assert first[0].std().item() == pytest.approx(0.5 * 10.0, rel=0.05)
     assert first[1].std().item() == pytest.approx(0.5 * 0.1, rel=0.05)
-    assert first[2].item() == 0.0
+    assert (first[2] != 0).all()
+    assert first[3].item() == 0.0
     assert all(map(torch.equal, first, noisy(7)))
     assert not torch.equal(first[0], noisy(8)[0])
 
@@ -325,6 +333,35 @@ def test_a_second_step_on_the_same_gradients_does_not_compound(model):
     assert optimizer.balance.step == 2
 
 
+def test_gradients_that_the_step_itself_wrote_are_not_taken_for_new_ones(model):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    inner.register_step_post_hook(lambda optimizer, *_: [p.grad.mul_(0.5) for p in model.parameters()])
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **PLAIN_RULE)
+    backward(model)
+    optimizer.step()
+    before = gradients(model)
+    optimizer.step()
+    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model), before, strict=True))
+    assert optimizer.balance.step == 1
+
+
+def test_a_step_that_failed_before_the_penalty_acted_is_made_good(model):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", eta=0.5, **PLAIN_RULE)
+    backward(model)
+    optimizer.step()
+    backward(model, 1)
+    before, parameters = gradients(model), inner.param_groups[0]["params"]
+    inner.param_groups[0]["params"] = parameters[:1]
+    with pytest.raises(RuntimeError, match="Got other parameters"):
+        optimizer.step()
+    assert all(map(torch.equal, gradients(model), before))
+    inner.param_groups[0]["params"] = parameters
+    optimizer.step()
+    assert optimizer.coefficients()["text"] == 0.5
+    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model.text), before, strict=False))
+
+
 def test_learning_rates_are_restored_after_a_step_that_raised(model):
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ConflictAwarePenalty(inner, groups_of(model), eta=0.1, **PLAIN_RULE)
@@ -346,20 +383,41 @@ def test_learning_rates_are_restored_after_a_step_that_raised(model):
     optimizer.step()
 
 
-def test_what_the_step_writes_into_its_param_group_stays(model):
+@pytest.mark.parametrize("first", ["text", "audio"])
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_what_the_step_writes_into_its_param_group_stays_as_without_the_penalty(model, lr, first):
     class Counting(torch.optim.SGD):
         def step(self, closure=None):
             for group in self.param_groups:
-                group["count"] = group.get("count", 0) + 1
+                group["count"], group["used"] = group.get("count", 0) + 1, float(group["lr"])
             return super().step(closure)
 
-    optimizer = ConflictAwarePenalty(Counting(model.parameters(), lr=0.1), groups_of(model), **PLAIN_RULE)
+    groups = dict(sorted(groups_of(model).items(), key=lambda item: item[0] != first))
+    optimizer = ConflictAwarePenalty(Counting(model.parameters(), lr=lr), groups, **PLAIN_RULE)
     for step in range(3):
         backward(model, step)
         optimizer.step()
     assert min(optimizer.coefficients().values()) < 1
     assert optimizer.param_groups[0]["count"] == 3
+    assert optimizer.param_groups[0]["used"] == 0.5
     assert optimizer.balance.step == 3
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_gets_all_that_it_is_given_beside_the_closure(model, by_name):
+    class Repeating(torch.optim.SGD):
+        def step(self, closure=None, times=1, lr=0.1):
+            self.given = times, lr
+            return super().step(closure)
+
+    inner = Repeating(model.parameters(), lr=0.1)
+    penalty = attach(inner, groups_of(model))
+    if by_name:
+        inner.step(closure=lambda: backward(model), times=2, lr=0.2)
+    else:
+        inner.step(lambda: backward(model), 2, 0.2)
+    assert inner.given == (2, 0.2)
+    assert penalty.balance.step == 1
 
 
 def test_a_learning_rate_tensor_is_scaled_without_being_replaced(model):
@@ -384,6 +442,7 @@ def test_remove_gives_the_optimizer_back(model):
     optimizer = ConflictAwarePenalty(inner, groups_of(model), **PLAIN_RULE)
     optimizer.remove()
     assert set(vars(inner)) == attributes
+    assert not any("gradbalance" in key for key in inner.state_dict()["param_groups"][0])
     backward(model)
     optimizer.step()
     scheduler.step()
@@ -493,6 +552,30 @@ def test_coefficients_for_applies_the_rule_to_norms_from_elsewhere(model):
         penalty.coefficients_for({"text": 1.0})
 
 
+def test_errors_count_with_their_mean_since_the_last_step(model):
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), smoothing=0.0)
+    penalty.observe(text=1.0, audio=3.0)
+    penalty.observe(text=2.0, audio=5.0)
+    backward(model)
+    penalty._stepper.step()
+    assert penalty.balance.errors.tolist() == [1.5, 4.0]
+    penalty.observe(text=0.0, audio=0.5)
+    backward(model)
+    penalty._stepper.step()
+    assert penalty.balance.errors.tolist() == [0.0, 0.5]
+
+
+def test_a_negative_error_that_is_not_read_makes_the_step_not_count(model, monkeypatch):
+    monkeypatch.setattr(_observed, "on_host", lambda device: False)
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), smoothing=0.5)
+    for error, steps in ((0.0, 1), (-0.5, 1), (0.5, 2)):
+        penalty.observe(text=torch.tensor(error), audio=1.0)
+        backward(model)
+        penalty._stepper.step()
+        assert penalty.balance.step == steps
+    assert penalty.balance.errors.tolist() == [0.25, 1.0]
+
+
 def test_the_representation_names_groups_sizes_and_changed_settings(model):
     optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), eta=0.5)
     assert "text: 15, audio: 18" in repr(optimizer)
@@ -560,3 +643,30 @@ def test_a_step_that_does_not_count_leaves_the_sketch(model):
         penalty._stepper.step()
         model.load_state_dict(start)  # an infinite gradient spoils a parameter even at lr 0
     assert penalty.balance.agreements.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("errors", [None, {"text": 0.0, "audio": 0.0}])
+def test_a_checkpoint_brings_back_what_decides(model, errors):
+    def build(model):
+        inner = torch.optim.SGD([{"params": part.parameters()} for part in model.children()], lr=0.1)
+        return ConflictAwarePenalty(inner, groups_of(model), eta=0.5, threshold=1.0, agreement=1.0)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            backward(model, step)
+            optimizer.step()
+
+    optimizer = build(model)
+    train(model, optimizer, range(2))
+    if errors is not None:
+        optimizer.observe(**errors)
+    train(model, optimizer, range(2, 4))
+    resumed = copy.deepcopy(model)
+    other = build(resumed)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(4, 6))
+    train(resumed, other, range(4, 6))
+    for now, expected in zip(other.balance[:-1], optimizer.balance[:-1], strict=True):
+        torch.testing.assert_close(now, expected, rtol=0, atol=0, equal_nan=True)
+    assert optimizer.balance.agreements.isfinite().all()
+    assert optimizer.balance.step == 6

@@ -217,6 +217,12 @@ def test_a_group_that_was_not_observed_is_left_alone():
     assert c == [1.0, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_group_that_was_not_observed_changes_nothing_for_the_others(centred):
+    c = coefficients([9.0, 2.0, 1.0, 1.0], [None, 0.5, 1.0, 0.8], centred=centred)
+    assert c == [1.0, *coefficients([2.0, 1.0, 1.0], [0.5, 1.0, 0.8], centred=centred)]
+
+
 def test_errors_stay_in_force_until_the_next_observation():
     rule = Rule(2, Settings(threshold=1.0, eta=0.5, alpha=0.0, smoothing=0.0))
     assert rule.step([2.0, 1.0], [1.0, 0.5]).coefficients.tolist() == [1.0, 1.0]
@@ -241,6 +247,39 @@ def test_a_conflict_needs_less_agreement_than_the_other_group_has():
     assert coefficients([2.0, 1.0], None, [-0.9, 0.0], **options) == [1.0, 1.0]
     assert coefficients([2.0, 1.0], None, [None, 0.4], **options) == [1.0, 1.0]
     assert coefficients([2.0, 1.0], None, [0.2, 0.4], **options | {"agreement": None}) == [0.5, 1.0]
+
+
+def test_the_penalty_grows_with_the_fraction_of_the_peers_in_conflict():
+    assert coefficients([4.0, 2.0, 1.0], eta=0.25, smoothing=0.0) == [0.25, 0.5, 1.0]
+    assert coefficients([8.0, 0.0, 2.0, 2.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.125, 1, 1, 1, 1])
+    assert coefficients([8.0, 4.0, 4.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.5, 0.5, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(("centred", "start"), [(True, 1.0), (False, 0.0)])
+def test_the_modulation_is_by_the_lead_over_the_mean_of_the_peers(centred, start):
+    c = coefficients([1.0, 1.0, 1.0], [1.0, 2.0, 4.0], alpha=0.3, eta=1.0, centred=centred)
+    lead = 1.0 / ((0.5 + 0.25) / 2) - start
+    assert c == pytest.approx([1 - math.tanh(0.3 * lead), 1.0, 1.0], rel=1e-6)
+
+
+def test_a_tie_is_no_conflict():
+    assert coefficients([2.0, 1.0], threshold=2.0, eta=0.5) == [1.0, 1.0]
+    assert coefficients([2.0, 1.0], [0.5, 0.5], eta=0.5) == [1.0, 1.0]
+
+
+def test_an_error_of_zero_is_an_error():
+    assert coefficients([2.0, 1.0], [0.0, 1.0], eta=0.5, alpha=0.0) == [0.5, 1.0]
+    assert coefficients([2.0, 1.0], [0.0, 1.0], eta=1.0) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("none", [UNSEEN, -1.0, -0.5])
+def test_any_negative_error_is_none(none):
+    unseen = torch.full((3,), UNSEEN, dtype=torch.float64)
+    norms, observed = (torch.tensor(v, dtype=torch.float64) for v in ([9.0, 2.0, 1.0], [none, 0.5, 1.0]))
+    settings = Settings(eta=0.5, alpha=0.0, threshold=1.0)
+    decision = decide(norms, observed, None, State(torch.zeros(()), unseen, unseen, None), settings)
+    assert decision.coefficients.tolist() == [1.0, 0.5, 1.0]
+    assert decision.state.errors.tolist() == [UNSEEN, 0.5, 1.0]
 
 
 def test_observed_errors_stand_in_for_the_agreement():
