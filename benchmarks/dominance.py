@@ -44,19 +44,22 @@ MODES = ("default", "default, gradient", "norms only", "norms only, gradient")
 
 # What is run, most important first: testbeds, rules, and the optimizer where it is not the testbed's.
 ALL = ("S1", "S2", "S3", "V2", "Y3", "Y6", "C1", "C2", "VC", "C0", "B", "YB", "A1", "POM")
+UNEVEN, EVEN = ALL[:10], ALL[10:]
 PLAN: list[tuple[tuple[str, ...], tuple[str, ...], str | None]] = [
     (ALL, BASE, None),
-    (ALL[:10], BY_HAND, None),
-    (("S2", "C1"), ("none", *MODES, "raising"), "Adam"),
+    (UNEVEN, BY_HAND, None),
     (("S2", "C1"), MODES, "SGD"),
-    (("S2", "C1"), ("none", *MODES, "raising"), "AdamW"),
-    (("S2", "C1"), ("none", *MODES, "raising"), "Muon"),
+    (("S2", "C1"), ("none", *MODES, "norms only, raising"), "Adam"),
+    (("S2", "C1"), ("none", *MODES, "norms only, raising"), "AdamW"),
+    (("S2", "C1"), ("none", *MODES, "norms only, raising"), "Muon"),
+    (("V2", "Y3"), ("none", "default", "norms only", "norms only, raising"), "Adam"),
     (("S2", "C1"), (*LEARNED, *COSTLY), None),
-    (ALL[:10], LEARNED, None),
-    (ALL[:10], ("norms only", "damping"), None),
-    (ALL[10:], (*BY_HAND, *LEARNED, "norms only"), None),
-    (ALL[:10], ("agreement 0.8",), None),
+    (UNEVEN, ("norms only", "damping"), None),
+    (UNEVEN, LEARNED, None),
+    (EVEN, (*BY_HAND, "norms only"), None),
+    (EVEN, LEARNED, None),
     (("S1", "S2", "S3", "Y3", "C1"), ("default, own rate",), None),
+    (UNEVEN, ("agreement 0.8",), None),
     (("S2", "S3", "V2", "Y3", "C1", "C2", "VC", "C0"), ("damping, norms only",), None),
     (("Y3L",), (*BASE, "damping"), None),
 ]

@@ -15,7 +15,7 @@ from benchmarks.testbeds import BEDS
 
 Found = dict[str, Any]
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "Muon")
-MODES = ("default", "default, gradient", "norms only", "norms only, gradient", "raising")
+MODES = ("default", "default, gradient", "norms only", "norms only, gradient", "norms only, raising")
 
 
 class Interval(NamedTuple):

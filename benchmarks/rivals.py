@@ -207,7 +207,7 @@ RULES = {
     "IMTL-G": Rule(jacobian_descent("IMTLG")),
     "default, own rate": Rule(ours(), own_rate=True),
     "agreement 0.8": Rule(ours(agreement=0.8)),
-    "raising": Rule(ours(max_coefficient=20.0)),
+    "norms only, raising": Rule(ours(agreement=None, max_coefficient=20.0)),
     "damping": Rule(ours(max_coefficient=1.0)),
     "damping, norms only": Rule(ours(agreement=None, max_coefficient=1.0)),
     "damping, errors": Rule(ours(observe=True, max_coefficient=1.0)),
