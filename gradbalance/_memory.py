@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbalance import _rule
-from gradbalance._norms import wide
+from gradbalance._buckets import wide
 from gradbalance._rule import UNSEEN, State
 from gradbalance._settings import Settings
 from gradbalance._sketch import Sketch
@@ -61,8 +61,6 @@ class Memory:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self.has_errors = False
-        self._sketch = torch.empty(0)
         unseen = [UNSEEN] * len(names)
         self._set((0.0, unseen, unseen, unseen, []), torch.device("cpu"))
 
@@ -95,7 +93,6 @@ class Memory:
         Returns:
             Whether the step counts and lies inside the window, bool, shape ``[]``.
         """
-        self.has_errors |= observed is not None
         cosines = None
         if sketcher is not None and sketch is not None:
             last = self._sketch

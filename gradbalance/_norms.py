@@ -1,107 +1,14 @@
-"""Norms and scaling of groups of tensors over devices, dtypes and meshes: the only room with collectives."""
+"""Norms of groups of tensors over devices and meshes, and means over ranks: the only room with collectives."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, islice
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# `vector_norm` in float32 on the CPU loses accuracy on large tensors: 2e-4 at 8 M elements, 1e-6 in parts of this size.
-CPU_PART = 1 << 18
-IS_SPARSE = attrgetter("is_sparse")
-
-
-class Bucket:
-    """Parameters of one device, dtype and sharding, sorted by group: what one fused kernel can take."""
-
-    def __init__(self, like: Tensor, n_groups: int) -> None:
-        self.device = like.device
-        self.precision = torch.float64 if like.dtype in (torch.float64, torch.complex128) else torch.float32
-        self.parameters: list[list[Tensor]] = [[] for _ in range(n_groups)]
-        # A DTensor has these; importing DTensor to ask would make `import gradbalance` slow.
-        mesh: Any = getattr(like, "device_mesh", None)
-        self.mesh = mesh
-        self.placements: tuple[Any, ...] = getattr(like, "placements", ())
-        self.copies = copies(like)
-        self.plain = mesh is None and not like.is_complex()
-        self.large = False  # whether some tensor has to be taken in parts
-        self._counts: list[int] = []
-        self._offsets = torch.empty(0)
-
-    def offsets(self, counts: list[int]) -> Tensor:
-        """Where each group starts, on the device, kept from step to step: a CUDA graph cannot capture the copy."""
-        if counts != self._counts:
-            self._counts, self._offsets = counts, torch.tensor([0, *accumulate(counts)], device=self.device)
-        return self._offsets
-
-
-class Gathered(NamedTuple):
-    """The tensors of a bucket that are there in this step, group after group, as plain strided real tensors."""
-
-    bucket: Bucket
-    counts: list[int]  # how many there are of each group
-    read: list[Tensor]  # to take norms of
-    write: list[Tensor]  # to scale: the same tensors, but for sparse and partially reduced ones
-
-
-def buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
-    """The parameters of each group sorted into buckets; meta tensors are left out."""
-    found: dict[Any, Bucket] = {}
-    for group, members in enumerate(parameters):
-        for p in members:
-            if p.device.type != "meta":
-                key = (p.device, p.dtype, getattr(p, "device_mesh", None), getattr(p, "placements", None))
-                if key not in found:
-                    found[key] = Bucket(p, len(parameters))
-                found[key].parameters[group].append(p)
-                found[key].large |= on_host(p.device) and p.numel() > CPU_PART
-    return list(found.values())
-
-
-def copies(p: Any) -> int:
-    """The ranks that hold the same shard of ``p``: in a sum over its whole mesh the shard is counted that often."""
-    placements = getattr(p, "placements", ())  # of a DTensor
-    return math.prod(p.device_mesh.size(i) for i, at in enumerate(placements) if at.is_replicate())
-
-
-def gather(found: Iterable[Bucket], source: Callable[[Tensor], Tensor | None]) -> list[Gathered]:
-    """What ``source`` gives for each parameter (its gradient, say), where it gives anything."""
-    gathered = []
-    for bucket in found:
-        counts = [len(group) for group in bucket.parameters]
-        write = [t for t in map(source, chain.from_iterable(bucket.parameters)) if t is not None]
-        if len(write) < sum(counts):
-            counts = [sum(source(p) is not None for p in group) for group in bucket.parameters]
-        read = write
-        if not bucket.plain or any(map(IS_SPARSE, write)):
-            read, write = [_entries(_reduced(t, bucket)) for t in write], [_entries(t) for t in write]
-        gathered.append(Gathered(bucket, counts, read, write))
-    return gathered
-
-
-def _by_group(tensors: Iterable[Tensor], counts: Iterable[int]) -> list[list[Tensor]]:
-    left = iter(tensors)
-    return [list(islice(left, count)) for count in counts]
-
-
-def _reduced(t: Tensor, bucket: Bucket) -> Tensor:
-    """``t`` with what is still to be added up added up: entries of the same index, partial sums of ranks."""
-    if t.is_sparse:
-        return t.coalesce()
-    if bucket.mesh is not None and t.placements != bucket.placements:  # type: ignore[attr-defined]
-        return t.redistribute(placements=bucket.placements)  # type: ignore[attr-defined, no-any-return]
-    return t
-
-
-def _entries(t: Tensor) -> Tensor:
-    """A plain real tensor with the local entries of ``t``; writing it writes ``t``."""
-    t = getattr(t, "_local_tensor", t)
-    t = t._values() if t.is_sparse else t
-    return torch.view_as_real(t) if t.is_complex() else t
+from gradbalance._buckets import CPU_PART, Gathered, by_group, wide
 
 
 def reduce_norms(
@@ -185,7 +92,7 @@ def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
         if not read and bucket.mesh is None:
             continue
         if bucket.large:
-            parts = [list(_parts(group)) for group in _by_group(read, counts)]
+            parts = [list(_parts(group)) for group in by_group(read, counts)]
             counts, read = [len(group) for group in parts], list(chain.from_iterable(parts))
         if read:
             low = read[0].dtype in (torch.float16, torch.bfloat16)
@@ -207,62 +114,3 @@ def _parts(group: list[Tensor]) -> Iterator[Tensor]:
             yield from torch.split(t, max(1, len(t) * CPU_PART // t.numel()))
         else:
             yield t
-
-
-def on_host(device: torch.device) -> bool:
-    """Whether reading a tensor of the device waits for nothing."""
-    return device.type == "cpu"
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-@torch.enable_grad()  # a gradient with a graph (create_graph=True) takes the factor into it
-def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
-    """Multiply the tensors of each group by its factor, in place, without a host read of a device tensor.
-
-    Args:
-        gathered: The tensors, see :func:`gather`.
-        factors: Shape ``[G]``, or ``[]`` for one that all share.
-    """
-    for bucket, counts, _, write in gathered:
-        own = factors.to(bucket.device, bucket.precision)
-        groups = [write] if own.dim() == 0 else _by_group(write, counts)
-        pairs = list(zip(own.reshape(-1).unbind(), groups, strict=True))
-        if on_host(bucket.device):
-            # Here looking waits for nothing: what is multiplied by 1 need not be written. And one call serves all
-            # groups; elsewhere this overload would launch once a tensor.
-            pairs = [pair for pair, factor in zip(pairs, own.reshape(-1).tolist(), strict=True) if factor != 1]
-            tensors, each = [t for _, group in pairs for t in group], [f for f, group in pairs for _ in group]
-            if tensors:
-                torch._foreach_mul_(tensors, each)
-            continue
-        for factor, group in pairs:
-            if group:
-                torch._foreach_mul_(group, factor)
-
-
-def spreads(gathered: Iterable[Gathered], n_groups: int) -> list[Tensor | None]:
-    """The standard deviation of each tensor of the first groups in turn, None for a single element: it has none."""
-    return [t.std() if t.numel() > 1 else None for t in _of(gathered, n_groups)]
-
-
-def add_noise_(
-    gathered: Iterable[Gathered],
-    n_groups: int,
-    stds: Iterable[Tensor | None],
-    amount: Tensor,
-    generator: torch.Generator | None,
-) -> None:
-    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place."""
-    for t, std in zip(_of(gathered, n_groups), stds, strict=True):
-        if std is not None:
-            noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
-            # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
-            t.add_(torch.where(amount.to(t.device) > 0, noise.mul_(amount.to(t)), 0.0))
-
-
-def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:
-    return chain.from_iterable(islice(g.write, sum(g.counts[:n_groups])) for g in gathered)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._norms import wide
+from gradbalance._buckets import wide
 from gradbalance._rule import UNSEEN
 
 

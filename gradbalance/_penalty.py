@@ -3,24 +3,26 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import wraps
 from operator import attrgetter
 from types import MethodType
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # the public `torch.compiler.disable` takes seconds to import
 from torch.optim import Optimizer
 
 from gradbalance import _groups, _norms
+from gradbalance._buckets import gather, wide
+from gradbalance._checkpoint import Checkpoint
 from gradbalance._groups import Groups
-from gradbalance._memory import KEYS, Balance, Memory
+from gradbalance._hooks import StepHooks, owner_of
+from gradbalance._memory import Balance, Memory
 from gradbalance._observed import Observed
 from gradbalance._plan import Fingerprint, Plan, make_plan
 from gradbalance._rates import LearningRates
+from gradbalance._scaling import write_
 from gradbalance._settings import Options, Settings
-from gradbalance._wrapped import check_optimizer, layers, unwrap
+from gradbalance._wrapped import check_optimizer, unwrap
 
 
 class Penalty:
@@ -45,18 +47,9 @@ class Penalty:
         self._in_step = False
         self._listeners: list[Callable[[Balance], None]] = []
         self._memory = Memory(self._assignment.names)
-        self._take_in(self._reader.param_groups[0])
-        self._handles = [
-            self._stepper.register_step_pre_hook(self._before_step),
-            self._stepper.register_step_post_hook(self._after_step),
-        ]
-        for layer in layers(optimizer):  # SAM saves and loads for the optimizer that it wraps
-            if "_optimizer_state_dict_post_hooks" in vars(layer):  # else it leaves both to the one that it wraps
-                self._handles.append(layer.register_state_dict_post_hook(self._save))
-                self._handles.append(layer.register_load_state_dict_pre_hook(self._load))
-        self._patched_step = vars(self._stepper).get("step")  # by a scheduler, say
-        _set_method(self._stepper, "step", self._guarded(self._stepper.step))
-        _set_method(self._stepper, "__reduce_ex__", self._reduce)
+        self._checkpoint = Checkpoint(optimizer, self._memory, self._rates, settings.persist)
+        self._hooks = StepHooks(self._stepper, self, self._apply, self._after_step)
+        vars(self._stepper)["__reduce_ex__"] = MethodType(self._reduce, self._stepper)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,20 +106,16 @@ class Penalty:
         if errors is not None:
             self.observe(**errors)
         home = self._memory.home
-        values = torch.stack([torch.as_tensor(norms[name], dtype=_norms.wide(home)).to(home) for name in self.names])
-        self._decide(values, _norms.average(self._observed.take(home), self.settings.process_group))
+        values = torch.stack([torch.as_tensor(norms[name], dtype=wide(home)).to(home) for name in self.names])
+        self._decide(values, _norms.average(self._take_errors(), self.settings.process_group))
         return self.coefficients()
 
     def remove(self) -> None:
         """Take the penalty off: the optimizer steps as if it had never been there."""
         self._rates.restore()
-        for handle in self._handles:
-            handle.remove()
-        own = vars(self._stepper)
-        if getattr(own.get("step"), "_penalty", None) is self:  # else a scheduler patched it since; it does no harm
-            del own["step"]
-            own.update({} if self._patched_step is None else {"step": self._patched_step})
-        own.pop("__reduce_ex__", None)
+        self._checkpoint.remove()
+        self._hooks.remove()
+        vars(self._stepper).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
         """The groups with their sizes, the mode, and the settings that differ from the defaults."""
@@ -140,43 +129,6 @@ class Penalty:
 
     # Around the step.
 
-    @_disable_dynamo
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):  # some steps take something else there
-            self._apply()
-            return None
-
-        def closure_then_apply() -> Any:  # the gradients are there only after the closure
-            with torch.enable_grad():
-                loss = closure()
-            self._apply()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": closure_then_apply}
-        return (args[0], closure_then_apply, *args[2:]), kwargs
-
-    @_disable_dynamo
-    def _after_step(self, *_: Any) -> None:
-        self._rates.restore()
-        if self._in_step and self._plan is not None:  # some steps write into the gradients
-            self._applied = Fingerprint(self._plan)
-        self._in_step = False
-
-    def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """``step`` that restores the learning rates even if it raises: then post-hooks do not run."""
-
-        @wraps(step)
-        def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return step(*args, **kwargs)
-            finally:
-                self._after_step()
-
-        guarded._penalty = self  # type: ignore[attr-defined]
-        return guarded
-
     @torch.no_grad()
     def _apply(self) -> None:
         """Take the norms, ask the rule, scale gradients or learning rates."""
@@ -184,11 +136,9 @@ class Penalty:
         if self._applied is not None and self._applied.matches() and (self._in_step or not update):
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
-        for optimizer in (self._reader, self._stepper):  # ZeroRedundancyOptimizer copies from one to the other
-            for group in optimizer.param_groups[:1]:
-                self._take_in(group)
+        self._checkpoint.take_in()
         plan = self._current_plan()
-        gathered = _norms.gather(plan.buckets, attrgetter("grad"))
+        gathered = gather(plan.buckets, attrgetter("grad"))
         if _norms.world_size(None) > 1 and not any(g.read for g in gathered):
             warnings.warn(
                 "The optimizer must hold parameters that get gradients. Got none with a gradient on this rank. Build "
@@ -196,9 +146,8 @@ class Penalty:
                 UserWarning,
                 stacklevel=2,
             )
-        observed = self._observed.take(plan.home)
-        by_errors = observed is not None or self._memory.has_errors
-        sketches = None if plan.sketch is None or by_errors else plan.sketch.take()
+        observed = self._take_errors()
+        sketches = None if plan.sketch is None or self._memory.has_errors else plan.sketch.take()
         norms, observed, sketch = _norms.reduce_norms(
             gathered, plan.rows, plan.home, observed, sketches, self.settings.process_group
         )
@@ -207,17 +156,9 @@ class Penalty:
             norms = norms / scale.to(norms)
         due = self._decide(self._ruled_norms(norms, found_inf, plan), observed, sketch)
 
-        coefficients = self._memory.coefficients
-        stds = _norms.spreads(gathered, len(self.names)) if self.settings.noise else None
-        factors = None if update or self.settings.is_passive else coefficients
-        if self.settings.max_norm is not None:
-            factors = _clipped(norms, factors, self.settings.max_norm)
-        if factors is not None:
-            _norms.scale_(gathered, factors)
-        if stds is not None:
-            amount = self.settings.noise * due
-            _norms.add_noise_(gathered, len(self.names), stds, amount, self.settings.generator)
-        if update and not self.settings.is_passive:
+        coefficients = None if self.settings.is_passive else self._memory.coefficients
+        write_(gathered, len(self.names), norms, None if update else coefficients, due, self.settings)
+        if update and coefficients is not None:
             self._rates.scale(coefficients)
         self._applied, self._in_step = Fingerprint(plan), True
 
@@ -237,9 +178,14 @@ class Penalty:
         if self.settings.norm == "rms":
             norms = norms / plan.sizes.sqrt()
         elif self.settings.norm == "relative":
-            weights, *_ = _norms.reduce_norms(_norms.gather(plan.buckets, _itself), plan.rows, plan.home)
+            weights, *_ = _norms.reduce_norms(gather(plan.buckets, lambda p: p), plan.rows, plan.home)
             norms = norms / weights[: len(self.names)]
         return norms if found_inf is None else torch.where(found_inf.to(norms) > 0, torch.nan, norms)
+
+    def _take_errors(self) -> Tensor | None:
+        errors = self._observed.take(self._memory.home)
+        self._memory.has_errors |= errors is not None  # from the first ones on they decide, not the agreement
+        return errors
 
     def _decide(self, norms: Tensor, observed: Tensor | None, sketch: Tensor | None = None) -> Tensor:
         sketcher = None if self._plan is None else self._plan.sketch
@@ -248,27 +194,11 @@ class Penalty:
             listener(self.balance)
         return due
 
-    # Copies and checkpoints.
-
-    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self._take_in(self._reader.param_groups[0])
-        if self.settings.persist:
-            state_dict["param_groups"][0].update(self._memory.numbers())
-
-    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _after_step(self) -> None:
         self._rates.restore()
-        first, *others = state_dict["param_groups"]
-        first = dict(first)
-        self._take_in(first)
-        return {**state_dict, "param_groups": [first, *others]}
-
-    def _take_in(self, group: dict[str, Any]) -> None:
-        """Move the state out of the param_group into which a checkpoint brought it, whoever loaded it and when."""
-        if KEYS[0] in group:
-            if self.settings.persist:
-                self._memory.restore(group)
-            for key in KEYS:
-                del group[key]
+        if self._in_step and self._plan is not None:  # some steps write into the gradients
+            self._applied = Fingerprint(self._plan)
+        self._in_step = False
 
     def _reduce(self, optimizer: Optimizer, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles put the penalty on again: `Optimizer.__getstate__` drops hooks."""
@@ -309,8 +239,8 @@ def attach(optimizer: Optimizer, groups: Groups, **options: Unpack[Options]) -> 
 
 def penalty_of(optimizer: Optimizer) -> Penalty | None:
     """The penalty attached to an optimizer, or to the one it wraps, if any."""
-    owners = (getattr(hook, "__self__", None) for hook in unwrap(optimizer)[1]._optimizer_step_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, Penalty)), None)
+    penalty: Penalty | None = owner_of(unwrap(optimizer)[1])
+    return penalty
 
 
 def _rebuild(
@@ -328,22 +258,3 @@ def _rebuild(
         penalty = Penalty(optimizer, groups, settings)
     penalty._memory.restore(numbers)
     return optimizer
-
-
-def _clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
-    """The factor of each row, or one for all, with which `clip_grad_norm_` would clip after the penalty."""
-    if factors is not None:
-        factors = torch.nn.functional.pad(factors, (0, len(norms) - len(factors)), value=1.0)
-        norms = norms * factors
-    total = torch.linalg.vector_norm(norms)
-    clip = torch.where(total < torch.inf, (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
-    return clip if factors is None else factors * clip
-
-
-def _itself(p: Tensor) -> Tensor:
-    return p
-
-
-def _set_method(optimizer: Optimizer, name: str, function: Callable[..., Any]) -> None:
-    # On the instance, since the class is the user's; frameworks and schedulers patch `step` in the same place.
-    setattr(optimizer, name, MethodType(function, optimizer))

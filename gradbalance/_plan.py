@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradbalance import _norms
+from gradbalance._buckets import Bucket, in_buckets, local
 from gradbalance._groups import Assignment, ParamGroups
+from gradbalance._norms import world_size
 from gradbalance._settings import Settings
 from gradbalance._sketch import Sketch
 
@@ -18,7 +19,7 @@ class Plan(NamedTuple):
     """What a step needs to know of the parameters."""
 
     params: list[list[Tensor]]  # of each param_group, to notice a change
-    buckets: list[_norms.Bucket]
+    buckets: list[Bucket]
     rows: int  # N, or N + 1 where clipping takes in the parameters of no group
     group_of: dict[int, int]  # id of a parameter -> its group, or UNGROUPED
     sizes: Tensor  # [N] number of entries
@@ -52,7 +53,7 @@ def make_plan(assignment: Assignment, param_groups: ParamGroups, settings: Setti
     rows = n if settings.max_norm is None else n + 1
     plan = Plan(
         [list(group["params"]) for group in param_groups],
-        _norms.buckets(members[:rows]),
+        in_buckets(members[:rows]),
         rows,
         group_of,
         sizes,
@@ -62,7 +63,7 @@ def make_plan(assignment: Assignment, param_groups: ParamGroups, settings: Setti
     if settings.noise:
         if any(bucket.mesh is not None for bucket in plan.buckets):
             raise RuntimeError("`noise` must be 0 with sharded parameters. Got DTensors. Leave the noise off.")
-        if settings.generator is None and _norms.world_size(settings.process_group) > 1:
+        if settings.generator is None and world_size(settings.process_group) > 1:
             raise RuntimeError(
                 "`generator` must be given with `noise` on several ranks. Got None, which draws other noise on each "
                 "rank. Pass a generator with the same seed on every rank."
@@ -89,4 +90,4 @@ class Fingerprint:
 
 
 def _version(t: Tensor) -> int:
-    return int(getattr(t, "_local_tensor", t)._version)
+    return int(local(t)._version)

@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from gradbalance._groups import UNGROUPED
 
+# Where bitsandbytes keeps settings of single parameters: by id, by position, and those not yet looked up.
+OVERRIDES = ("pid2config", "index2config", "module_weight_config_triple")
+
 
 class LearningRates:
     """Stand-ins for an optimizer's ``param_groups``, one per group of parameters, each with its own learning rate.
@@ -43,7 +46,17 @@ class LearningRates:
 
         Args:
             coefficients: Factor of each group, shape ``[N]``.
+
+        Raises:
+            RuntimeError: If the optimizer has settings of parameters beside those of its ``param_groups``.
         """
+        manager = getattr(self._optimizer, "mng", None)
+        if any(getattr(manager, overrides, None) for overrides in OVERRIDES):
+            raise RuntimeError(
+                '`apply_to="update"` must have all settings of the parameters in `param_groups`. Got overrides in the '
+                "GlobalOptimManager of bitsandbytes, which go by position and hide the scaled learning rate. "
+                'Use `param_groups` for them, or `apply_to="gradient"`.'
+            )
         true = self._optimizer.param_groups
         on_device = all(isinstance(group["lr"], Tensor) for group in true)
         if on_device:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._norms import copies
+from gradbalance._buckets import copies, local, reduced
 
 ENTRIES = 1 << 15  # of all groups together: 128 KiB
 TENSORS = 8  # of a group at most: each costs one small read
@@ -90,15 +90,11 @@ def _thinned(p: Any, entries: int) -> tuple[list[int], tuple[slice, ...], tuple[
 
 
 def _read(p: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    gradient: Any = p.grad
-    if gradient is None:
-        entries = torch.zeros_like(getattr(p, "_local_tensor", p)[slices])
-    elif gradient.is_sparse:
-        entries = _read_sparse(gradient.coalesce(), slices)
+    if p.grad is None:
+        entries = torch.zeros_like(local(p)[slices])
     else:
-        if getattr(gradient, "placements", None) != getattr(p, "placements", None):
-            gradient = gradient.redistribute(placements=getattr(p, "placements", None))
-        entries = getattr(gradient, "_local_tensor", gradient)[slices]
+        gradient = reduced(p.grad, getattr(p, "placements", ()))
+        entries = _read_sparse(gradient, slices) if gradient.is_sparse else local(gradient)[slices]
     return (entries.real if entries.is_complex() else entries).flatten()
 
 

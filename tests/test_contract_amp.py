@@ -83,6 +83,19 @@ def test_a_step_skipped_for_an_infinity_does_not_count(base, mode, attached):
     assert_same_parameters(model, twin.model)
 
 
+@each_base
+def test_a_step_skipped_for_an_infinity_outside_the_groups_does_not_count(base, mode):
+    model, optimizer, penalty, scaler, _ = build(base, mode, attached=False)
+    for step in range(3):
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 1:
+            model.head.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert penalty.balance.step.item() == 2
+
+
 @pytest.mark.parametrize("attached", [False, True])
 @each_base
 def test_norms_are_those_of_unscaled_gradients(base, mode, attached):

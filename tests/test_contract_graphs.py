@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbalance import ConflictAwarePenalty, _norms
+from gradbalance import ConflictAwarePenalty, _buckets
 from tests.optimizers import CLASSES, each
 from tests.oracle import (
     RULE,
@@ -69,7 +69,7 @@ def reads_of_a_step(model, optimizer, errors=None):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(_norms, "on_host", lambda device: False)
+    monkeypatch.setattr(_buckets, "on_host", lambda device: False)
 
 
 @pytest.mark.parametrize("errors", [None, {name: torch.tensor(e) for name, e in errors_at(0).items()}])

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradbalance import ConflictAwarePenalty, attach
-from tests.optimizers import CLASSES, EVERY, GRADIENT_ONLY, MODES, TORCH, each
+from tests.optimizers import CLASSES, EVERY, GRADIENT_ONLY, MODES, TORCH, bitsandbytes, each
 from tests.oracle import (
     RULE,
     TOLERANCE,
@@ -171,6 +171,14 @@ def test_copies_train_on_under_the_penalty(case, mode, duplicate):
     assert type(copied) is ConflictAwarePenalty
     assert_same_coefficients(train(twin, copied, range(2, 5)), train(model, optimizer, range(2, 5)))
     assert_same_parameters(twin, model, tolerance=0)
+
+
+def test_a_pickle_of_the_oldest_protocol_trains_on_under_the_penalty():
+    model = Toy()
+    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.02), groups_of(model), **RULE)
+    model, optimizer = pickle.loads(pickle.dumps((model, optimizer), protocol=0))
+    twin = ByHand(lambda p: torch.optim.SGD(p, lr=0.02), Toy(), "update")
+    assert_same_coefficients(train(model, optimizer, range(3)), twin.train(range(3)))
 
 
 @each(c for c in CLASSES if not c.copies)
@@ -345,6 +353,30 @@ def test_a_step_not_proportional_to_the_learning_rate_is_refused_in_update_mode(
     model = Toy()
     with refused(record_property, ValueError, 'Use `apply_to="gradient"`'):
         ConflictAwarePenalty(cls(model.parameters()), groups_of(model))
+
+
+@pytest.mark.parametrize("where", ["pid2config", "index2config", "module_weight_config_triple"])
+def test_settings_of_bitsandbytes_beside_the_param_groups_are_refused_in_update_mode(
+    where, monkeypatch, record_property
+):
+    manager = object.__new__(bitsandbytes.optim.GlobalOptimManager)
+    manager.initialize()
+    monkeypatch.setattr(bitsandbytes.optim.GlobalOptimManager, "_instance", manager)
+    model = Toy()
+    if where == "pid2config":
+        manager.override_config(model.text.weight, "lr", 1.0)
+    elif where == "index2config":
+        manager.index2config[0, 0] = {"lr": 1.0}  # which `register_parameters` gets out of the former
+    else:
+        manager.register_module_override(model.text, "weight", {"lr": 1.0})
+    optimizer = bitsandbytes.optim.AdamW(model.parameters(), lr=0.02)
+    penalty = attach(optimizer, groups_of(model), **RULE)
+    loss_of(model, 0).backward()
+    with refused(record_property, RuntimeError, "`param_groups`. Got overrides"):
+        optimizer.step()
+    penalty.remove()
+    attach(optimizer, groups_of(model), apply_to="gradient", **RULE)
+    optimizer.step()
 
 
 @each(CLASSES, modes=("update",))

@@ -208,6 +208,12 @@ def test_a_conflict_needs_less_agreement_than_the_other_group_has():
     assert coefficients([2.0, 1.0], None, [0.2, 0.4], **options | {"agreement": None}) == [0.5, 1.0]
 
 
+def test_the_penalty_grows_with_the_fraction_of_the_peers_in_conflict():
+    assert coefficients([4.0, 2.0, 1.0], eta=0.25, smoothing=0.0) == [0.25, 0.5, 1.0]
+    assert coefficients([8.0, 0.0, 2.0, 2.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.125, 1, 1, 1, 1])
+    assert coefficients([8.0, 4.0, 4.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.5, 0.5, 0.5, 1.0])
+
+
 def test_observed_errors_stand_in_for_the_agreement():
     options = {"eta": 0.5, "alpha": 0.0, "agreement": 0.5}
     assert coefficients([2.0, 1.0], [0.1, 0.2], [0.9, 0.1], **options) == [0.5, 1.0]

@@ -1,0 +1,95 @@
+"""What a step writes into the gradients: factors, clipping and noise."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+
+from gradbalance._buckets import Gathered, by_group
+from gradbalance._settings import Settings
+
+
+def write_(
+    gathered: Iterable[Gathered],
+    n_groups: int,
+    norms: Tensor,
+    coefficients: Tensor | None,
+    due: Tensor,
+    settings: Settings,
+) -> None:
+    """Scale, clip and add noise to the tensors, in place, as the settings ask.
+
+    Args:
+        gathered: The tensors, see :func:`gather`.
+        n_groups: How many groups take part; the tensors after theirs are clipped alone.
+        norms: Of each group and of those after them, shape ``[G]``.
+        coefficients: Factor of each group, shape ``[N]``, or None where it does not go into the tensors.
+        due: Whether there is to be noise in this step, bool, shape ``[]``.
+        settings: The options.
+    """
+    stds = spreads(gathered, n_groups) if settings.noise else None  # before the scaling
+    factors = coefficients if settings.max_norm is None else clipped(norms, coefficients, settings.max_norm)
+    if factors is not None:
+        scale_(gathered, factors)
+    if stds is not None:
+        add_noise_(gathered, n_groups, stds, settings.noise * due, settings.generator)
+
+
+@torch.enable_grad()  # a gradient with a graph (create_graph=True) takes the factor into it
+def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
+    """Multiply the tensors of each group by its factor, in place, without a host read of a device tensor.
+
+    Args:
+        gathered: The tensors, see :func:`gather`.
+        factors: Shape ``[G]``, or ``[]`` for one that all share.
+    """
+    for bucket, counts, _, write in gathered:
+        own = factors.to(bucket.device, bucket.precision)
+        groups = [write] if own.dim() == 0 else by_group(write, counts)
+        pairs = list(zip(own.reshape(-1).unbind(), groups, strict=True))
+        if bucket.on_host:
+            # Here looking waits for nothing: what is multiplied by 1 need not be written. And one call serves all
+            # groups; elsewhere this overload would launch once a tensor.
+            pairs = [pair for pair, factor in zip(pairs, own.reshape(-1).tolist(), strict=True) if factor != 1]
+            tensors, each = [t for _, group in pairs for t in group], [f for f, group in pairs for _ in group]
+            if tensors:
+                torch._foreach_mul_(tensors, each)
+            continue
+        for factor, group in pairs:
+            if group:
+                torch._foreach_mul_(group, factor)
+
+
+def clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
+    """The factor of each row, or one for all, with which `clip_grad_norm_` would clip after the penalty."""
+    if factors is not None:
+        factors = torch.nn.functional.pad(factors, (0, len(norms) - len(factors)), value=1.0)
+        norms = norms * factors
+    total = torch.linalg.vector_norm(norms)
+    clip = torch.where(total < torch.inf, (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
+    return clip if factors is None else factors * clip
+
+
+def spreads(gathered: Iterable[Gathered], n_groups: int) -> list[Tensor | None]:
+    """The standard deviation of each tensor of the first groups in turn, None for a single element: it has none."""
+    return [t.std() if t.numel() > 1 else None for t in _of(gathered, n_groups)]
+
+
+def add_noise_(
+    gathered: Iterable[Gathered],
+    n_groups: int,
+    stds: Iterable[Tensor | None],
+    amount: Tensor,
+    generator: torch.Generator | None,
+) -> None:
+    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place."""
+    for t, std in zip(_of(gathered, n_groups), stds, strict=True):
+        if std is not None:
+            noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
+            # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
+            t.add_(torch.where(amount.to(t.device) > 0, noise.mul_(amount.to(t)), 0.0))
+
+
+def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:
+    return chain.from_iterable(islice(g.write, sum(g.counts[:n_groups])) for g in gathered)
