@@ -61,6 +61,8 @@ class Memory:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
+        self.has_errors: bool
+        self._sketch: Tensor
         unseen = [UNSEEN] * len(names)
         self._set((0.0, unseen, unseen, unseen, []), torch.device("cpu"))
 

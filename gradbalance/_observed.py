@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._buckets import wide
+from gradbalance._buckets import on_host, wide
 from gradbalance._rule import UNSEEN
 
 
@@ -50,7 +50,7 @@ def _checked(name: str, error: Any) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"`{name}` must be a scalar. Got shape {tuple(value.shape)}. Reduce it, with `.mean()` say.")
     value = value.reshape(()).to(wide(value.device))
-    if value.device.type != "cpu":
+    if not on_host(value.device):
         return torch.where(value < 0, torch.nan, value)  # without a host read
     if value < 0:
         raise ValueError(f"`{name}` must be >= 0, lower is better. Got {value.item()}. Pass an error, not a score.")

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
-from gradbalance import ConflictAwarePenalty, attach
+from gradbalance import ConflictAwarePenalty, Recorder, attach
 from gradbalance._settings import Settings
 
 NAMES = ("text", "audio", "visual")
@@ -453,6 +453,21 @@ def test_distributed_a_consolidated_checkpoint_of_zero_redundancy_resumes():
     for run in on_ranks(resume_zero_redundancy, 2):
         assert_close(run.coefficients, expected.coefficients[2:], rtol=1e-6, atol=0)
         assert_close(run.parameters, expected.parameters, rtol=1e-6, atol=1e-12)
+
+
+def record_zero_redundancy():
+    model, making, _ = zero_redundancy(False)
+    optimizer = making["make"](model.parameters())
+    penalty = attach(optimizer, model.module.groups())
+    recorder = Recorder(optimizer)
+    losses(model, *share(batch(0)))[0].backward()
+    optimizer.step()
+    return recorder.to_dict()["norms"][0].tolist(), penalty.balance.norms.tolist()
+
+
+def test_distributed_a_recorder_finds_the_penalty_on_zero_redundancy():
+    for recorded, norms in on_ranks(record_zero_redundancy, 2):
+        assert recorded == norms
 
 
 def noise(engine, seed):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gradbalance import PAPER, ConflictAwarePenalty, attach
+from gradbalance import PAPER, ConflictAwarePenalty, _observed, attach
 from gradbalance._buckets import CPU_PART
 from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES, _thinned
@@ -503,6 +503,30 @@ def test_coefficients_for_applies_the_rule_to_norms_from_elsewhere(model):
     assert penalty.balance.step == 2
     with pytest.raises(ValueError, match="`norms` must name exactly the groups"):
         penalty.coefficients_for({"text": 1.0})
+
+
+def test_errors_count_with_their_mean_since_the_last_step(model):
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), smoothing=0.0)
+    penalty.observe(text=1.0, audio=3.0)
+    penalty.observe(text=2.0, audio=5.0)
+    backward(model)
+    penalty._stepper.step()
+    assert penalty.balance.errors.tolist() == [1.5, 4.0]
+    penalty.observe(text=0.0, audio=0.5)
+    backward(model)
+    penalty._stepper.step()
+    assert penalty.balance.errors.tolist() == [0.0, 0.5]
+
+
+def test_a_negative_error_that_is_not_read_makes_the_step_not_count(model, monkeypatch):
+    monkeypatch.setattr(_observed, "on_host", lambda device: False)
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), smoothing=0.5)
+    for error, steps in ((0.0, 1), (-0.5, 1), (0.5, 2)):
+        penalty.observe(text=torch.tensor(error), audio=1.0)
+        backward(model)
+        penalty._stepper.step()
+        assert penalty.balance.step == steps
+    assert penalty.balance.errors.tolist() == [0.25, 1.0]
 
 
 def test_the_representation_names_groups_sizes_and_changed_settings(model):
