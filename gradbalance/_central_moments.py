@@ -96,7 +96,7 @@ def _in_blocks(x: Tensor) -> bool:
 
 def _by_groups(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tuple[Tensor, ...]:
     """Count ``[K]``, shift ``[K, 1, D]`` and powers ``[order, K, 1, D]``; with ``covariance`` also ``[K, D, D]``."""
-    if x.numel() <= _BLOCK or len(x) == 1 or not _in_blocks(x):
+    if not _in_blocks(x) or x.numel() <= _BLOCK or len(x) == 1:
         return _reduced(x, mask, order, covariance)
     groups = max(1, _BLOCK // x[0].numel())
     masks = itertools.repeat(None) if mask is None else torch.split(mask, groups)
@@ -109,7 +109,7 @@ def _reduced(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tu
     """`_by_groups` of one block of groups; a single group may be long, and is then cut into blocks of rows."""
     blocks: Iterable[Tensor] = (x,)
     pilot, samples = x, x.shape[1]
-    if len(x) == 1 and _in_blocks(x):
+    if _in_blocks(x) and len(x) == 1:
         if mask is None:
             blocks = x.chunk(1 + x.numel() // _BLOCK, 1)
         else:  # gathering the valid rows costs a quarter of blanking the others
@@ -194,7 +194,7 @@ def _gradient(
     x: Tensor, mask: Tensor | None, shift: Tensor, slopes: list[Tensor], mixing: Tensor | None, again: bool
 ) -> Tensor:
     """`_polynomial` of all of ``x``, 0 where masked; ``again`` if it is to be differentiated in turn."""
-    if again or x.numel() <= _BLOCK or not _in_blocks(x):
+    if again or not _in_blocks(x) or x.numel() <= _BLOCK:
         gradient = _polynomial(x, shift, slopes, mixing)
         return gradient if mask is None else torch.where(mask[..., None], gradient, 0)
     gradient = torch.empty_like(x)
