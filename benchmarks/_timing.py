@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
+SLEEP = 20_000_000  # cycles of a GPU, some 10 ms
 
 
 def environment(device: str) -> dict:
@@ -26,12 +27,17 @@ def environment(device: str) -> dict:
 
 
 def seconds(call: Call, device: str, clock: Callable[[], float] = process_time) -> float:
-    """On the CPU the time that this process computed, whatever else the machine had to do; on a GPU its own time."""
+    """On the CPU the time that this process computed, whatever else the machine had to do; on a GPU its own time.
+
+    The GPU sleeps first, so that the call is in its queue before it begins and it need not wait for the host, unless
+    the call itself makes the host wait, or takes it longer than the sleep.
+    """
     if device == "cpu":
         start = clock()
         call()
         return clock() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SLEEP)
     begin.record()
     call()
     end.record()
@@ -85,7 +91,10 @@ def peak_memory(call: Call, device: str) -> int:
 
 
 def launches(call: Call) -> int:
-    """Kernels on the GPU."""
+    """Kernels, copies and fills on the GPU."""
+    torch.cuda.synchronize()  # or what was launched before would count
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         call()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+        torch.cuda.synchronize()
+    on_gpu = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.is_user_annotation for event in on_gpu)

@@ -1,26 +1,37 @@
-"""Everything that needs a GPU, in one command: ``python -m benchmarks.gpu`` writes ``results/gpu.json``.
+"""Everything that needs a GPU: ``python -m benchmarks.gpu`` writes ``results/gpu.json`` and enters it in the reports.
 
 The moments, the overhead of the penalty, its kernel launches, host time and host synchronisations, and whether a step
-in gradient mode runs in a CUDA graph.
+in gradient mode runs in a CUDA graph. A part that fails leaves its error in place of its figures.
 """
 
 import argparse
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from benchmarks import moments, overhead
+from benchmarks._markdown import GPU, gpu_results
 from benchmarks._overhead_rivals import Branches, clipping
 from benchmarks._timing import Call, environment, interleaved, launches, ratios
 from gradbalance import attach
 
-RESULTS = Path(__file__).parent / "results"
 MODES = ("update", "gradient", "gradient + max_norm")
+
+
+def attempt(call: Callable[[], object]) -> object:
+    """What the call returns, or its error."""
+    try:
+        return call()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def synchronisations(call: Call) -> int:
@@ -54,13 +65,14 @@ def host_times(n_groups: int, n_tensors: int, device: str, rounds: int = 30) -> 
     calls = {overhead.CLIP: clipping(groups)[overhead.CLIP]}
     calls |= {name: overhead.penalty(groups, overhead.MODES[name]) for name in (*MODES, "update, defaults")}
 
-    def clock() -> float:
-        now = perf_counter()
-        if device != "cpu":
-            torch.cuda.synchronize()  # after the time is taken, so that every call starts with an empty queue
-        return now
+    renew = overhead.renewal(groups)
 
-    return ratios(interleaved(calls, rounds, "cpu", clock=clock, prepare=overhead.renewal(groups)), overhead.CLIP)
+    def prepare() -> None:
+        renew()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return ratios(interleaved(calls, rounds, "cpu", clock=perf_counter, prepare=prepare), overhead.CLIP)
 
 
 def trained(device: str, run: Callable[[Call], Call], n_steps: int = 4) -> list[torch.Tensor]:
@@ -106,32 +118,60 @@ def graph_difference(device: str, run: Callable[[Call], Call] = captured) -> flo
     return max(float((eager - replayed).abs().max()) for eager, replayed in pairs)
 
 
-def measure(device: str = "cuda") -> dict:
-    """Everything, ready for JSON."""
+def of_each_step(count: Callable[[Call], int], device: str) -> dict[str, object]:
     calls, renew = steps(device)
+    found = {}
+    for name, call in calls.items():
+        renew()
+        found[name] = attempt(partial(count, call))
+    return found
 
-    def each(count: Callable[[Call], int]) -> dict[str, int]:
-        found = {}
-        for name, call in calls.items():
-            renew()
-            found[name] = count(call)
-        return found
 
+def all_moments(device: str) -> dict:
+    found = {
+        name: attempt(partial(moments.measure_size, shape, device, dtype, moments.ROUNDS))
+        for name, (shape, dtype) in moments.sizes(device).items()
+    }
+    return {"rounds": moments.ROUNDS, "sizes": found, "accuracy": attempt(partial(moments.accuracy, device))}
+
+
+def all_overhead(device: str) -> dict:
+    calls = overhead.measurements(device)
+    found = {part: attempt(calls[part]) for part in ("operations", "curves", "profile")}
+    return {**found, "steps": [attempt(step) for step in overhead.steps(device)]}
+
+
+def parts(device: str = "cuda") -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
     return {
-        "environment": environment(device),
-        "host_synchronisations": each(synchronisations),
-        "launches": each(launches),
-        "host_time": {"10,000 tensors": host_times(2, 10_000, device), "256 groups": host_times(256, 512, device)},
-        "graph_difference": graph_difference(device),
-        "moments": moments.measure(device),
-        "overhead": overhead.measure(device, overhead.PARTS[:-1]),
+        "host_synchronisations": partial(of_each_step, synchronisations, device),
+        "launches": partial(of_each_step, launches, device),
+        "host_time": lambda: {
+            "10,000 tensors": attempt(partial(host_times, 2, 10_000, device)),
+            "256 groups": attempt(partial(host_times, 256, 512, device)),
+        },
+        "graph_difference": partial(graph_difference, device),
+        "moments": partial(all_moments, device),
+        "overhead": partial(all_overhead, device),
     }
 
 
+def measure(calls: dict[str, Callable[[], object]], path: Path, device: str = "cuda") -> None:
+    """Call each and write what it gives, one by one: a crash then costs no figure that is there already."""
+    for name, call in calls.items():
+        print(name, file=sys.stderr, flush=True)
+        found = {**gpu_results(path), "environment": environment(device), name: attempt(call)}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(parts())}; default all")
+    chosen = parser.parse_args().parts
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu must run where torch sees a CUDA device. Got none. Run it on a machine with a GPU.")
-    found = json.dumps(measure(), indent=1)
-    (RESULTS / "gpu.json").write_text(found + "\n")
-    print(found)
+    calls = parts()
+    measure({name: calls[name] for name in chosen or calls}, GPU)
+    for path, report in ((moments.JSON, moments.report), (overhead.JSON, overhead.report)):
+        path.with_suffix(".md").write_text(report(json.loads(path.read_text()), gpu_results()))
+    print(GPU.read_text())

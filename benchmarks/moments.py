@@ -12,22 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks._markdown import gpu_results
+from benchmarks._moments_report import TARGETS, plot, report
 from benchmarks._timing import environment, interleaved, launches, peak_memory, quartiles
 from gradbalance._moments import moments
 from gradbalance._statistical import statistical_loss
 
-RESULTS = Path(__file__).parent / "results"
+JSON = Path(__file__).parent / "results" / "moments.json"
 SIZES = [(64, 50, 768), (4096, 768), (256, 128, 74), (8, 16, 64)]
 CUDA_SIZES = [(4096, 4096), (65536, 1024)]
+ROUNDS = 30
 OFFSETS = [0.0, 1e3, 1e4, 1e6]
-# Case, the case it is measured against, and how much of its time (forward + backward) is allowed: CPU, GPU.
-TARGETS = [
-    ("moments, masked", "naive, masked", 0.55, 0.25),
-    ("moments, masked, compiled", "naive, masked", 0.22, None),
-    ("moments", "var_mean", 0.25, 0.5),
-    ("moment loss of three pairs", "three calls of CMD", 0.30, 0.30),
-    ("covariance loss", "Deep CORAL", None, None),
-]
 # What is timed in turn.
 RIVALS = [
     ("naive, masked", "moments, masked", "naive, masked, compiled", "moments, masked, compiled", "var_mean", "moments"),
@@ -161,105 +156,27 @@ def accuracy(device: str) -> dict:
     return found
 
 
-def measure(device: str = "cpu", rounds: int = 30) -> dict:
-    """Everything this file measures on ``device``, ready for JSON."""
-    sizes = [(shape, torch.float32) for shape in SIZES]
+def sizes(device: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What is measured on the device: shape and dtype, by name."""
+    found = [(shape, torch.float32) for shape in SIZES]
     if device != "cpu":
-        sizes += [(shape, torch.bfloat16) for shape in CUDA_SIZES]
-    return {
-        **environment(device),
-        "rounds": rounds,
-        "sizes": {" x ".join(map(str, shape)): measure_size(shape, device, dtype, rounds) for shape, dtype in sizes},
-        "accuracy": accuracy(device),
-    }
-
-
-def report(found: dict) -> str:
-    """The measurements as Markdown."""
-    lines = [
-        f"`python -m benchmarks.moments` on {found['hardware']}, torch {found['torch']}, {found['rounds']} rounds, "
-        f"{found['date']}, load average {found['load']:.1f} at the start (above 1, others were computing too: read the "
-        "ratios, not the milliseconds). The GPU columns: `python -m benchmarks.gpu`.",
-        "",
-        "8 x 16 x 64 is 32 KB: there the number of operations that Python starts counts, not how they touch memory.",
-        "",
-        "Ratios of forward + backward, median [quartiles] of the rounds, and the largest ratio allowed:",
-        "",
-        "| | CPU target | " + " | ".join(found["sizes"]) + " | H200 target | H200 |",
-        "|---|---|" + "---|" * (len(found["sizes"]) + 2),
-    ]
-    for name, rival, cpu, gpu in TARGETS:
-        cells = [
-            "{1:.2f} [{0:.2f}, {2:.2f}]".format(*size["ratios"][f"{name} / {rival}"])
-            for size in found["sizes"].values()
-        ]
-        allowed = ["none" if target is None else f"{target:.2f}" for target in (cpu, gpu)]
-        lines.append(f"| {name} / {rival} | {allowed[0]} | {' | '.join(cells)} | {allowed[1]} | not run |")
-    for title, key in (("forward", "peak_forward"), ("forward + backward", "peak_both")):
-        for name in ("moments, masked", "moments, masked, compiled"):
-            cells = [f"{size['cases'][name][key]:.2f}" for size in found["sizes"].values()]
-            allowed = "0.10" if title == "forward" else "1.10"
-            lines.append(
-                f"| peak memory / input, {title}: {name} | {allowed} | {' | '.join(cells)} | {allowed} | not run |"
-            )
-    lines += [
-        "| kernel launches, forward / backward | none | " + "– | " * len(found["sizes"]) + "2 / 1 | not run |",
-        "| bandwidth / device copy, (65536, 1024) bf16 | none | " + "– | " * len(found["sizes"]) + "0.80 | not run |",
-        "",
-        "Milliseconds, median, forward / forward + backward (peak extra memory in units of the input):",
-        "",
-        "| | " + " | ".join(found["sizes"]) + " |",
-        "|---|" + "---|" * len(found["sizes"]),
-    ]
-    for name in (name for names in RIVALS for name in names):
-        cells = [size["cases"][name] for size in found["sizes"].values()]
-        texts = [
-            f"{c['forward_ms'][1]:.3g} / {c['both_ms'][1]:.3g} ({c['peak_forward']:.2f} / {c['peak_both']:.2f})"
-            for c in cells
-        ]
-        lines.append(f"| {name} | {' | '.join(texts)} |")
-    lines += [
-        "",
-        "Largest relative error in float32 (variance, skewness, kurtosis) at an offset of so many standard deviations:",
-        "",
-        "| | " + " | ".join(found["accuracy"]) + " |",
-        "|---|" + "---|" * len(found["accuracy"]),
-    ]
-    for name in found["accuracy"]["0"]:
-        cells = [", ".join(f"{error:.0e}" for error in errors[name]) for errors in found["accuracy"].values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(found: dict, path: Path) -> None:
-    """Time of each rival relative to the naive moments, with quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(found["sizes"]), figsize=(11, 3), sharey=True, layout="constrained")
-    for axis, (shape, size) in zip(axes, found["sizes"].items(), strict=True):
-        unit = size["cases"]["naive, masked"]["both_ms"][1]
-        for position, name in enumerate(RIVALS[0]):
-            low, middle, high = (t / unit for t in size["cases"][name]["both_ms"])
-            color = "tab:orange" if name.startswith("moments") else "tab:gray"
-            axis.barh(position, middle, xerr=[[middle - low], [high - middle]], color=color)
-        axis.set_title(shape, fontsize=10)
-        axis.set_yticks(range(len(RIVALS[0])), RIVALS[0])
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("time, forward + backward, naive = 1", loc="left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        found += [(shape, torch.bfloat16) for shape in CUDA_SIZES]
+    return {" x ".join(map(str, shape)): (shape, dtype) for shape, dtype in found}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    measured = measure("cpu", parser.parse_args().rounds)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "moments.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (RESULTS / "moments.md").write_text(report(measured))
-    plot(measured, RESULTS / "moments.png")
-    print(report(measured))
+    measured = {
+        **environment("cpu"),
+        "rounds": rounds,
+        "sizes": {name: measure_size(shape, "cpu", dtype, rounds) for name, (shape, dtype) in sizes("cpu").items()},
+        "accuracy": accuracy("cpu"),
+    }
+    shown = report(measured, gpu_results())
+    JSON.write_text(json.dumps(measured, indent=1) + "\n")
+    JSON.with_suffix(".md").write_text(shown)
+    plot(measured, RIVALS[0], JSON.with_suffix(".png"))
+    print(shown)

@@ -6,7 +6,7 @@ the ratios of all rounds and their quartiles.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks._markdown import gpu_results
 from benchmarks._overhead_fsdp2 import measure_fsdp2
 from benchmarks._overhead_report import plot, report
 from benchmarks._overhead_rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
 from benchmarks._timing import Call, environment, interleaved, peak_memory, quartiles, ratios
 from gradbalance import attach
 
-RESULTS = Path(__file__).parent / "results"
+JSON = Path(__file__).parent / "results" / "overhead.json"
 CLIP = "clip_grad_norm_"
 IN_PLACE = "negation in place"
 # The rule at its busiest: every group but the smallest is scaled, by factors near 1 so that the same gradients can be
@@ -147,6 +148,16 @@ def measure_step(kind: str, size: int, optimizer: str, device: str, rounds: int,
     }
 
 
+def steps(device: str, quick: bool = False) -> list[Call]:
+    """`measure_step` of every model and optimizer."""
+    return [
+        partial(measure_step, kind, million, name, device, 3 if quick else 7, name == "AdamW fused")
+        for million in ((10,) if quick else (10, 60))
+        for kind in ("MLP", "transformer")
+        for name in OPTIMIZERS
+    ]
+
+
 def measure_profile(device: str, steps: int = 100) -> list[dict]:
     """The operators of one step of the penalty in gradient mode on 300 small tensors, by the host time they take."""
     groups = with_gradients(3, 300, 1000, device)
@@ -184,42 +195,34 @@ def rounds_at(size: tuple[int, int, int]) -> int:
     return max(5, min(60, 10**8 // (tensors * (numel + 10**4))))
 
 
-PARTS = ("operations", "curves", "steps", "profile", "fsdp2")
-
-
-def measure(device: str = "cpu", parts: Sequence[str] = PARTS, quick: bool = False) -> dict:
-    """The parts, ready for JSON; ``quick`` for the smallest sizes alone, to see that it runs."""
-    size, numel, largest, rounds = (10, 3000, 10**6, 9) if quick else (60, 220_000, 5 * 10**8, 25)
-    measurements: dict[str, Call] = {
+def measurements(device: str = "cpu", quick: bool = False) -> dict[str, Call]:
+    """What measures each part, ready for JSON; ``quick`` for the smallest sizes alone, to see that it runs."""
+    numel, largest, rounds = (3000, 10**6, 9) if quick else (220_000, 5 * 10**8, 25)
+    return {
         "operations": lambda: measure_operations(3, 300, numel, device, rounds, True),
         "curves": lambda: {
             name: [measure_operations(*at, device, rounds_at(at), False) for at in points]
             for name, points in curves(largest).items()
         },
-        "steps": lambda: [
-            measure_step(kind, million, name, device, 3 if quick else 7, name == "AdamW fused")
-            for million in sorted({10, size})
-            for kind in ("MLP", "transformer")
-            for name in OPTIMIZERS
-        ],
+        "steps": lambda: [call() for call in steps(device, quick)],
         "profile": lambda: measure_profile(device, 5 if quick else 100),
         "fsdp2": measure_fsdp2,
     }
-    return {"environment": environment(device), **{part: measurements[part]() for part in parts}}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(PARTS)}; default all")
+    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(measurements())}; default all")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    measured = measure("cpu", arguments.parts or PARTS, arguments.quick)
-    path = RESULTS / "overhead.json"
+    calls = measurements("cpu", arguments.quick)
+    measured = {"environment": environment("cpu"), **{part: calls[part]() for part in arguments.parts or calls}}
     if arguments.parts:
-        measured = {**json.loads(path.read_text()), **measured}
+        measured = {**json.loads(JSON.read_text()), **measured}
+    shown = report(measured, gpu_results())
     if not arguments.quick:
-        path.write_text(json.dumps(measured, indent=1) + "\n")
-        path.with_suffix(".md").write_text(report(measured))
-        plot(measured, path.with_suffix(".png"))
-    print(report(measured))
+        JSON.write_text(json.dumps(measured, indent=1) + "\n")
+        JSON.with_suffix(".md").write_text(shown)
+        plot(measured, JSON.with_suffix(".png"))
+    print(shown)

@@ -99,20 +99,22 @@ def central_moments(
     """Central moments of ``x`` up to ``order``, the rest as in `moments`; ``name`` is what errors call ``x``."""
     _check(x, mask, order, name)
     reduced = _axes(x, dim)
-    shape = [size for axis, size in enumerate(x.shape) if axis not in reduced]
-    counts = shape[:-1]
-    if x.dim() - 1 in reduced:
+    kept = [axis for axis in range(x.dim()) if axis not in reduced]
+    scalars = not kept or kept[-1] < x.dim() - 1  # the features are reduced too: every number is a sample
+    if scalars:
         if covariance:
             raise ValueError(f"`dim` must leave the last axis to the covariance. Got {dim!r}. Reduce samples alone.")
         mask = None if mask is None else mask[..., None].expand(x.shape)
-        x, counts = x[..., None], shape
-    kept = [axis for axis in range(x.dim() - 1) if axis not in reduced]
-    size = [math.prod([x.shape[axis] for axis in axes]) for axes in (kept, reduced)]
-    rows = x.permute(*kept, *reduced, -1).reshape(*size, x.shape[-1]).contiguous()
-    valid = None if mask is None else mask.permute(*kept, *reduced).reshape(size)
-    count, shift, powers, *rest = kernel.CentralMoments.apply(rows, valid, order, covariance)  # type: ignore[no-untyped-call]
-    products = rest[0].reshape(*shape, shape[-1]) if rest else None
-    return Central(count.reshape(counts), shift.reshape(shape), powers.reshape(order, *shape), products)
+        x = x[..., None]
+    else:
+        kept.pop()
+    if kept:
+        axes = kept + reduced
+        x, mask = x.permute(*axes, -1), None if mask is None else mask.permute(axes)
+    found = kernel.CentralMoments.apply(x.contiguous(), mask, len(kept), order, covariance)  # type: ignore[no-untyped-call]
+    if scalars:
+        found = found[0], found[1].squeeze(-1), found[2].squeeze(-1)
+    return Central(*found)
 
 
 def standardise(central: Central) -> Moments:

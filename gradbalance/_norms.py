@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -111,6 +112,6 @@ def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
 def _parts(group: list[Tensor]) -> Iterator[Tensor]:
     for t in group:
         if t.numel() > CPU_PART:
-            yield from torch.split(t, max(1, len(t) * CPU_PART // t.numel()))
+            yield from t.chunk(ceil(t.numel() / CPU_PART))
         else:
             yield t

@@ -133,7 +133,7 @@ class Penalty:
     def _apply(self) -> None:
         """Take the norms, ask the rule, scale gradients or learning rates."""
         update = self.settings.apply_to == "update"
-        if self._applied is not None and self._applied.matches() and (self._in_step or not update):
+        if self._applied is not None and (self._in_step or not update) and self._applied.matches():
             return  # a step nested in a step, or a second one without a new backward: it must not compound
         self._rates.restore()
         self._checkpoint.take_in()
@@ -196,8 +196,8 @@ class Penalty:
 
     def _after_step(self) -> None:
         self._rates.restore()
-        if self._in_step and self._plan is not None:  # some steps write into the gradients
-            self._applied = Fingerprint(self._plan)
+        if self._in_step and self._plan is not None and self.settings.apply_to == "gradient":
+            self._applied = Fingerprint(self._plan)  # again, as some steps write into the gradients
         self._in_step = False
 
     def _reduce(self, optimizer: Optimizer, protocol: Any) -> tuple[Any, ...]:

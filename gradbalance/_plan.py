@@ -1,9 +1,9 @@
 """How the parameters of an optimizer lie in memory: worked out once, kept while the optimizer holds the same ones."""
 
-import weakref
 from itertools import chain
 from operator import is_
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -75,19 +75,16 @@ class Fingerprint:
     """By one gradient of each group, the way to know the gradients again: the tensor and its version."""
 
     def __init__(self, plan: Plan) -> None:
-        self._marks: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
+        self._marks: list[tuple[Tensor, ref[Tensor], int]] = []
         for row in chain.from_iterable(bucket.parameters for bucket in plan.buckets):
             for p in row:
                 if (gradient := p.grad) is not None:
-                    self._marks.append((p, weakref.ref(gradient), _version(gradient)))
+                    self._marks.append((p, ref(gradient), local(gradient)._version))
                     break
 
     def matches(self) -> bool:
         """Whether the gradients are the same, untouched since."""
         return bool(self._marks) and all(
-            p.grad is not None and p.grad is ref() and _version(p.grad) == version for p, ref, version in self._marks
+            p.grad is not None and p.grad is known() and local(p.grad)._version == version
+            for p, known, version in self._marks
         )
-
-
-def _version(t: Tensor) -> int:
-    return int(local(t)._version)

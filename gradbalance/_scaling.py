@@ -1,7 +1,8 @@
 """What a step writes into the gradients: factors, clipping and noise."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, compress, islice, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,6 @@ def write_(
         add_noise_(gathered, n_groups, stds, settings.noise * due, settings.generator)
 
 
-@torch.enable_grad()  # a gradient with a graph (create_graph=True) takes the factor into it
 def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
     """Multiply the tensors of each group by its factor, in place, without a host read of a device tensor.
 
@@ -45,20 +45,25 @@ def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
         factors: Shape ``[G]``, or ``[]`` for one that all share.
     """
     for bucket, counts, _, write in gathered:
-        own = factors.to(bucket.device, bucket.precision)
-        groups = [write] if own.dim() == 0 else by_group(write, counts)
-        pairs = list(zip(own.reshape(-1).unbind(), groups, strict=True))
+        own = factors.to(bucket.device, bucket.precision).reshape(-1)
+        counts = counts if factors.dim() else [len(write)]
         if bucket.on_host:
             # Here looking waits for nothing: what is multiplied by 1 need not be written. And one call serves all
             # groups; elsewhere this overload would launch once a tensor.
-            pairs = [pair for pair, factor in zip(pairs, own.reshape(-1).tolist(), strict=True) if factor != 1]
-            tensors, each = [t for _, group in pairs for t in group], [f for f, group in pairs for _ in group]
-            if tensors:
-                torch._foreach_mul_(tensors, each)
-            continue
-        for factor, group in pairs:
-            if group:
-                torch._foreach_mul_(group, factor)
+            acts = _for_each([factor != 1 for factor in own.tolist()], counts)
+            each = list(compress(_for_each(own.unbind(), counts), acts))
+            calls: list[tuple[list[Tensor], Any]] = [(list(compress(write, acts)), each)]
+        else:
+            calls = list(zip(by_group(write, counts), own.unbind(), strict=True))
+        with torch.enable_grad():  # a gradient with a graph (create_graph=True) takes the factor into it
+            for tensors, factor in calls:
+                if tensors:
+                    torch._foreach_mul_(tensors, factor)
+
+
+def _for_each(values: Iterable[Any], counts: Iterable[int]) -> list[Any]:
+    """Each value as often as its count says."""
+    return list(chain.from_iterable(map(repeat, values, counts)))
 
 
 def clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:

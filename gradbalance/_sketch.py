@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,21 @@ TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
 
 
+class Pick(NamedTuple):
+    """What is read of the gradient of one parameter."""
+
+    parameter: Tensor
+    slices: tuple[slice, ...]
+    whole: bool  # whether they take in all of it
+    copies: int  # ranks with the same shard each bring it
+
+
 class Sketch:
     """Which entries of which parameters' gradients are read."""
 
     def __init__(self, members: Sequence[Sequence[Tensor]], home: torch.device) -> None:
         self._home = home
-        self._picks: dict[Any, list[tuple[Tensor, tuple[slice, ...], int]]] = {}  # by mesh, None for plain tensors
+        self._picks: dict[Any, list[Pick]] = {}  # by mesh, if any, and device
         positions: dict[Any, list[Tensor]] = {}
         lengths: list[int] = []
         most = max(1, min(TENSORS, ALL_TENSORS // len(members)))
@@ -30,26 +39,26 @@ class Sketch:
             for p in chosen:  # in equal parts of all: small tensors kept whole would outweigh the others
                 shape, slices, grid = _thinned(p, quota * p.numel() // max(total, 1))
                 quota, total = quota - prod(shape), total - p.numel()
-                mesh: Any = getattr(p, "device_mesh", None)
-                self._picks.setdefault(mesh, []).append((p, slices, copies(p)))
+                place = getattr(p, "device_mesh", None), p.device
+                whole = place[0] is None and tuple(shape) == p.shape
+                self._picks.setdefault(place, []).append(Pick(p, slices, whole, copies(p)))
                 own = torch.arange(prod(shape)).view(shape)[grid].flatten()
-                positions.setdefault(mesh, []).append(size + own)
+                positions.setdefault(place, []).append(size + own)
                 size += prod(shape)
             lengths.append(size - sum(lengths))
         self.size = sum(lengths)
-        self._positions = {mesh: torch.cat(parts).to(home) for mesh, parts in positions.items()}
+        self._positions = {place: torch.cat(parts).to(home) for place, parts in positions.items()}
         self._lengths = torch.tensor(lengths, device=home)
 
     def take(self) -> dict[Any, Tensor]:
         """This rank's entries by mesh, each of shape ``[size]``, 0 elsewhere: over a mesh they add up to the sketch."""
-        taken = {}
-        for mesh, picks in self._picks.items():
-            parts = [_read(p, slices).to(self._home, torch.float32) for p, slices, _ in picks]
-            # Ranks with the same shard each bring it.
-            parts = [part if times == 1 else part / times for part, (*_, times) in zip(parts, picks, strict=True)]
-            taken[mesh] = torch.zeros(self.size, device=self._home).index_copy_(
-                0, self._positions[mesh], torch.cat(parts)
-            )
+        taken: dict[Any, Tensor] = {}
+        for place, picks in self._picks.items():
+            entries = torch.cat(list(map(_read, picks))).to(self._home, torch.float32)
+            if len(entries) < self.size:  # the others are elsewhere
+                blank = taken.get(place[0], torch.zeros(self.size, device=self._home))
+                entries = blank.index_copy_(0, self._positions[place], entries)
+            taken[place[0]] = entries
         return taken
 
     def cosines(self, old: Tensor, new: Tensor) -> Tensor:
@@ -89,13 +98,16 @@ def _thinned(p: Any, entries: int) -> tuple[list[int], tuple[slice, ...], tuple[
     return shape, tuple(local), tuple(grid)
 
 
-def _read(p: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    if p.grad is None:
+def _read(pick: Pick) -> Tensor:
+    p, slices, whole, times = pick
+    if (gradient := p.grad) is None:
         entries = torch.zeros_like(local(p)[slices])
     else:
-        gradient = reduced(p.grad, getattr(p, "placements", ()))
-        entries = _read_sparse(gradient, slices) if gradient.is_sparse else local(gradient)[slices]
-    return (entries.real if entries.is_complex() else entries).flatten()
+        gradient = reduced(gradient, getattr(p, "placements", ()))
+        entries = _read_sparse(gradient, slices) if gradient.is_sparse else local(gradient)
+        entries = entries if whole or gradient.is_sparse else entries[slices]
+    entries = (entries.real if entries.is_complex() else entries).flatten()
+    return entries if times == 1 else entries / times
 
 
 def _read_sparse(gradient: Tensor, slices: tuple[slice, ...]) -> Tensor:

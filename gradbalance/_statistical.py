@@ -1,6 +1,5 @@
 """A loss that matches the statistics of a prediction to those of data."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from gradbalance._moments import Central, central_moments, merge, standardise
 
-_ORDERS = {"mean": 1, "variance": 2, "covariance": 2, "skewness": 3, "kurtosis": 4}
+_ORDERS = {"mean": 1, "covariance": 1, "variance": 2, "skewness": 3, "kurtosis": 4}
 
 
 def statistical_loss(
@@ -56,7 +55,7 @@ def statistical_loss(
             "`prediction` and `target` must agree in every axis that is not reduced. Got statistics of shape "
             f"{list(predicted['mean'].shape)} and {list(actual['mean'].shape)}. Project one onto the other's features."
         )
-    scale = actual["variance"] + eps if normalise else torch.ones_like(actual["mean"])
+    scale = actual["variance"] + eps if normalise else None
     error = torch.stack([_error(name, predicted[name], actual[name], scale) for name in moments]).mean(0)
     known = (predicted["count"] > 0) & (actual["count"] > 0)
     error = torch.where(known.reshape(known.shape + (1,) * (error.dim() - known.dim())), error, 0)
@@ -162,32 +161,23 @@ class StatisticalLoss(nn.Module):
 
 
 def _statistics(
-    x: Tensor,
-    mask: Tensor | None,
-    *,
-    order: int,
-    name: str,
-    dim: int | Sequence[int] | None,
-    covariance: bool,
-    process_group: dist.ProcessGroup | None,
+    x: Tensor, mask: Tensor | None, *, process_group: dist.ProcessGroup | None, **options: Any
 ) -> dict[str, Tensor]:
-    """The statistics of ``x`` by name, over all ranks of ``process_group``."""
-    central = central_moments(x, mask, dim=dim, order=order, covariance=covariance, name=name)
+    """The statistics of ``x`` by name, over all ranks of ``process_group``; the options of `central_moments`."""
+    central = central_moments(x, mask, **options)
     if process_group is not None:
         central = merge(_gathered(central, process_group))
     found = {**standardise(central)._asdict(), "covariance": central.covariance}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _error(name: str, predicted: Tensor, actual: Tensor, scale: Tensor) -> Tensor:
-    """Squared error per feature; ``scale`` is the target's variance, or 1."""
+def _error(name: str, predicted: Tensor, actual: Tensor, scale: Tensor | None) -> Tensor:
+    """Squared error per feature; ``scale`` is the target's variance to be divided by, if any."""
     error = (predicted - actual).square()
-    if name == "mean":
-        return error / scale
-    if name == "variance":
-        return error / scale.square()
+    if scale is not None and name in ("mean", "variance"):
+        error = error / (scale if name == "mean" else scale.square())
     if name == "covariance":  # the mean of these rows is the squared Frobenius norm over 4 D^2
-        return (error / (scale[..., None] * scale[..., None, :])).mean(-1) / 4
+        error = (error if scale is None else error / (scale[..., None] * scale[..., None, :])).mean(-1) / 4
     return error
 
 
@@ -255,5 +245,5 @@ def _check_options(moments: Sequence[str], reduction: str, eps: float) -> None:
         )
     if reduction not in ("mean", "none"):
         raise ValueError(f"`reduction` must be 'mean' or 'none'. Got {reduction!r}. Take 'none' and reduce by hand.")
-    if not 0 < eps < math.inf:
+    if not 0 < eps < torch.inf:
         raise ValueError(f"`eps` must be positive and finite. Got {eps!r}. The default is 1e-6.")

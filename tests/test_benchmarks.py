@@ -1,12 +1,13 @@
 """The benchmarks of the overhead: what they time does what it says, and the command for GPUs refuses without one."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import _overhead_rivals, _timing, gpu, overhead
+from benchmarks import _markdown, _moments_report, _overhead_report, _overhead_rivals, _timing, gpu, moments, overhead
 
 
 def norm_of(groups):
@@ -86,6 +87,51 @@ def test_training_for_the_graph_is_repeatable():
 def test_the_steps_of_the_gpu_run_on_the_cpu():
     assert set(gpu.steps("cpu")[0]) == {*gpu.MODES, "update, AdamW with tensor lr"}
     assert set(gpu.host_times(2, 4, "cpu", rounds=2)) == {overhead.CLIP, *gpu.MODES, "update, defaults"}
+
+
+def test_a_part_that_fails_leaves_its_error_and_the_others_go_on(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"kept": 1}')
+    gpu.measure({"bad": lambda: 1 / 0, "good": lambda: 2}, path, "cpu")
+    found = json.loads(path.read_text())
+    assert found["bad"] == {"error": "ZeroDivisionError: division by zero"}
+    assert (found["kept"], found["good"]) == (1, 2)
+    assert "1 / 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("results", "shown"),
+    [
+        ({}, _markdown.NOT_RUN),
+        ({"part": {}}, _markdown.NOT_RUN),
+        ({"part": {"error": "no"}}, _markdown.FAILED),
+        ({"part": {"figure": {"error": "no"}}}, _markdown.FAILED),
+        ({"part": {"figure": 0.5}}, "0.5"),
+    ],
+)
+def test_a_cell_holds_the_figure_of_the_gpu_or_says_why_it_does_not(results, shown):
+    assert _markdown.cell(results, ("part", "figure"), str) == shown
+
+
+def test_the_reports_show_what_the_gpu_gave():
+    figures = json.loads(moments.JSON.read_text())
+    *_, size = figures["sizes"].values()
+    for case in size["cases"].values():
+        case |= {"launches_forward": 70, "launches_both": 93}
+    on_gpu = {"moments": {"sizes": {_moments_report.LARGEST: {**size, "bandwidth / copy": 0.83}, "b": {"error": "no"}}}}
+    assert _moments_report.report(figures, {}).count(_markdown.NOT_RUN) == 11
+    shown = _moments_report.report(figures, on_gpu)
+    assert _markdown.NOT_RUN not in shown
+    assert "| 70 / 23 |" in shown
+    assert "| 0.83 |" in shown
+    figures = json.loads(overhead.JSON.read_text())
+    assert _overhead_report.report(figures, {}).count(_markdown.NOT_RUN) == 13
+    on_gpu = {"overhead": {**figures, "steps": [*figures["steps"], {"error": "no"}]}, "graph_difference": 0.0}
+    shown = _overhead_report.report(figures, on_gpu)
+    assert shown.count(_markdown.NOT_RUN) == 5
+    for row in shown.splitlines():
+        if row.startswith(("| whole step /", "| gradient mode")):
+            assert row.split(" | ")[2] == row.removesuffix(" |").split(" | ")[4]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -146,7 +146,7 @@ def test_a_spread_too_small_for_float32_counts_as_zero_variance(spread):
 
 
 def test_rounding_makes_no_even_moment_negative_even_with_a_poor_pilot_sample(monkeypatch):
-    monkeypatch.setattr(kernel, "_pilot_mean", lambda x, mask: torch.zeros(1, x.shape[-1]))
+    monkeypatch.setattr(kernel, "_pilot_mean", lambda x, mask: torch.zeros(1, 1, x.shape[-1]))
     found = central_moments(torch.linspace(0.1, 9.0, 500).expand(97, 500), order=4)
     assert (found.powers[1::2] >= 0).all()
 

@@ -33,7 +33,7 @@ for shape, kind in itertools.product(shapes, kinds + kinds):
         x[:, :2] += 50
         if mask is not None:
             x[~mask] = float("nan")
-    count, shift, powers = CentralMoments.apply(x, mask, order, False)
+    count, shift, powers = CentralMoments.apply(x, mask, 1, order, False)
     found = fused.forward(x.detach(), mask, order)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     close = dict(rtol=tolerance, atol=tolerance)

@@ -1,0 +1,37 @@
+"""Tables of Markdown, and what the GPU gave to fill them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GPU = Path(__file__).parent / "results" / "gpu.json"
+NOT_RUN = "not run: `python -m benchmarks.gpu`"
+FAILED = "failed, see `gpu.json`"
+
+
+def text(quartiles: list[float]) -> str:
+    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*quartiles)
+
+
+def span(values: list[float]) -> str:
+    """Smallest to largest."""
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]] + [""]
+
+
+def gpu_results(path: Path = GPU) -> dict:
+    """What ``benchmarks.gpu`` wrote; nothing if it has not run."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def cell(results: Any, path: tuple[str, ...], show: Callable[[Any], str]) -> str:
+    """What stands at ``path`` in the results of the GPU, or why nothing does."""
+    for key in path:
+        if key not in results:
+            return FAILED if "error" in results else NOT_RUN
+        results = results[key]
+    return FAILED if isinstance(results, dict) and "error" in results else show(results)
