@@ -378,6 +378,38 @@ def test_what_the_step_writes_into_its_param_group_stays_as_without_the_penalty(
     assert optimizer.balance.step == 3
 
 
+class Showing(torch.optim.SGD):
+    """Writes into its param_groups, as schedule-free optimizers do, what depends on their learning rates."""
+
+    def step(self, closure=None):
+        self.shown = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["used"] = group["lr"]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("order", [("text", "audio"), ("audio", "text")])
+def test_what_the_step_of_the_least_damped_group_writes_stays_where_all_are_in_groups(model, order):
+    groups = {name: groups_of(model)[name] for name in order}
+    inner = Showing([p for group in groups.values() for p in group.parameters()], lr=0.5)
+    optimizer = ConflictAwarePenalty(inner, groups, eta=0.5, **PLAIN_RULE)
+    backward(model)
+    optimizer.step()
+    assert sorted(inner.shown) == [0.25, 0.5]
+    assert inner.param_groups[0]["used"] == 0.5
+
+
+def test_a_step_in_which_no_group_is_damped_sees_the_param_groups_themselves(model):
+    inner = Showing(model.parameters(), lr=0.5)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), window=(1, 2), **PLAIN_RULE)
+    shown = []
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        shown.append(len(inner.shown))
+    assert shown == [1, 3, 1]
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_step_gets_all_that_it_is_given_beside_the_closure(model, by_name):
     class Repeating(torch.optim.SGD):
