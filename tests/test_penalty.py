@@ -11,6 +11,7 @@ from torch import nn
 
 from gradbalance import PAPER, ConflictAwarePenalty, _observed, attach
 from gradbalance._buckets import CPU_PART
+from gradbalance._memory import KEYS, Memory
 from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES, _thinned
 from tests.reference import ReferenceRule
@@ -650,6 +651,17 @@ def test_a_step_that_does_not_count_leaves_the_sketch(model):
         penalty._stepper.step()
         model.load_state_dict(start)  # an infinite gradient spoils a parameter even at lr 0
     assert penalty.balance.agreements.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_memory_goes_to_the_device_of_the_parameters():
+    memory = Memory(("text", "audio"))
+    memory.restore(dict(zip(KEYS, (3.0, [0.75, 0.25], [1.0, 2.0], [0.5, 0.1], [1.0]), strict=True)))
+    coefficients = memory.coefficients
+    memory.to(torch.device("cpu"))
+    assert memory.coefficients is coefficients
+    memory.to(torch.device("meta"))
+    assert {t.device.type for t in memory.balance[:-1]} == {"meta"}
+    assert memory.has_errors
 
 
 @pytest.mark.parametrize("errors", [None, {"text": 0.0, "audio": 0.0}])
