@@ -98,7 +98,7 @@ def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
         if read:
             low = read[0].dtype in (torch.float16, torch.bfloat16)
             norms = torch.stack(torch._foreach_norm(read, 2.0, dtype=torch.float32 if low else None))
-            # Squared in float64: a norm of 1e-25 must not vanish, one of 1e25 must not overflow.
+            # Squared in float64: their sum must not overflow or vanish where the norms themselves do not.
             squares = norms.to(wide(bucket.device)).square_()
             # By offsets: lengths would be checked, with a host read inside the operator.
             sums = torch.segment_reduce(squares, "sum", offsets=bucket.offsets(counts))

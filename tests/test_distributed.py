@@ -34,7 +34,7 @@ LR = 0.01
 # Every way through the step: where the coefficient goes, each norm, clipping that bites, by errors, by the agreement of
 # successive gradients, by norms alone.
 VARIANTS = [
-    {"apply_to": "update"},
+    {"apply_to": "update", "agreement": 1.0},
     {"apply_to": "gradient", "max_norm": 0.5},
     {"apply_to": "update", "max_norm": 0.5, "norm": "rms"},
     {"apply_to": "update", "observing": False, "agreement": 1.0},
@@ -291,6 +291,26 @@ def test_distributed_a_rank_that_holds_nothing_of_a_group_knows_its_norm():
     (some, norm), (nothing, same_norm) = on_ranks(uneven_shards, 2)
     assert (some, nothing) == (6, 0)
     assert norm == same_norm > 0
+
+
+def gradients_on_one_rank():
+    model = shard(Branches())
+    optimizer = penalised(model)
+    backward(model, share(batch(0)))
+    if dist.get_rank() == 1:
+        model.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return [str(w.message)[:67] for w in caught], optimizer.balance.norms.tolist()
+
+
+def test_distributed_a_rank_without_gradients_is_warned_and_holds_up_none():
+    (silence, norms), (warned, same_norms) = on_ranks(gradients_on_one_rank, 2)
+    assert silence == []
+    assert warned == ["The optimizer must hold parameters that get gradients. Got none wit"]
+    assert norms == same_norms
+    assert min(norms) > 0
 
 
 def mixed_precision(policy, dtype):

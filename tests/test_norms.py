@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gradbalance import _buckets
-from gradbalance._buckets import gather, in_buckets
+from gradbalance._buckets import CPU_PART, gather, in_buckets
 from gradbalance._norms import _mean, _summable, reduce_norms
 from gradbalance._rule import UNSEEN
 from gradbalance._scaling import clipped, scale_
@@ -64,6 +64,30 @@ def test_the_norm_of_a_group_spans_its_dtypes():
             p.grad = torch.full_like(p, 3 + 4j if p.is_complex() else 5)
     norms, *_ = reduce_norms(gather(in_buckets(groups), GRADIENT), 2, torch.device("cpu"))
     assert norms.tolist() == pytest.approx([250**0.5, 50**0.5], rel=1e-6)
+
+
+def test_a_norm_does_not_overflow_where_those_of_its_tensors_do_not():
+    group = [torch.nn.Parameter(torch.zeros(1)) for _ in range(64)]
+    for p in group:
+        p.grad = torch.full_like(p, 1e19)
+    norms, *_ = reduce_norms(gather(in_buckets([group, []]), GRADIENT), 2, torch.device("cpu"))
+    assert norms.tolist() == pytest.approx([8e19, 0.0], rel=1e-6)
+
+
+def test_rows_too_long_for_one_part_are_parts_of_their_own():
+    p = torch.nn.Parameter(torch.zeros(3, 2 * CPU_PART))
+    p.grad = torch.ones_like(p)
+    norms, *_ = reduce_norms(gather(in_buckets([[p]]), GRADIENT), 1, torch.device("cpu"))
+    assert norms.item() == pytest.approx((6 * CPU_PART) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_gradients_in_double_precision_are_scaled_in_it(monkeypatch, host):
+    monkeypatch.setattr(_buckets, "on_host", lambda device: host)
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    scale_(gather(in_buckets([[p]]), GRADIENT), torch.tensor([0.1], dtype=torch.float64))
+    assert p.grad.tolist() == [0.1] * 3
 
 
 def test_errors_are_averaged_over_the_ranks_that_have_them():

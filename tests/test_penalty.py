@@ -11,6 +11,7 @@ from torch import nn
 
 from gradbalance import PAPER, ConflictAwarePenalty, _observed, attach
 from gradbalance._buckets import CPU_PART
+from gradbalance._memory import KEYS, Memory
 from gradbalance._settings import Settings
 from gradbalance._sketch import ENTRIES, _thinned
 from tests.reference import ReferenceRule
@@ -403,6 +404,38 @@ def test_what_the_step_writes_into_its_param_group_stays_as_without_the_penalty(
     assert optimizer.balance.step == 3
 
 
+class Showing(torch.optim.SGD):
+    """Writes into its param_groups, as schedule-free optimizers do, what depends on their learning rates."""
+
+    def step(self, closure=None):
+        self.shown = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["used"] = group["lr"]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("order", [("text", "audio"), ("audio", "text")])
+def test_what_the_step_of_the_least_damped_group_writes_stays_where_all_are_in_groups(model, order):
+    groups = {name: groups_of(model)[name] for name in order}
+    inner = Showing([p for group in groups.values() for p in group.parameters()], lr=0.5)
+    optimizer = ConflictAwarePenalty(inner, groups, eta=0.5, **PLAIN_RULE)
+    backward(model)
+    optimizer.step()
+    assert sorted(inner.shown) == [0.25, 0.5]
+    assert inner.param_groups[0]["used"] == 0.5
+
+
+def test_a_step_in_which_no_group_is_damped_sees_the_param_groups_themselves(model):
+    inner = Showing(model.parameters(), lr=0.5)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), window=(1, 2), **PLAIN_RULE)
+    shown = []
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        shown.append(len(inner.shown))
+    assert shown == [1, 3, 1]
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_step_gets_all_that_it_is_given_beside_the_closure(model, by_name):
     class Repeating(torch.optim.SGD):
@@ -643,6 +676,17 @@ def test_a_step_that_does_not_count_leaves_the_sketch(model):
         penalty._stepper.step()
         model.load_state_dict(start)  # an infinite gradient spoils a parameter even at lr 0
     assert penalty.balance.agreements.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_memory_goes_to_the_device_of_the_parameters():
+    memory = Memory(("text", "audio"))
+    memory.restore(dict(zip(KEYS, (3.0, [0.75, 0.25], [1.0, 2.0], [0.5, 0.1], [1.0]), strict=True)))
+    coefficients = memory.coefficients
+    memory.to(torch.device("cpu"))
+    assert memory.coefficients is coefficients
+    memory.to(torch.device("meta"))
+    assert {t.device.type for t in memory.balance[:-1]} == {"meta"}
+    assert memory.has_errors
 
 
 @pytest.mark.parametrize("errors", [None, {"text": 0.0, "audio": 0.0}])

@@ -363,7 +363,14 @@ def test_an_option_of_the_wrong_kind_is_refused_by_name(option):
 
 def test_the_ends_of_the_ranges_are_inside_them():
     Settings(alpha=0, eta=0, threshold=1, smoothing=0, min_coefficient=0, noise=0, window=(0, 1))
-    Settings(eta=1, min_coefficient=1, max_coefficient=1, window=(0, None))
+    Settings(eta=1, min_coefficient=1, max_coefficient=1, window=(0, None), agreement=0, max_norm=1e-9)
+    Settings(agreement=1, max_norm=1e9)
+
+
+@pytest.mark.parametrize("eta", [0, 0.5, 1])
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_settings_are_passive_if_neither_penalty_nor_modulation_can_act(eta, alpha):
+    assert Settings(eta=eta, alpha=alpha).is_passive is (eta == 1 and alpha == 0)
 
 
 def test_the_option_types_name_exactly_the_settings():
