@@ -597,7 +597,7 @@ def deepspeed_refusals():
 
 def test_distributed_deepspeed_zero_is_refused():
     pytest.importorskip("deepspeed")
-    for messages in on_ranks(deepspeed_refusals, 2, timeout=120.0):
+    for messages in on_ranks(deepspeed_refusals, 2, timeout=400.0):
         assert len(messages) == 6
         assert all("DeepSpeed ZeRO" in message and "coefficients_for" in message for message in messages)
 
@@ -630,7 +630,7 @@ def deepspeed_recipes():
 def test_distributed_the_deepspeed_recipe_equals_training_in_one_process():
     pytest.importorskip("deepspeed")
     expected = {"gradient": by_hand(apply_to="gradient", make=SGD), "update": by_hand(apply_to="update")}
-    for runs in on_ranks(deepspeed_recipes, 2, timeout=120.0):
+    for runs in on_ranks(deepspeed_recipes, 2, timeout=400.0):
         for (_, mode), run in runs.items():
             assert_close(run.coefficients, expected[mode].coefficients, rtol=1e-5, atol=0)  # in float32
             assert_close(run.parameters, expected[mode].parameters, rtol=1e-5, atol=1e-6)
@@ -648,7 +648,7 @@ def run_examples():
 
 
 def test_distributed_examples_run_with_the_same_coefficients_on_all_ranks():
-    first, second = on_ranks(run_examples, 2, timeout=120.0)
+    first, second = on_ranks(run_examples, 2, timeout=400.0)
     assert first == second
     assert all(set(coefficients) == {"audio", "visual"} for coefficients in first)
 
