@@ -34,7 +34,7 @@ LR = 0.01
 # Every way through the step: where the coefficient goes, each norm, clipping that bites, by errors, by the agreement of
 # successive gradients, by norms alone.
 VARIANTS = [
-    {"apply_to": "update", "agreement": 1.0},
+    {"apply_to": "update"},
     {"apply_to": "gradient", "max_norm": 0.5},
     {"apply_to": "update", "max_norm": 0.5, "norm": "rms"},
     {"apply_to": "update", "observing": False, "agreement": 1.0},

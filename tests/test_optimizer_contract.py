@@ -184,14 +184,6 @@ def test_copies_train_on_under_the_penalty(case, mode, duplicate):
     assert_same_parameters(twin, model, tolerance=0)
 
 
-def test_a_pickle_of_the_oldest_protocol_trains_on_under_the_penalty():
-    model = Toy()
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.02), groups_of(model), **RULE)
-    model, optimizer = pickle.loads(pickle.dumps((model, optimizer), protocol=0))
-    twin = ByHand(lambda p: torch.optim.SGD(p, lr=0.02), Toy(), "update")
-    assert_same_coefficients(train(model, optimizer, range(3)), twin.train(range(3)))
-
-
 @each(c for c in CLASSES if not c.copies)
 def test_a_copy_that_could_not_train_without_the_penalty_is_refused_with_it(case, mode, record_property):
     def train_a_copy(model, optimizer):

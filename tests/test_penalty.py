@@ -678,6 +678,19 @@ def test_a_step_that_does_not_count_leaves_the_sketch(model):
     assert penalty.balance.agreements.tolist() == pytest.approx([1.0, 1.0])
 
 
+def test_the_innermost_of_optimizers_around_optimizers_is_hooked(model):
+    class Around(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    inner.base = inner  # as some tell that nothing is inside
+    penalty = attach(Around(Around(inner)), groups_of(model))
+    backward(model)
+    inner.step()
+    assert penalty.balance.step == 1
+
+
 def test_the_memory_goes_to_the_device_of_the_parameters():
     memory = Memory(("text", "audio"))
     memory.restore(dict(zip(KEYS, (3.0, [0.75, 0.25], [1.0, 2.0], [0.5, 0.1], [1.0]), strict=True)))
