@@ -205,6 +205,7 @@ RULES = {
     "own heads": Rule(own_heads, (0.3, 1.0, 3.0)),
     "PCGrad": Rule(jacobian_descent("PCGrad")),
     "IMTL-G": Rule(jacobian_descent("IMTLG")),
+    "none, own rate": Rule(plain, own_rate=True),
     "default, own rate": Rule(ours(), own_rate=True),
     "agreement 0.8": Rule(ours(agreement=0.8)),
     "norms only, raising": Rule(ours(agreement=None, max_coefficient=20.0)),
