@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.functional import cosine_similarity
@@ -27,6 +27,7 @@ from torch.testing import assert_close
 
 from gradbalance import ConflictAwarePenalty, Recorder, attach
 from gradbalance._settings import Settings
+from gradbalance._sketch import Sketch
 
 NAMES = ("text", "audio", "visual")
 RULE = {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5}
@@ -291,6 +292,24 @@ def test_distributed_a_rank_that_holds_nothing_of_a_group_knows_its_norm():
     (some, norm), (nothing, same_norm) = on_ranks(uneven_shards, 2)
     assert (some, nothing) == (6, 0)
     assert norm == same_norm > 0
+
+
+def thinned_sketch():
+    mesh, cpu = init_device_mesh("cpu", (2,)), torch.device("cpu")
+    whole = [nn.Parameter(torch.zeros(shape)) for shape in ((1020, 1000), (7, 3))]
+    shards = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in whole]
+    for p, q in zip(whole, shards, strict=True):
+        p.grad = torch.arange(1.0, p.numel() + 1).view(p.shape)
+        q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+    expected, taken = (Sketch([[p] for p in group], cpu).take() for group in (whole, shards))
+    dist.all_reduce(taken[mesh])
+    return len(taken[mesh]), taken[mesh].equal(expected[None])
+
+
+def test_distributed_ranks_bring_their_parts_of_the_same_sketch():
+    for size, same in on_ranks(thinned_sketch, 2):
+        assert 1 << 13 < size < 1 << 15
+        assert same
 
 
 def gradients_on_one_rank():
