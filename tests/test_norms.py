@@ -74,6 +74,16 @@ def test_a_norm_does_not_overflow_where_those_of_its_tensors_do_not():
     assert norms.tolist() == pytest.approx([8e19, 0.0], rel=1e-6)
 
 
+@pytest.mark.parametrize(("host", "size", "parts"), [(True, 1, 1), (True, 5, 3), (False, 5, 1)])
+def test_tensors_are_taken_in_parts_where_they_are_large_and_on_the_host(monkeypatch, host, size, parts):
+    monkeypatch.setattr(_buckets, "on_host", lambda device: host)
+    p = torch.nn.Parameter(torch.zeros(2 * size, CPU_PART // 4))
+    p.grad = torch.ones_like(p)
+    gathered = gather(in_buckets([[p]]), GRADIENT)
+    reduce_norms(gathered, 1, torch.device("cpu"))
+    assert gathered[0].bucket._counts == [parts]
+
+
 def test_rows_too_long_for_one_part_are_parts_of_their_own():
     p = torch.nn.Parameter(torch.zeros(3, 2 * CPU_PART))
     p.grad = torch.ones_like(p)
