@@ -165,7 +165,7 @@ def lift(coefficients: Tensor, shares: Tensor, most: float) -> Tensor:
         tensor(9.)
     """
     shares = shares.nan_to_num()
-    return (shares.amax() / (coefficients * shares).amax()).clamp(1, most)
+    return (shares.amax() / (coefficients * shares).amax()).clamp(max=most)
 
 
 def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:

@@ -87,6 +87,7 @@ def test_by_default_learning_rates_rise_where_steps_are_as_long_as_gradients(mod
         p.grad *= 100
     optimizer.step()
     assert max(penalty.coefficients().values()) == raised
+    assert penalty.settings.max_coefficient == (20 if raised > 1 else 1)
     penalty.remove()
     explicit = attach(optimizer, groups_of(model), max_coefficient=7.0, apply_to=mode)
     assert explicit.settings.max_coefficient == 7.0
