@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mosi_samples as samples
@@ -253,6 +254,8 @@ def start(encoder, tmp_path_factory):
         return subprocess.Popen(
             [*launcher, "examples.mosi", *settings, *map(str, flags)],
             cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # A suite in the background ignores it, and so would its children.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
 
     return start
