@@ -197,19 +197,25 @@ def plot(m: Measured, path: Path) -> None:
     beds = [bed for bed in BEDS if all(m.accuracy(bed, rule) for rule in rules)]
     starved = [bed for bed in beds if BEDS[bed].starved and all(m.recovered(bed, rule) for rule in rules)]
     others = [bed for bed in beds if not BEDS[bed].starved]
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for rule in rules:
-        gain = np.mean([found.mean for bed in starved if (found := m.recovered(bed, rule))])
-        cost = np.mean([found.mean for bed in others if (found := m.accuracy(bed, rule))])
-        color = "tab:orange" if rule == "default" else "tab:gray"
-        axis.plot(cost, gain, "o", color=color, markersize=10 if rule == "default" else 7)
-        axis.annotate(rule, (cost, gain), (6, 6), textcoords="offset points", color=color)
-    axis.plot(0, 0, "k+")
-    axis.annotate("no balancing", (0, 0), (6, -12), textcoords="offset points")
-    axis.axvline(0, color="k", linewidth=0.5)
-    axis.margins(0.3, 0.2)
-    axis.set_xlabel(f"change of accuracy where no branch starves ({', '.join(others)}), points")
-    axis.set_ylabel(f"headroom recovered where one does ({', '.join(starved)}), %")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharex=True)
+    gains = {
+        "change of accuracy where one does, points": m.accuracy,
+        "headroom recovered where one does, %": m.recovered,
+    }
+    for axis, (label, gain_on) in zip(panels, gains.items(), strict=True):
+        for rule in rules:
+            gain = np.mean([found.mean for bed in starved if (found := gain_on(bed, rule))])
+            cost = np.mean([found.mean for bed in others if (found := m.accuracy(bed, rule))])
+            color = "tab:orange" if rule == "default" else "tab:gray"
+            axis.plot(cost, gain, "o", color=color, markersize=10 if rule == "default" else 7)
+            axis.annotate(rule, (cost, gain), (-8, 0), textcoords="offset points", color=color, ha="right", va="center")
+        axis.plot(0, 0, "k+")
+        axis.annotate("no balancing", (0, 0), (-8, 0), textcoords="offset points", ha="right", va="center")
+        axis.axvline(0, color="k", linewidth=0.5)
+        axis.margins(0.2, 0.1)
+        axis.set_ylabel(label)
+    figure.suptitle(f"Means over the testbeds where a branch starves: {', '.join(starved)}", fontsize="medium")
+    figure.supxlabel(f"change of accuracy where no branch starves ({', '.join(others)}), points", fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
