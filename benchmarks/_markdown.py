@@ -1,7 +1,7 @@
 """Tables of Markdown, and what the GPU gave to fill them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ def span(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]] + [""]
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table; None is a cell without a value."""
+    lines = [["–" if value is None else str(value) for value in row] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
 def gpu_results(path: Path = GPU) -> dict:

@@ -1,7 +1,7 @@
 """Tables and figure of the dominance benchmark, out of whatever has been run."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -10,12 +10,23 @@ import numpy as np
 import torch
 from scipy import stats
 
+from benchmarks._markdown import table
 from benchmarks.rivals import RULES
 from benchmarks.testbeds import BEDS
 
 Found = dict[str, Any]
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "Muon")
 MODES = ("default", "default, gradient", "norms only", "norms only, gradient", "norms only, raising")
+IN_FIGURE = (
+    "default",
+    "norms only",
+    "paper",
+    "errors",
+    "faster by hand",
+    "slower by hand",
+    "OGM-GE",
+    "clip groups",
+)
 
 
 class Interval(NamedTuple):
@@ -55,10 +66,10 @@ class Measured:
     def cell(self, bed: str, rule: str, optimizer: str | None = None) -> dict[int, Found]:
         return self._cells.get((bed, rule, optimizer or BEDS[bed].optimizer), {})
 
-    def pairs(self, bed: str, rule: str, optimizer: str | None = None) -> list[tuple[Found, Found]]:
-        """The runs of a rule, each with the run of its seed without balancing."""
-        base, cell = self.cell(bed, "none", optimizer), self.cell(bed, rule, optimizer)
-        return [(base[seed], found) for seed, found in sorted(cell.items()) if seed in base]
+    def pairs(self, bed: str, rule: str, optimizer: str | None = None, base: str = "none") -> list[tuple[Found, Found]]:
+        """The runs of a rule, each with the run of its seed under another rule, without balancing by default."""
+        others, cell = self.cell(bed, base, optimizer), self.cell(bed, rule, optimizer)
+        return [(others[seed], found) for seed, found in sorted(cell.items()) if seed in others]
 
     def headroom(self, bed: str) -> list[Interval | None]:
         """What the probe on each branch loses by training it jointly."""
@@ -70,8 +81,9 @@ class Measured:
             )
         return result
 
-    def accuracy(self, bed: str, rule: str, optimizer: str | None = None) -> Interval | None:
-        return interval([found["test"] - base["test"] for base, found in self.pairs(bed, rule, optimizer)])
+    def accuracy(self, bed: str, rule: str, optimizer: str | None = None, base: str = "none") -> Interval | None:
+        """What the joint score gains against another rule."""
+        return interval([found["test"] - other["test"] for other, found in self.pairs(bed, rule, optimizer, base)])
 
     def recovered(self, bed: str, rule: str) -> Interval | None:
         """The part of the headroom of all branches but the first that a rule recovers, in percent."""
@@ -98,11 +110,6 @@ class Measured:
     def dominance(self, bed: str, rule: str, key: str) -> str:
         values = [found[key] for found in self.cell(bed, rule).values() if key in found]
         return f"{values[0]:.1f}" if values else "–"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return lines + ["| " + " | ".join("–" if cell is None else str(cell) for cell in row) + " |" for row in rows] + [""]
 
 
 def headroom_rows(m: Measured) -> list[list[Any]]:
@@ -151,17 +158,41 @@ def describe(m: Measured, runs: Mapping[Any, Found]) -> str:
     lines += table(["", *rules], [[bed, *(m.recovered(bed, rule) for rule in rules)] for bed in beds])
     lines += ["**What the dominating branch gains**, its probe, in points:", ""]
     lines += table(["", *rules], [[bed, *(shown(m.first(bed, rule)) for rule in rules)] for bed in beds])
+    lines += [
+        "**A learning rate of its own** for each, the best of five on validation: change of the joint score against no "
+        "balancing at the shared rate, and of the default against no balancing, both with their own:",
+        "",
+    ]
+    plain, ours = "none, own rate", "default, own rate"
+    lines += table(
+        ["", plain, ours, "difference"],
+        [
+            [bed, *(shown(found) for found in (m.accuracy(bed, plain), m.accuracy(bed, ours), difference))]
+            for bed in beds
+            if (difference := m.accuracy(bed, ours, base=plain))
+        ],
+    )
     lines += ["**Optimizers**: change of the joint score; the first column is the score without balancing:", ""]
     lines += table(
         ["", "", "none", *MODES],
         [
             [bed, o, f"{100 * np.mean([f['test'] for f in base.values()]):.1f}"]
             + [shown(m.accuracy(bed, rule, o)) for rule in MODES]
-            for bed in ("S2", "C1")
+            for bed in beds
+            if sum(bool(m.cell(bed, "none", o)) for o in OPTIMIZERS) > 1
             for o in OPTIMIZERS
             if (base := m.cell(bed, "none", o))
         ],
     )
+    starved, others, found = means(m)
+    if starved and others:
+        lines += [
+            f"**In the figure**: means where no branch starves ({', '.join(others)}) and where one does "
+            f"({', '.join(starved)}):",
+            "",
+        ]
+        rows = [[rule, f"{x.unharmed:+.1f}", f"{x.gained:+.1f}", f"{x.recovered:.0f} %"] for rule, x in found.items()]
+        lines += table(["", "joint score, none starves", "joint score, one does", "headroom recovered"], rows)
     lines += [
         "**Dominance** before and after scaling by the coefficients, along each rule's own training, one seed:",
         "",
@@ -183,32 +214,53 @@ def describe(m: Measured, runs: Mapping[Any, Found]) -> str:
     return "\n".join(lines)
 
 
-def plot(m: Measured, path: Path) -> None:
-    """One point a rule: what it recovers where a branch starves against what it costs where none does.
+class Means(NamedTuple):
+    """A rule in three figures: means over testbeds, in points and percent."""
 
-    Means over the testbeds that every rule of the figure ran on, those of enough headroom for the gain.
-    """
+    unharmed: float  # change of the joint score where no branch starves
+    gained: float  # and where one does
+    recovered: float  # headroom recovered there
+
+
+def means(m: Measured) -> tuple[list[str], list[str], dict[str, Means]]:
+    """The testbeds on which each rule of the figure ran where a branch starves, the others, and the rules' means."""
+    beds = [bed for bed in BEDS if all(m.accuracy(bed, rule) for rule in IN_FIGURE)]
+    starved = [bed for bed in beds if BEDS[bed].starved and all(m.recovered(bed, rule) for rule in IN_FIGURE)]
+    others = [bed for bed in beds if not BEDS[bed].starved]
+
+    def mean(values: Iterable[Interval | None]) -> float:
+        return float(np.mean([found.mean for found in values if found]))
+
+    found = {
+        rule: Means(
+            mean(m.accuracy(bed, rule) for bed in others),
+            mean(m.accuracy(bed, rule) for bed in starved),
+            mean(m.recovered(bed, rule) for bed in starved),
+        )
+        for rule in IN_FIGURE
+    }
+    return starved, others, found
+
+
+def plot(m: Measured, path: Path) -> None:
+    """One point a rule: what it gains where a branch starves against what it costs where none does."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rules = ("default", "norms only", "paper", "errors", "faster by hand", "slower by hand", "OGM-GE", "clip groups")
-    beds = [bed for bed in BEDS if all(m.accuracy(bed, rule) for rule in rules)]
-    starved = [bed for bed in beds if BEDS[bed].starved and all(m.recovered(bed, rule) for rule in rules)]
-    others = [bed for bed in beds if not BEDS[bed].starved]
+    starved, others, found = means(m)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharex=True)
-    gains = {
-        "change of accuracy where one does, points": m.accuracy,
-        "headroom recovered where one does, %": m.recovered,
+    labels = {
+        "gained": "change of accuracy where one does, points",
+        "recovered": "headroom recovered where one does, %",
     }
-    for axis, (label, gain_on) in zip(panels, gains.items(), strict=True):
-        for rule in rules:
-            gain = np.mean([found.mean for bed in starved if (found := gain_on(bed, rule))])
-            cost = np.mean([found.mean for bed in others if (found := m.accuracy(bed, rule))])
+    for axis, (field, label) in zip(panels, labels.items(), strict=True):
+        for rule, rule_means in found.items():
+            at = rule_means.unharmed, getattr(rule_means, field)
             color = "tab:orange" if rule == "default" else "tab:gray"
-            axis.plot(cost, gain, "o", color=color, markersize=10 if rule == "default" else 7)
-            axis.annotate(rule, (cost, gain), (-8, 0), textcoords="offset points", color=color, ha="right", va="center")
+            axis.plot(*at, "o", color=color, markersize=10 if rule == "default" else 7)
+            axis.annotate(rule, at, (-8, 0), textcoords="offset points", color=color, ha="right", va="center")
         axis.plot(0, 0, "k+")
         axis.annotate("no balancing", (0, 0), (-8, 0), textcoords="offset points", ha="right", va="center")
         axis.axvline(0, color="k", linewidth=0.5)

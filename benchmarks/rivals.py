@@ -187,7 +187,8 @@ def ours(observe: bool = False, **options: Any) -> Callable[[Model, Optimizer, A
 _ALPHAS = (0.1, 0.3, 1.0)
 _NORMS = (0.1, 0.3, 1.0)
 
-#: Every rule has three tries on validation at most. The learning rate is that best without balancing, or its own.
+#: Every rule has three tries on validation at most, at the learning rate best without balancing, or one for each of
+#: five rates of its own.
 RULES = {
     "none": Rule(plain),
     "default": Rule(ours()),
@@ -211,8 +212,6 @@ RULES = {
     "norms only, raising": Rule(ours(agreement=None, max_coefficient=20.0)),
     "damping": Rule(ours(max_coefficient=1.0)),
     "damping, norms only": Rule(ours(agreement=None, max_coefficient=1.0)),
-    "damping, errors": Rule(ours(observe=True, max_coefficient=1.0)),
-    "damping, own rate": Rule(ours(max_coefficient=1.0), own_rate=True),
     "default, gradient": Rule(ours(apply_to="gradient")),
     "norms only, gradient": Rule(ours(agreement=None, apply_to="gradient")),
 }

@@ -1,4 +1,4 @@
-"""Optimizers inside optimizers: which one to hook, and which ones cannot be."""
+"""Optimizers inside optimizers: which one to hook, which ones cannot be, and what the default depends on."""
 
 from dataclasses import replace
 from typing import Any
