@@ -1,4 +1,4 @@
-"""Norms of groups of tensors over devices and meshes, and means over ranks: the only room with collectives."""
+"""Norms of the gradients of groups, over devices and meshes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -6,10 +6,10 @@ from math import ceil
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gradbalance._buckets import CPU_PART, Gathered, by_group, wide
+from gradbalance._gradients.collectives import average, mean_of, sum_together, summable, world_size
+from gradbalance._gradients.layout import CPU_PART, Gathered, by_group, wide
 
 
 def reduce_norms(
@@ -26,11 +26,11 @@ def reduce_norms(
     a mesh, one all_reduce of the errors alone if there are ranks.
 
     Args:
-        gathered: The tensors, see :func:`gather`.
+        gathered: The gradients, see :meth:`Layout.gather`.
         n_groups: How many groups they are sorted into.
         home: Where the N-vectors live.
         errors: Shape ``[N]``, negative where there is none, or None.
-        sketches: By mesh this rank's entries of the sketch, shape ``[S]``, or None.
+        sketches: By mesh this rank's entries of the sketch, or None.
         process_group: The ranks over which errors are averaged; the default process group if None.
 
     Returns:
@@ -39,51 +39,27 @@ def reduce_norms(
     total: Tensor | None = None
     sketches = sketches or {}
     sketch = sketches.get(None)
-    ranks = world_size(process_group)
     rode = False
     for mesh, squares in _squares_by_mesh(gathered).items():
         if mesh is not None:
-            own = sketches.get(mesh, squares[:0])
-            rides = errors is not None and not rode and process_group is None and mesh.size() == ranks
-            passengers = _summable(errors) if rides and errors is not None else squares[:0]
-            message = torch.cat([squares, own.to(squares), passengers.to(squares)])
-            for dim in range(mesh.ndim):
-                dist.all_reduce(message, group=mesh.get_group(dim))
-            squares, entries, passengers = torch.split(message, [n_groups, len(own), len(passengers)])
-            if len(own):
-                sketch = entries.to(own) if sketch is None else sketch + entries.to(own)
+            own = sketches.get(mesh)
+            rides = errors is not None and not rode and process_group is None and mesh.size() == world_size()
+            message = [squares]
+            if own is not None:
+                message.append(own.flatten())
+            if rides and errors is not None:
+                message.append(summable(errors))
+            squares, *rest = sum_together(message, [mesh.get_group(dim) for dim in range(mesh.ndim)])
             if rides:
-                errors, rode = _mean(passengers.to(home)), True
+                errors, rode = mean_of(rest.pop()).to(home), True
+            if own is not None:
+                entries = rest.pop().view_as(own)
+                sketch = entries if sketch is None else sketch + entries
         squares = squares.to(home, wide(home))
         total = squares if total is None else total + squares
     if total is None:
         total = torch.zeros(n_groups, dtype=wide(home), device=home)
     return total.sqrt(), errors if rode else average(errors, process_group), sketch
-
-
-def average(errors: Tensor | None, process_group: Any) -> Tensor | None:
-    """The errors averaged over the ranks that have them; negative where none has."""
-    if errors is not None and world_size(process_group) > 1:
-        message = _summable(errors)
-        dist.all_reduce(message, group=process_group)
-        errors = _mean(message)
-    return errors
-
-
-def _summable(errors: Tensor) -> Tensor:
-    """The errors and whether there is one, ``[2N]``: ranks can add it up although each may have seen other groups."""
-    there = ~(errors < 0)  # NaN is there
-    return torch.cat([torch.where(there, errors, 0.0), there.to(errors)])
-
-
-def _mean(sums: Tensor) -> Tensor:
-    total, count = sums.chunk(2)
-    return torch.where(count > 0, total / count, -1.0)
-
-
-def world_size(process_group: Any) -> int:
-    """The number of ranks; 1 in a single process."""
-    return dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:

@@ -1,14 +1,15 @@
-"""Tensors of groups sorted by device, dtype and sharding, as plain local ones: what one fused kernel can take."""
+"""How the parameters of the groups lie in memory: sorted by device, dtype and sharding, for one fused kernel each."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, islice
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+REQUIRES_GRAD = attrgetter("requires_grad")
 # `vector_norm` in float32 on the CPU loses accuracy on large tensors: 2e-4 at 8 M elements, 1e-6 in parts of this size.
 CPU_PART = 1 << 18
 IS_SPARSE = attrgetter("is_sparse")
@@ -40,12 +41,64 @@ class Bucket:
 
 
 class Gathered(NamedTuple):
-    """The tensors of a bucket that are there in this step, group after group, as plain strided real tensors."""
+    """The gradients of a bucket that are there in this step, group after group, as plain strided real tensors."""
 
     bucket: Bucket
     counts: list[int]  # how many there are of each group
     read: list[Tensor]  # to take norms of
     write: list[Tensor]  # to scale: the same tensors, but for sparse and partially reduced ones
+
+
+class Layout:
+    """The trainable parameters of an optimizer by group: worked out once, kept while it holds the same ones.
+
+    Args:
+        param_groups: Of the optimizer.
+        group_of: The group of each position of each of the ``param_groups``; -1 for none.
+        n_groups: N.
+        with_rest: Whether the parameters of no group are laid out too, after the groups.
+    """
+
+    def __init__(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        group_of: Sequence[Sequence[int]],
+        n_groups: int,
+        with_rest: bool,
+    ) -> None:
+        self._params = [list(group["params"]) for group in param_groups]
+        self._trainable = [list(map(REQUIRES_GRAD, params)) for params in self._params]
+        members: list[list[Tensor]] = [[] for _ in range(n_groups + 1)]
+        for params, of in zip(self._params, group_of, strict=True):
+            for p, m in zip(params, of, strict=True):
+                if p.requires_grad:
+                    members[m].append(p)  # -1 is the last row
+        self.members = members[:n_groups]
+        self.readable = [[p for p in row if p.device.type != "meta"] for row in self.members]
+        self.home = next((p.device for p in chain.from_iterable(self.readable)), torch.device("cpu"))
+        self.rows = n_groups + with_rest
+        self.buckets = in_buckets(members[: self.rows])
+
+    def fits(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the optimizer still holds the same parameters, the same ones of them trainable."""
+        if len(self._params) != len(param_groups):
+            return False
+        for known, trainable, group in zip(self._params, self._trainable, param_groups, strict=True):
+            params = group["params"]
+            if len(known) != len(params) or not all(map(is_, known, params)):
+                return False
+            if trainable != list(map(REQUIRES_GRAD, params)):
+                return False
+        return True
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some parameter is a DTensor."""
+        return any(bucket.mesh is not None for bucket in self.buckets)
+
+    def gather(self) -> list[Gathered]:
+        """The gradients that are there, bucket by bucket."""
+        return [_gathered(bucket) for bucket in self.buckets]
 
 
 def in_buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
@@ -62,26 +115,22 @@ def in_buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
     return list(found.values())
 
 
+def _gathered(bucket: Bucket) -> Gathered:
+    counts = [len(group) for group in bucket.parameters]
+    write = [g for p in chain.from_iterable(bucket.parameters) if (g := p.grad) is not None]
+    if len(write) < sum(counts):
+        counts = [sum(p.grad is not None for p in group) for group in bucket.parameters]
+    read = write
+    if not bucket.plain or any(map(IS_SPARSE, write)):
+        read = [_entries(reduced(t, bucket.placements)) for t in write]
+        write = [_entries(t) for t in write]
+    return Gathered(bucket, counts, read, write)
+
+
 def copies(p: Any) -> int:
     """The ranks that hold the same shard of ``p``: in a sum over its whole mesh the shard is counted that often."""
     placements = getattr(p, "placements", ())  # of a DTensor
     return math.prod(p.device_mesh.size(i) for i, at in enumerate(placements) if at.is_replicate())
-
-
-def gather(found: Iterable[Bucket], source: Callable[[Tensor], Tensor | None]) -> list[Gathered]:
-    """What ``source`` gives for each parameter (its gradient, say), where it gives anything."""
-    gathered = []
-    for bucket in found:
-        counts = [len(group) for group in bucket.parameters]
-        write = [t for t in map(source, chain.from_iterable(bucket.parameters)) if t is not None]
-        if len(write) < sum(counts):
-            counts = [sum(source(p) is not None for p in group) for group in bucket.parameters]
-        read = write
-        if not bucket.plain or any(map(IS_SPARSE, write)):
-            read = [_entries(reduced(t, bucket.placements)) for t in write]
-            write = [_entries(t) for t in write]
-        gathered.append(Gathered(bucket, counts, read, write))
-    return gathered
 
 
 def by_group(tensors: Iterable[Tensor], counts: Iterable[int]) -> list[list[Tensor]]:
