@@ -33,7 +33,9 @@ def encoder(branch: "Branch", dim: int, width: int) -> nn.Module:
     if branch.kind == "convolutional":
         channels = [1, *(8 * 2**i for i in range(branch.depth))]
         layers = (
-            layer for i, o in pairwise(channels) for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+            layer
+            for i, o in pairwise(channels)
+            for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         )
         rows, columns = branch.rows, dim // branch.rows
         flat = channels[-1] * (rows >> branch.depth) * (columns >> branch.depth)

@@ -14,8 +14,6 @@ from benchmarks.balancing.model import Model, losses, score
 from gradbalance import PAPER, ConflictAwarePenalty
 from gradbalance.rules import ByHand, Coherence, Measured, Rule
 
-CHANCE = Coherence().chance
-
 
 class OGM:
     r"""On-the-fly gradient modulation, :math:`k_m = 1 - \tanh(\alpha\,r_m)` where :math:`r_m > 1`, else 1.
@@ -104,13 +102,6 @@ def in_proportion(power: float) -> Rule:
         return (ratio / ratio.log().mean().exp()).clamp(0.5, 2.0)
 
     return rule
-
-
-def with_power(power: float) -> Rule:
-    """Coherence with another power in the place of the square."""
-    return lambda measured: Coherence()(
-        measured._replace(coherences=(measured.coherences.clamp(min=0) + CHANCE).pow(power / 2) - CHANCE)
-    )
 
 
 class Threshold:
@@ -249,8 +240,9 @@ RIVALS = {
     # Parts of the formula.
     "every 4": _by(Coherence(), every=4),
     "every 16": _by(Coherence(), every=16),
-    "not squared": _by(with_power(1.0)),
     "chance 0.01": _by(Coherence(chance=0.01)),
+    "raise only": _by(Coherence(clear=1e-6)),
+    "damp only": _by(Coherence(clear=1e6)),
     "most 2": _by(Coherence(most=2.0)),
     "most 10": _by(Coherence(most=10.0)),
     "a threshold": _by(Threshold()),

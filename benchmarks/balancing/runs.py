@@ -85,7 +85,11 @@ def train(run: Run) -> Found:
         results = [_alone(bed, m, parts, run) for m in range(len(bed.branches))]
         added = sum(r.output if known.target.is_floating_point() else r.output.log_softmax(1) for r in results)
         alone = {"probes": [r.probe for r in results], "alone": [score(r.output, test.target) for r in results]}
-        return found | {"test": score(added, test.target), "valid": None, "seconds": sum(r.seconds for r in results)} | alone
+        return (
+            found
+            | {"test": score(added, test.target), "valid": None, "seconds": sum(r.seconds for r in results)}
+            | alone
+        )
     step: list[Step] = []
 
     def build(model: Model, optimizer: Any) -> Step:
@@ -122,15 +126,21 @@ def _alone(bed: Bed, m: int, parts: dict[str, Part], run: Run) -> Alone:
 
 
 class Results(dict[Run, Found]):
-    """What was measured, by run; kept in a file of one line each."""
+    """What was measured, by run; kept in a file of one line each.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file that is appended to.
+        record: A file of runs that can not be repeated, if any: those of the rule before, at the commit f713aad.
+    """
+
+    def __init__(self, path: Path, record: Path | None = None) -> None:
         self.path = path
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
         if len(whole) < len(lines):
             path.write_text("".join(whole))
-        for found in map(json.loads, whole):
+        kept = record.read_text().splitlines() if record else []
+        for found in map(json.loads, [*kept, *whole]):
             self[Run(*(found[field] for field in Run._fields))] = found
 
     def complete(self, runs: Iterable[Run], carry_out: Callable[..., Iterable[Found]] = map) -> None:
