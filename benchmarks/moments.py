@@ -6,6 +6,7 @@ the ratios of all rounds and their quartiles.
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks._markdown import gpu_results
-from benchmarks._moments_report import TARGETS, plot, report
+from benchmarks._moments_report import TARGETS, TRITON, plot, report
 from benchmarks._timing import environment, interleaved, launches, peak_memory, quartiles
-from gradbalance._moments import moments
-from gradbalance._statistical import statistical_loss
+from gradbalance import moments, statistical_loss
 
 JSON = Path(__file__).parent / "results" / "moments.json"
 SIZES = [(64, 50, 768), (4096, 768), (256, 128, 74), (8, 16, 64)]
@@ -71,7 +71,7 @@ def cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, 
     flat = [branch.detach().flatten(0, -2).requires_grad_() for branch in branches]
     torch.compiler.reset()
     fused, fused_naive = torch.compile(moments, fullgraph=True), torch.compile(naive, fullgraph=True)
-    return {
+    found = {
         "naive, masked": (lambda x: naive(x, mask), [x]),
         "naive, masked, compiled": (lambda x: fused_naive(x, mask), [x]),
         "moments, masked": (lambda x: moments(x, mask)[1:3], [x]),
@@ -83,6 +83,7 @@ def cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, 
         "Deep CORAL": (lambda a: [coral(a, flat[1].detach())], flat[:1]),
         "covariance loss": (lambda a: [statistical_loss(a, flat[1], moments=["covariance"])], flat[:1]),
     }
+    return found if device == "cpu" else found | {TRITON: found["moments, masked"]}
 
 
 def runs(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -102,11 +103,28 @@ def runs(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], object]
     return forward, both
 
 
+def in_triton(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with the Triton kernels, in both directions."""
+
+    def run() -> object:
+        os.environ["GRADBALANCE_TRITON"] = "1"
+        try:
+            return call()
+        finally:
+            del os.environ["GRADBALANCE_TRITON"]
+
+    return run
+
+
 def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds: int) -> dict:
     """Times, memory and (on a GPU) kernel launches of every case at one size."""
     chosen = {name: runs(*case) for name, case in cases(shape, device, dtype).items()}
     forward, both = {}, {}
-    for names in RIVALS:
+    rivals = RIVALS
+    if device != "cpu":
+        chosen[TRITON] = tuple(map(in_triton, chosen[TRITON]))
+        rivals = [(*RIVALS[0], TRITON), *RIVALS[1:]]
+    for names in rivals:
         forward |= interleaved({name: chosen[name][0] for name in names}, rounds, device)
         both |= interleaved({name: chosen[name][1] for name in names}, rounds, device)
     unit = torch.Size(shape).numel() * dtype.itemsize
@@ -123,12 +141,14 @@ def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds
             count = launches(calls[0])
             found["cases"][name] |= {"launches_forward": count, "launches_both": launches(calls[1])}
     for name, rival, *_ in TARGETS:
+        if name not in both:
+            continue
         found["ratios"][f"{name} / {rival}"] = quartiles(both[name] / both[rival])
     if device != "cpu":
         x = torch.empty(shape, dtype=dtype, device=device)
         copy = interleaved({"copy": x.clone}, rounds, device)["copy"].median()
         # forward reads x, backward reads x and writes its gradient; the copy reads and writes
-        found["bandwidth / copy"] = float(3 / both["moments"].median() * copy / 2)
+        found["bandwidth / copy"] = float(3 / both[TRITON].median() * copy / 2)
     return found
 
 
@@ -142,9 +162,10 @@ def accuracy(device: str) -> dict:
         raw = x.square().mean(0) - x.mean(0).square()
         centred = x - x.mean(0)
         two_pass = centred.square().mean(0), centred.pow(3).mean(0), centred.pow(4).mean(0)
-        ours = moments(x, order=4)
+        few = [moments(part, order=4)[2:] for part in x.split(8, 1)]
         rows = {
-            "gradbalance": ours[2:],
+            "gradbalance": moments(x, order=4)[2:],
+            "gradbalance, 8 features a call": [torch.cat(parts) for parts in zip(*few, strict=True)],
             "two passes": (two_pass[0], two_pass[1] / two_pass[0] ** 1.5, two_pass[2] / two_pass[0] ** 2),
             "torch.var_mean": (torch.var_mean(x, 0, correction=0)[0],),
             "raw sums": (raw,),

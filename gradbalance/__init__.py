@@ -2,12 +2,11 @@
 
 from gradbalance._groups import groups_by_name
 from gradbalance._memory import Balance
-from gradbalance._moments import Moments, moments
+from gradbalance._moments import Moments, StatisticalLoss, moments, statistical_loss
 from gradbalance._optimizer import ConflictAwarePenalty
 from gradbalance._penalty import attach
-from gradbalance._recorder import Recorder
+from gradbalance._record import Recorder
 from gradbalance._settings import PAPER
-from gradbalance._statistical import StatisticalLoss, statistical_loss
 
 __all__ = [
     "PAPER",

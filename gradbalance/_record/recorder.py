@@ -187,7 +187,7 @@ class Recorder:
         Returns:
             The figure, to be changed or shown.
         """
-        from gradbalance._figure import draw
+        from gradbalance._record.figure import draw
 
         record = self._counted_steps()
         figure = draw(record, dominance(record["norms"]), dominance(record["norms"], record["coefficients"]))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradbalance import Balance, ConflictAwarePenalty, Recorder, attach
-from gradbalance._recorder import _BATCH, dominance
+from gradbalance._record.recorder import _BATCH, dominance
 
 FIELDS = ("norms", "shares", "errors", "coefficients", "conflicts")
 
