@@ -142,8 +142,8 @@ def apart(places: list[float], gap: float) -> list[float]:
     Less ``gap`` each, they have only to keep their order: neighbours that do not are pooled at their mean.
 
     Example:
-        >>> apart([0.0, 0.5, 0.5, 0.9], 0.1)
-        [0.0, 0.45, 0.55, 0.9]
+        >>> apart([0.0, 0.5, 0.5, 0.875], 0.25)
+        [0.0, 0.375, 0.625, 0.875]
     """
     pools: list[list[float]] = []
     for i, place in enumerate(places):
