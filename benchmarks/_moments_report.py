@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks._markdown import cell, span, table, text
+from benchmarks._markdown import FAILED, cell, span, table, text
 
 TRITON = "moments, masked, Triton"  # on a GPU, where the kernels have to be asked for
 # Case, the case it is measured against, and how much of its time (forward + backward) is allowed: CPU, GPU.
@@ -19,8 +19,9 @@ TARGETS = [
 LARGEST = "65536 x 1024"
 SMALL = (
     "8 x 16 x 64 is 32 KB, and there a call is all dispatch. Up to 65,536 elements the moments are therefore written "
-    "down plainly, under autograd; the target there is 1.20 times the naive moments, which have neither a selection "
-    "where they multiply, so that padding may be NaN, nor checks. The targets in the table are for the large sizes."
+    "down plainly, under autograd. The target there is 1.20 times the naive moments, which check nothing, and in which "
+    "padding may not be NaN; those in the table are for the large sizes. The price is a variance that, where nothing "
+    "above it is asked for, is only as exact as the square of the mean's rounding error."
 )
 
 
@@ -28,9 +29,9 @@ def report(found: dict, gpu: dict) -> str:
     """The measurements as Markdown; ``gpu`` holds those of ``benchmarks.gpu``, if there are any."""
     sizes = found["sizes"]
     lines = [
-        f"`python -m benchmarks.moments` on {found['hardware']}, torch {found['torch']}, {found['rounds']} rounds, "
-        f"{found['date']}, load average {found['load']:.1f} at the start (above 1, others were computing too: read the "
-        "ratios, not the milliseconds).",
+        f"`python -m benchmarks.moments` on {found['hardware']}, torch {found['torch']}, {found['rounds']} rounds (a "
+        f"hundred times as many of the small size), {found['date']}, load average {found['load']:.1f} at the start "
+        "(above 1, others were computing too: read the ratios, not the milliseconds).",
         "",
         SMALL,
         "",
@@ -77,7 +78,8 @@ def report(found: dict, gpu: dict) -> str:
 
 
 def _medians(pair: str, sizes: dict) -> str:
-    return span([size["ratios"][pair][1] for size in sizes.values() if "error" not in size])
+    known = [size["ratios"][pair][1] for size in sizes.values() if pair in size.get("ratios", {})]
+    return span(known) if known else FAILED
 
 
 def _launches(case: dict) -> str:
