@@ -1,24 +1,19 @@
-"""How fast, how lean and how accurate are the moments? ``python -m benchmarks.moments`` writes ``results/moments.*``.
+"""Time, memory and accuracy of the moments.
 
 Every call is timed in turn with its rivals, so that a ratio compares neighbours in time; the table has the median of
 the ratios of all rounds and their quartiles.
 """
 
-import argparse
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks._markdown import gpu_results
-from benchmarks._moments_report import TARGETS, TRITON, plot, report
-from benchmarks._timing import environment, interleaved, launches, peak_memory, quartiles
+from benchmarks._timing import interleaved, launches, peak_memory, quartiles
+from benchmarks.moments.report import TARGETS, TRITON
 from gradbalance import moments, statistical_loss
 
-JSON = Path(__file__).parent / "results" / "moments.json"
 SIZES = [(64, 50, 768), (4096, 768), (256, 128, 74), (8, 16, 64)]
 CUDA_SIZES = [(4096, 4096), (65536, 1024)]
 ROUNDS = 30
@@ -190,21 +185,3 @@ def sizes(device: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if device != "cpu":
         found += [(shape, torch.bfloat16) for shape in CUDA_SIZES]
     return {" x ".join(map(str, shape)): (shape, dtype) for shape, dtype in found}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    measured = {
-        **environment("cpu"),
-        "rounds": rounds,
-        "sizes": {name: measure_size(shape, "cpu", dtype, rounds) for name, (shape, dtype) in sizes("cpu").items()},
-        "accuracy": accuracy("cpu"),
-    }
-    shown = report(measured, gpu_results())
-    JSON.write_text(json.dumps(measured, indent=1) + "\n")
-    JSON.with_suffix(".md").write_text(shown)
-    plot(measured, RIVALS[0], JSON.with_suffix(".png"))
-    print(shown)

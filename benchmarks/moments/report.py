@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks._markdown import FAILED, cell, span, table, text
 
+JSON = Path(__file__).parents[1] / "results" / "moments.json"
 TRITON = "moments, masked, Triton"  # on a GPU, where the kernels have to be asked for
 # Case, the case it is measured against, and how much of its time (forward + backward) is allowed: CPU, GPU.
 TARGETS = [
