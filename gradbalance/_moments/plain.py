@@ -31,6 +31,7 @@ def central_moments(
     axes = tuple(range(reduced))
     if x.dtype != torch.float64:
         x = x.float()
+    n: Tensor | int
     if mask is None:
         samples = math.prod(x.shape[:reduced])
         count, n = torch.full(x.shape[reduced:-1], samples, device=x.device), max(1, samples)
@@ -58,7 +59,7 @@ def central_moments(
         return count, mean, None, powers, None
     rows = deviation.flatten(0, reduced - 1).movedim(0, -2)
     with torch.autocast(x.device.type, enabled=False):  # it would round the product to half precision
-        products = rows.mT @ rows / (n if mask is None else n[..., None])
+        products = rows.mT @ rows / (n[..., None] if isinstance(n, Tensor) else n)
     return count, mean, None, powers, products - rest[..., None] * rest[..., None, :]
 
 

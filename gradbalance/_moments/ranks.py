@@ -11,13 +11,15 @@ from gradbalance._moments.statistics import Central
 
 
 def gathered(central: Central, group: dist.ProcessGroup) -> Central:
-    """``central`` of every rank, each field stacked along a new first axis."""
-    count, shift, remainder, powers, covariance = central
-    fields = [count, shift, remainder, *powers, *([] if covariance is None else [covariance])]
-    message = torch.cat([field.to(shift.dtype).flatten() for field in fields])
+    """``central``, its mean in two parts, of every rank: each field stacked along a new first axis."""
+    fields = [field for field in (*central[:3], *central.powers, central.covariance) if field is not None]
+    message = torch.cat([field.to(central.shift.dtype).flatten() for field in fields])
     replies = _AllGather.apply(message, group).split([field.numel() for field in fields], dim=1)  # type: ignore[no-untyped-call]
-    replies = [reply.reshape(-1, *field.shape) for reply, field in zip(replies, fields, strict=True)]
-    return Central(*replies[:3], replies[3 : 3 + len(powers)], None if covariance is None else replies[-1])
+    count, shift, remainder, *powers = (
+        reply.reshape(-1, *field.shape) for reply, field in zip(replies, fields, strict=True)
+    )
+    covariance = None if central.covariance is None else powers.pop()
+    return Central(count, shift, remainder, powers, covariance)
 
 
 def merge(parts: Central) -> Central:
@@ -26,7 +28,9 @@ def merge(parts: Central) -> Central:
     weight = parts.count.to(parts.shift.dtype) / count.clamp(min=1)
     weight = weight.reshape(weight.shape + (1,) * (parts.shift.dim() - weight.dim()))
     shift = (weight * parts.shift).sum(0)
-    means = parts.shift - shift + parts.remainder
+    means = parts.shift - shift
+    if parts.remainder is not None:
+        means = means + parts.remainder
     remainder = (weight * means).sum(0)
     distance = means - remainder
     moved = recentre([distance * 0, *parts.powers], distance)

@@ -155,9 +155,9 @@ def _check(x: Tensor, mask: Tensor | None, order: int, name: str) -> None:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"`{name}` must be a floating-point tensor. Got {kind}. Convert it, for example with .float().")
     if x.layout is not torch.strided or x.is_nested:
-        kind = "a nested one" if x.is_nested else x.layout
+        found = "a nested one" if x.is_nested else x.layout
         raise TypeError(
-            f"`{name}` must be a dense tensor. Got {kind}. Pass x.values() for the moments of all samples, or pad it "
+            f"`{name}` must be a dense tensor. Got {found}. Pass x.values() for the moments of all samples, or pad it "
             "and give the mask."
         )
     if x.dim() == 0 or x.shape[-1] == 0:

@@ -1,5 +1,7 @@
 """The figure of a record: norms, coherences, coefficients, conflicts and dominance over the steps."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -104,7 +106,10 @@ def _lines(
     """A line for each column: the values thin and pale, their means over stretches bold, its name at its end."""
     ends = []
     for m, column in enumerate(np.where(np.isfinite(values), values, np.nan).T):
-        style = {"color": colours[m % len(colours)], "linestyle": ("-", "--", ":")[m // len(colours) % 3]}
+        style: dict[str, Any] = {
+            "color": colours[m % len(colours)],
+            "linestyle": ("-", "--", ":")[m // len(colours) % 3],
+        }
         means = np.transpose([_means(stretch) for stretch in _stretches(steps, column, LINE_POINTS)])
         known = means[1][np.isfinite(means[1])]
         marker = "o" if len(known) == 1 else None  # a line of one point is not seen

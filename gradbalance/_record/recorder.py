@@ -142,7 +142,7 @@ class Recorder:
         from gradbalance._record.figure import draw
 
         record = self._counted_steps()
-        figure = draw(record, dominance(record["norms"]), dominance(record["norms"], record["coefficients"]))
+        figure = draw(record, dominance(record["norms"]), dominance(record["norms"] * record["coefficients"]))
         figure.savefig(path, dpi=150)
         return figure
 
@@ -159,7 +159,7 @@ class Recorder:
         if isinstance(writer, str | PathLike):
             from torch.utils.tensorboard import SummaryWriter
 
-            with SummaryWriter(os.fspath(writer)) as writer:  # type: ignore[no-untyped-call]
+            with SummaryWriter(os.fspath(writer)) as writer:
                 self.log_to(writer)
             return
         if not callable(getattr(writer, "add_scalar", None)):

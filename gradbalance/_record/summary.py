@@ -18,7 +18,7 @@ class Summary(NamedTuple):
         coefficients: Mean coefficient of each group.
         conflicts: Fraction of the steps in which the group was in conflict with another, of each group.
         dominance: The largest norm over the mean of the others, median over the steps.
-        dominance_after: The same ratio of the norms times the coefficients; below 1 the others lead.
+        dominance_after: The same ratio of the norms times the coefficients.
     """
 
     steps: int
@@ -60,32 +60,27 @@ def summarise(record: Mapping[str, "np.ndarray"]) -> Summary:
         named(record["coefficients"].mean(0)),
         named(record["conflicts"].any(2).mean(0)),
         float(np.median(dominance(record["norms"]))),
-        float(np.median(dominance(record["norms"], record["coefficients"]))),
+        float(np.median(dominance(record["norms"] * record["coefficients"]))),
     )
 
 
-def dominance(norms: "np.ndarray", coefficients: "np.ndarray | float" = 1.0) -> "np.ndarray":
-    r"""How many times the group of the largest norm, m, outweighs the mean of the others.
-
-    :math:`c_m n_m / \mathrm{mean}_{k \ne m} c_k n_k`: what is left of the dominance; below 1 the others lead.
+def dominance(norms: "np.ndarray") -> "np.ndarray":
+    """How many times the largest norm outweighs the mean of the others; 1 is balance.
 
     Args:
-        norms: Shape ``[S, N]``, N at least 2.
-        coefficients: Of the groups, shape ``[S, N]``.
+        norms: Of the groups, times their coefficients for what is left of it; shape ``[S, N]``, N at least 2.
 
     Returns:
         Infinite where the others are 0, shape ``[S]``.
 
     Example:
         >>> import numpy as np
-        >>> dominance(np.array([[6.0, 1.0, 2.0]]), np.array([[0.5, 1.0, 1.0]])).tolist()
-        [2.0]
+        >>> dominance(np.array([[6.0, 1.0, 2.0]])).tolist()
+        [4.0]
     """
     import numpy as np
 
-    largest = np.arange(norms.shape[1]) == norms.argmax(1)[:, None]
-    scaled = norms * coefficients
-    others = np.where(largest, 0, scaled).sum(1) / (norms.shape[1] - 1)
-    with np.errstate(divide="ignore"):
-        ratio: np.ndarray = scaled[largest] / others
+    ascending = np.sort(norms, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where the others are 0, or all are
+        ratio: np.ndarray = ascending[:, -1] / ascending[:, :-1].mean(1)
     return ratio

@@ -32,7 +32,7 @@ def make_record(groups=3, steps=100, names=None):
 
 def drawn(record):
     """The panels by title."""
-    figure = draw(record, dominance(record["norms"]), dominance(record["norms"], record["coefficients"]))
+    figure = draw(record, dominance(record["norms"]), dominance(record["norms"] * record["coefficients"]))
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
@@ -61,7 +61,7 @@ def test_each_panel_has_a_line_and_a_name_for_each_group(groups, steps):
         raw = [line for line in panels[title].lines if line.get_alpha() is not None]
         np.testing.assert_array_equal([line.get_ydata() for line in raw], record[key].T)
     ratios = [line.get_ydata()[0] for line in bold(panels["Dominance"])]
-    both = dominance(record["norms"]), dominance(record["norms"], record["coefficients"])
+    both = dominance(record["norms"]), dominance(record["norms"] * record["coefficients"])
     assert ratios == pytest.approx([ratio[:length].mean() for ratio in both])
 
 
