@@ -19,13 +19,13 @@ class Coherence:
     1. how much clearer is m than k: :math:`K_{mk} = ((a_m + \epsilon)/(a_k + \epsilon))^2`, at least 1, negative
        :math:`a` counting as 0;
     2. how much further should m go: :math:`x_m = \max_k \min(K_{mk}, \text{most})` where a step is as long however
-       large the gradient (Adam, AdamW, Muon); under SGD, with :math:`L_{mk} = \max(1, p_k/p_m)` from the shares p of the
-       norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved branch
-       comes up to the step of the one that dominates it, and above it, only as far as it is clearer;
-    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, p = 1 but under SGD. With :math:`\beta = 0`, under
-       SGD always, the longest step stays as long as it was and the others are damped; with :math:`\beta = 1` the least
-       clear branch keeps your learning rate and the others are raised. :math:`\beta = \min(1, \max a / \text{clear})`:
-       where even the clearest branch turns at every step the learning rate is at its limit.
+       large the gradient (Adam, AdamW, Muon). Under SGD, with :math:`L_{mk} = \max(1, p_k/p_m)` from the shares p of
+       the norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved
+       branch comes up to the step of the one that dominates it, and above it, only as far as it is clearer;
+    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, p = 1 but under SGD. With :math:`\beta = 0`,
+       under SGD always, the longest step stays as long as it was and the others are damped; with :math:`\beta = 1` the
+       least clear branch keeps your learning rate and the others are raised. :math:`\beta = \min(1, \max a /
+       \text{clear})`: where even the clearest branch turns at every step the learning rate is at its limit.
 
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does nothing where all
     branches are alike, or done. It cannot see that features leak the labels, which looks coherent, and it takes a large
@@ -75,14 +75,15 @@ class Coherence:
 
     def __call__(self, measured: Measured) -> Tensor:
         """The coefficients, shape ``[N]``."""
-        assert measured.coherences is not None
-        known = measured.active & ~measured.coherences.isnan()
-        coherences = torch.where(known, measured.coherences, 0.0).clamp(min=0)
-        signal = coherences + self.chance
+        if measured.coherences is None:
+            return torch.ones_like(measured.shares)
+        signal = measured.coherences.clamp(min=0) + self.chance
         if measured.scale_free:
-            further = (signal / torch.where(known, signal, torch.inf).amin()).square().clamp(max=self.most)
-            paid = torch.where(known, further, 1.0).amax() ** ((coherences.amax() / self.clear).clamp(max=1.0) - 1)
-            return torch.where(known, further * paid, 1.0)
+            least, clearest = signal.nan_to_num(nan=torch.inf).amin(), signal.nan_to_num(nan=0.0).amax()
+            further = (signal / least).square().clamp(max=self.most).nan_to_num(nan=1.0)
+            beta = ((clearest - self.chance) / self.clear).clamp(max=1.0)
+            return further * further.amax() ** (beta - 1)
+        known = ~signal.isnan()
         shares = torch.where(known, measured.shares, 0.0)
         clearer = (signal[:, None] / signal).square().clamp(min=1.0)
         longer = (shares / shares[:, None]).clamp(min=1.0)
