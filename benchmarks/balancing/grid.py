@@ -47,19 +47,21 @@ TELLING = (
     "paper, on the update", "Adam's signal to noise", "update times signal to noise", "update over signal to noise",
 )  # fmt: skip
 
+ONCE = TUNING[:1]
 PARTS = [
     Part("AdamW", FIRST, BASE),
-    Part("SGD", OLD, BASE, seeds=LANDED, tuning=TUNING[:1]),
+    Part("SGD", OLD, BASE, seeds=LANDED, tuning=ONCE),
     Part("AdamW", ("C0",), BASE, lr=1e-3),
     Part("AdamW", FIRST, (APART,), seeds=FEW),
     Part("AdamW", ("POMN", "POM", "YB"), TELLING),
-    Part("AdamW", OTHERS, BASE),
-    Part("AdamW", ("V2", "C0", "S2"), TELLING),
-    Part("AdamW", ("C0", "C2", "VC"), BASE, lr=3e-3),
+    Part("AdamW", ("C0", "V2"), TELLING),
+    Part("AdamW", OTHERS, BASE, tuning=ONCE),
     Part("AdamW", ("POMN", "V2", "C0"), ("every 4", "every 16")),
-    Part("Adam", ("POMN", "POM", "D", "C0", "V2", "S2", "VC"), BASE),
+    Part("Adam", ("POMN", "POM", "D", "YB", "V2", "C0"), BASE, tuning=ONCE),
     Part("AdamW", ("POMN", "POM", "V2", "C0"), FORMULA),
-    Part("Muon", ("POMN", "POM", "D", "Y3", "VC", "C0"), BASE, tuning=TUNING[:1]),
+    Part("AdamW", ("C0", "C2", "VC"), BASE, lr=3e-3),
+    Part("AdamW", ("S2",), TELLING),
+    Part("Muon", ("POMN", "POM", "D", "YB", "VC", "C0"), BASE, tuning=ONCE),
     Part("AdamW", OTHERS, (APART,), seeds=FEW),
 ]
 

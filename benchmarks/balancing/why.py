@@ -12,8 +12,8 @@ import torch
 from matplotlib import pyplot as plt
 
 from benchmarks.balancing.model import Model
-from benchmarks.balancing.runs import optimizer_for
 from benchmarks.balancing.rivals import RIVALS
+from benchmarks.balancing.runs import optimizer_for
 from benchmarks.balancing.testbeds import BEDS
 
 CASES = {"C0": 1e-3, "B": 1e-3}
