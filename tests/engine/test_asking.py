@@ -17,7 +17,7 @@ def penalised(model, rule, make=torch.optim.SGD, **options):
 
 
 def inverse_share(measured):
-    return measured.shares.amin() / measured.shares
+    return (measured.shares.nan_to_num(1.0).amin() / measured.shares).nan_to_num(1.0)
 
 
 def spy(given, factor=0.5):
