@@ -25,6 +25,7 @@ PACKAGES = (
 RATE = 1e-3  # where there is no default
 # Built from a flag in each of the param_groups: matrices by Muon, the rest by AdamW.
 FLAGGED = ("adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon")
+DISTRIBUTED = ("demo", "distributedmuon")
 OF_MODEL = ("adalomo", "adammini", "lomo")
 NEEDED: dict[str, dict[str, Any]] = {
     "bsam": {"num_data": 1000},
@@ -58,10 +59,13 @@ def _pytorch_optimizer() -> Iterator[tuple[str, Make]]:
     module = _imported("pytorch_optimizer")
     for name in module.get_supported_optimizers():
         cls = module.load_optimizer(name)
+        if name in DISTRIBUTED:
+            cls = partial(_alone, cls)
         if name in FLAGGED:
             yield name, partial(_flagged, cls)
         elif name in OF_MODEL:
-            yield name, lambda model, cls=cls: cls(model)
+            decay = {"weight_decay": 0.0} if name == "adammini" else {}
+            yield name, lambda model, cls=cls, decay=decay: cls(model, **decay)
         elif name == "magma":
             yield name, lambda model, cls=cls: cls(torch.optim.AdamW(model.parameters(), weight_decay=0.0))
         else:
@@ -88,11 +92,17 @@ def _imported(package: str) -> ModuleType:
 
 def _plain(cls: type[Optimizer], needed: dict[str, Any], model: nn.Module) -> Optimizer:
     options = dict(needed)
-    parameters = inspect.signature(cls).parameters
+    parameters = inspect.signature(cls.args[0] if isinstance(cls, partial) else cls).parameters
     options |= {name: 0.0 for name in ("weight_decay", "weight_decouple_rate") if name in parameters}
     if "lr" in parameters and parameters["lr"].default is inspect.Parameter.empty:
         options.setdefault("lr", RATE)
     return cls(model.parameters(), **options)
+
+
+def _alone(cls: type[Optimizer], *args: Any, **options: Any) -> Optimizer:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return cls(*args, **options)
 
 
 def _flagged(cls: type[Optimizer], model: nn.Module) -> Optimizer:
