@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # else each process imports it at its first step
 
 from benchmarks.census.optimizers import PACKAGES, Make, listed
 from benchmarks.census.report import table

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def _pytorch_optimizer() -> Iterator[tuple[str, Make]]:
             yield name, partial(_plain, cls, NEEDED.get(name, {}))
     adamw = partial(torch.optim.AdamW, weight_decay=0.0)
     for name in ("Lookahead", "OrthoGrad", "PCGrad", "SafeFP16Optimizer", "ScheduleFreeWrapper", "TRAC"):
-        yield name, lambda model, cls=getattr(module, name): cls(adamw(model.parameters()))
+        yield name, partial(_around, getattr(module, name), adamw)
     for name in ("FriendlySAM", "GSAM", "LookSAM", "SAM", "WSAM"):
         yield name, partial(_sharp, getattr(module, name))
 
@@ -119,10 +119,16 @@ def _split(module: ModuleType, model: nn.Module) -> Optimizer:
     )
 
 
+def _around(cls: type[Optimizer], inner: Callable[..., Optimizer], model: nn.Module) -> Optimizer:
+    return cls(inner(model.parameters()))
+
+
 def _sharp(cls: type[Optimizer], model: nn.Module) -> Optimizer:
     if cls.__name__ == "GSAM":
         inner = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        return cls(model.parameters(), base_optimizer=inner, model=model, rho_scheduler=None)
+        return cls(
+            model.parameters(), base_optimizer=inner, model=model, rho_scheduler=SimpleNamespace(step=lambda: 0.05)
+        )
     if cls.__name__ == "WSAM":
         return cls(model, model.parameters(), torch.optim.AdamW, lr=RATE, weight_decay=0.0)
     return cls(model.parameters(), torch.optim.AdamW, lr=RATE, weight_decay=0.0)

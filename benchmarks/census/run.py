@@ -33,6 +33,10 @@ class Verdict(NamedTuple):
     note: str = ""
 
 
+class _RefusedError(Exception):
+    """At construction."""
+
+
 OUTCOMES = ("by learning rate", "by displacement", "refused", "fails in the step", "SILENT", "plain run fails")
 
 
@@ -68,9 +72,8 @@ def verdict(make: Make) -> Verdict:
 def _compared(plain: dict[str, Tensor], make: Make, bias: bool, feed: Callable[..., None]) -> Verdict:
     try:
         scaled, way = _displacements(make, bias, feed, penalised=True)
-    except (ValueError, RuntimeError, TypeError) as error:
-        refused = "`optimizer` must" in str(error) or "`apply_to" in str(error)
-        return Verdict("refused" if refused else "fails in the step", note=f"{type(error).__name__}: {error}")
+    except _RefusedError as error:
+        return Verdict("refused", note=str(error))
     except Exception as error:
         return Verdict("fails in the step", note=f"{type(error).__name__}: {error}")
     ratios: dict[bool, list[float]] = {True: [1.0], False: [1.0]}
@@ -101,7 +104,10 @@ def _displacements(
         optimizer.train()
     way = ""
     if penalised:
-        penalty = attach(optimizer, {"a": net["a"], "b": net["b"]}, rule=rules.ByHand(a=FACTOR))
+        try:
+            penalty = attach(optimizer, {"a": net["a"], "b": net["b"]}, rule=rules.ByHand(a=FACTOR))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise _RefusedError(str(error)) from error
         way = "displacement" if "by displacement" in repr(penalty) else "learning rate"
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     for step in range(STEPS):
@@ -114,13 +120,13 @@ def _displacements(
 def _seed(seed: int) -> None:
     torch.manual_seed(seed + 1)
     random.seed(seed + 1)
-    np.random.seed(seed + 1)  # noqa: NPY002  # what optimizers draw from
+    np.random.seed(seed + 1)  # what optimizers draw from
 
 
 def _loss(net: nn.Module, targets: dict[str, Tensor]) -> Tensor:
-    """A loss whose gradient is given, wherever the parameters are, and whose Hessian is the identity over ten."""
-    named = net.named_parameters()
-    return sum(((p * targets[n]).sum() + 0.05 * (p - p.detach()).square().sum() for n, p in named), torch.zeros(()))
+    """Wherever the parameters are, a loss of 1, the gradients given, and as Hessian the identity over ten."""
+    moves = [(p - p.detach(), targets[name]) for name, p in net.named_parameters()]
+    return sum(((m * g).sum() + 0.05 * m.square().sum() for m, g in moves), torch.ones(()))
 
 
 def _gradients(net: nn.Module, optimizer: Any, targets: dict[str, Tensor]) -> None:

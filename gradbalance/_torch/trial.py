@@ -1,6 +1,6 @@
 """A trial of an optimizer on a twin with toy parameters: how its steps can be scaled, or that they cannot."""
 
-from typing import NamedTuple
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -37,13 +37,13 @@ def way_to_scale(optimizer: Optimizer) -> LearningRates | Displacement:
         except Exception as error:
             raise _refusal(optimizer, f"which fails on a twin with small parameters: {error!r}", False) from error
         if not trial.moves:
-            raise _refusal(optimizer, "whose `step()` leaves parameters where they are", False)
+            raise _refusal(optimizer, "whose `step()` hardly moves parameters, whatever its learning rate", False)
         if has_rate and trial.follows(LearningRates) and not _is_capped(optimizer, trial):
             return LearningRates(optimizer)
-        if not trial.plain.copied and trial.follows(Displacement):
+        if not trial.copied and trial.follows(Displacement):
             return Displacement(optimizer)
         why = "which does not follow it and keeps copies of the parameters"
-        if not trial.plain.copied:
+        if not trial.copied:
             why = "in which the steps of some parameters change those of others"
         raise _refusal(optimizer, why, trial.follows(None))
 
@@ -70,15 +70,13 @@ def _is_capped(optimizer: Optimizer, trial: "_Trial") -> bool:
         high = _Trial(optimizer, 1.0)
     except Exception:
         return False
-    if trial.plain.copied or high.plain.copied or high.follows(LearningRates):
+    if trial.copied or high.copied or high.follows(LearningRates):
         return False
     return trial.follows(Displacement) and high.follows(Displacement)
 
 
-class _Run(NamedTuple):
-    moved: list[Tensor]  # how far, of each toy
-    relative: list[Tensor]  # beside its size
-    copied: bool  # whether the optimizer keeps copies of the parameters
+def _all_move(places: list[list[Tensor]]) -> bool:
+    return all(bool((q - p).norm() > RESOLVED * p.norm()) for p, q in zip(places[0], places[-1], strict=True))
 
 
 class _Trial:
@@ -91,21 +89,30 @@ class _Trial:
 
     def __init__(self, optimizer: Optimizer, at_least: float) -> None:
         self._optimizer, self._at_least = optimizer, at_least
-        self._with_closure, self._first = False, 0
-        try:
-            self.plain = self._run(None)
-        except Exception:  # some steps need a closure, or a graph of the gradients
-            self._with_closure = True
-            self.plain = self._run(None)
-        if not self.plain.copied:
-            # Scaled from the middle on, each step must obey at once. Averages of the parameters follow slowly.
-            self._first = STEPS // 2
-            self.plain = self._run(None)
+        self._plain, twin = self._first_run()
+        self.copied = twin.keeps_copies()
+        # Scaled from the middle on, the very next step must obey. Averages of the parameters follow slowly.
+        self._firsts = (0,) if self.copied else (0, STEPS // 2)
+
+    def _first_run(self) -> tuple[list[list[Tensor]], Twin]:
+        """The plain run, as simple as goes: some steps need a closure, or state that is set up at construction."""
+        errors: list[Exception] = []
+        for self._with_closure, self._with_state in product((False, True), repeat=2):
+            try:
+                found = self._run(None, STEPS)
+            except Exception as error:
+                errors.append(error)
+            else:
+                if _all_move(found[0]):
+                    return found
+        if errors:
+            raise errors[0]
+        return found
 
     @property
     def moves(self) -> bool:
         """Whether each toy moves by as much as can be told."""
-        return all(bool(moved > RESOLVED) for moved in self.plain.relative)
+        return _all_move(self._plain)
 
     def follows(self, way: Way | None) -> bool:
         """Whether the scaled parameters move FACTOR as far as in the plain run, and the others as before.
@@ -113,32 +120,34 @@ class _Trial:
         Args:
             way: How they are scaled; None for their gradients.
         """
+        return all(self._follows_from(first, way) for first in self._firsts)
+
+    def _follows_from(self, first: int, way: Way | None) -> bool:
         try:
-            scaled = self._run(way, FACTOR)
+            scaled, _ = self._run(way, first)
         except Exception:  # not every step takes several param_groups
             return False
-        for i, (before, after) in enumerate(zip(self.plain.moved, scaled.moved, strict=True)):
-            expected = before * (FACTOR if i % 2 == 0 else 1.0)
-            if not (after - expected).norm() <= TOLERANCE * before.norm():
+        places = zip(self._plain[first], self._plain[-1], scaled[-1], strict=True)
+        for i, (start, plain, end) in enumerate(places):
+            moved = plain - start
+            expected = moved * (FACTOR if i % 2 == 0 else 1.0)
+            if not (end - start - expected).norm() <= TOLERANCE * moved.norm():
                 return False
         return True
 
-    def _run(self, kind: Way | None, factor: float = 1.0) -> _Run:
-        twin = Twin(self._optimizer, self._at_least)
+    def _run(self, kind: Way | None, first: int) -> tuple[list[list[Tensor]], Twin]:
+        """Where the toys are before each step and at the end, scaled from the first step on that is named."""
+        twin = Twin(self._optimizer, self._at_least, self._with_state)
         way = None if kind is None else kind(twin.optimizer)
-        start = [p.detach().clone() for p in twin.toys]
+        places = [twin.places()]
         for step in range(STEPS):
-            if step == self._first:
-                start = [p.detach().clone() for p in twin.toys]
-            scaled = step >= self._first
-            gradients = twin.gradients(agreeing=self._at_least == 1)
-            if scaled and kind is None:
-                gradients = [g * (factor if i % 2 == 0 else 1.0) for i, g in enumerate(gradients)]
-            if scaled and way is not None:
+            gradients = twin.gradients(agreeing=self._at_least > RATE)
+            if step >= first and kind is None:
+                gradients[::2] = [g * FACTOR for g in gradients[::2]]
+            if step >= first and way is not None:
                 way.divide({id(p): 0 for p in twin.toys[::2]})
-                twin.step(gradients, self._with_closure, lambda: way.begin(twin.coefficient(factor)), way.end)
+                twin.step(gradients, self._with_closure, lambda: way.begin(twin.coefficient(FACTOR)), way.end)
             else:
                 twin.step(gradients, self._with_closure)
-        moved = [p.detach() - before for p, before in zip(twin.toys, start, strict=True)]
-        relative = [m.norm() / p.norm() for m, p in zip(moved, start, strict=True)]
-        return _Run(moved, relative, twin.keeps_copies())
+            places.append(twin.places())
+        return places, twin

@@ -1,4 +1,4 @@
-"""A twin of an optimizer: the same settings, no state, and a few small parameters in place of its own."""
+"""A twin of an optimizer: the same settings, and a few small parameters in place of its own."""
 
 import copy
 import random
@@ -18,7 +18,7 @@ from gradbalance._torch.unwrap import parts
 
 SIDE = 8  # of a toy
 RATE = 1e-2  # at least: at a lower one float32 cannot tell the steps of those that go by the size of a parameter
-FAR = 300.0  # steps of a size like the rate: toys are that large, so that they change little in a trial
+FAR = 100.0  # steps of a size like the rate: toys are that large, so that they change little in a trial
 
 
 def _nothing() -> None:
@@ -31,16 +31,17 @@ class Twin:
     Args:
         optimizer: The true one, whose inner optimizers get twins too.
         at_least: The least learning rate.
+        with_state: Whether the twin starts with the state of the parameters, which some set up at construction.
 
     Attributes:
         optimizer: The twin.
         toys: Its parameters: for each kind of settings and each number of axes two, if there are two.
     """
 
-    def __init__(self, optimizer: Optimizer, at_least: float) -> None:
+    def __init__(self, optimizer: Optimizer, at_least: float, with_state: bool) -> None:
         torch.manual_seed(0)
         random.seed(0)
-        self._at_least = at_least
+        self._at_least, self._with_state = at_least, with_state
         self._memo: dict[int, Any] = {}
         chosen = _chosen(optimizer)
         for group in _groups(optimizer):
@@ -48,7 +49,7 @@ class Twin:
                 if id(p) not in self._memo:
                     self._memo[id(p)] = self._toy(p, self._rate(group))
         self.toys: list[Tensor] = [self._memo[key] for key in chosen]
-        self._start = [p.detach().clone() for p in self.toys]
+        self._start = self.places()
         self.optimizer = self._copy(optimizer)
         self._cut(self.optimizer)
 
@@ -57,6 +58,10 @@ class Twin:
         if agreeing:
             return [p.sign() for p in self._start]
         return [torch.randn_like(p) * 10.0 ** torch.randint(-2, 1, (), device=p.device) for p in self._start]
+
+    def places(self) -> list[Tensor]:
+        """A copy of the toys."""
+        return [p.detach().clone() for p in self.toys]
 
     def coefficient(self, factor: float) -> Tensor:
         """As the engine gives it."""
@@ -74,11 +79,12 @@ class Twin:
         def closure() -> Tensor:
             with torch.enable_grad():
                 pairs = list(zip(self.toys, gradients, strict=True))
-                # Wherever the toys are, this gradient, and a Hessian of the identity.
-                loss = sum(((p * g).sum() + 0.5 * (p - p.detach()).square().sum() for p, g in pairs), torch.zeros(()))
+                # Wherever the toys are: a loss of 1, this gradient, and a Hessian of the identity.
+                moves = [((p - p.detach()), g) for p, g in pairs]
+                loss = sum(((m * g).sum() + 0.5 * m.square().sum() for m, g in moves), torch.ones(()))
                 for p in self.toys:
                     p.grad = None
-                loss.backward(create_graph=True)
+                torch.autograd.backward(loss, create_graph=True)
             before()
             return loss
 
@@ -108,13 +114,15 @@ class Twin:
         device = torch.device("cpu") if p.device.type == "meta" else p.device
         # Entries far from 0, with random signs: a copy of them in the state is known again.
         toy = (torch.rand(shape, device=device) + 1) * (torch.randint(0, 2, shape, device=device) * 2 - 1)
-        return toy.mul_(FAR * rate).requires_grad_()
+        toy.mul_(FAR * rate).requires_grad_()
+        vars(toy).update(_marks(p))
+        return toy
 
     def _copy(self, optimizer: Optimizer) -> Optimizer:
         twin: Optimizer = object.__new__(type(optimizer))
         own = {k: v for k, v in vars(optimizer).items() if k not in ("step", "__reduce_ex__")}
         hooks: dict[str, Any] = {k: OrderedDict() for k, v in own.items() if k.startswith("_optimizer_")}
-        self._memo |= {id(optimizer): twin, id(own.get("state")): defaultdict(dict)}
+        self._memo |= {id(optimizer): twin, id(own.get("state")): self._state(own.get("state", {}))}
         self._memo |= {id(part): self._copy(part) for part in parts(optimizer)}
         for module in own.values():
             if isinstance(module, nn.Module):  # of which a true copy may be large
@@ -122,6 +130,18 @@ class Twin:
                     self._memo.setdefault(id(t), self._toy(t, RATE))
         vars(twin).update({k: self._copied(v) for k, v in own.items() if k not in hooks} | hooks)
         return twin
+
+    def _state(self, state: Mapping[Any, Any]) -> defaultdict[Any, Any]:
+        """What is kept for no parameter; for the toys, if asked to, their part of what there is."""
+        mine = defaultdict(dict, {k: copy.deepcopy(v) for k, v in state.items() if not isinstance(k, Tensor)})
+        if self._with_state:
+            for p, kept in state.items():
+                toy = self._memo.get(id(p))
+                if toy is not None:
+                    part = tuple(map(slice, toy.shape))
+                    small = {k: v[part] for k, v in kept.items() if isinstance(v, Tensor) and v.shape == p.shape}
+                    mine[toy] = copy.deepcopy({**kept, **small})
+        return mine
 
     def _copied(self, value: Any) -> Any:
         try:
@@ -159,10 +179,15 @@ def _chosen(optimizer: Optimizer) -> Iterable[int]:
     for group in _groups(optimizer):
         settings = repr({k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name")})
         for p in group["params"]:
-            found = of_kind[settings, p.dim()]
+            found = of_kind[settings, p.dim(), repr(_marks(p))]
             if len(found) < 2:
                 found.append(id(p))
     return dict.fromkeys(chain.from_iterable(of_kind.values()))
+
+
+def _marks(p: Tensor) -> dict[str, Any]:
+    """What an optimizer or a model has noted on a parameter."""
+    return {k: v for k, v in vars(p).items() if isinstance(v, bool | int | float | str | None)}
 
 
 def _is_close(t: Tensor, p: Tensor) -> bool:
