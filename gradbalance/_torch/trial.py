@@ -33,7 +33,9 @@ def way_to_scale(optimizer: Optimizer) -> LearningRates | Displacement:
     """
     name = type(optimizer).__name__
     has_rate = all(group.get("lr") is not None for group in optimizer.param_groups)
-    if is_torch(optimizer) and not isinstance(optimizer, torch.optim.ASGD):
+    if isinstance(optimizer, torch.optim.ASGD):
+        raise ValueError(_refusal(name, "which follows its rate a step late and keeps copies of the parameters"))
+    if is_torch(optimizer):
         by_rate = has_rate and not isinstance(optimizer, WITHOUT_RATE)
         return LearningRates(optimizer) if by_rate else Displacement(optimizer)
     inner = parts(optimizer)
