@@ -9,6 +9,7 @@ from torch import nn
 
 from gradbalance import ConflictAwarePenalty
 from tests.contract.own_rules import RULES
+from tests.reference import Reference
 
 NAMES = ("text", "audio", "visual")
 TOLERANCE = 1e-6
@@ -68,56 +69,34 @@ def norm_by_hand(gradients):
     return math.sqrt(squares)
 
 
-class ReferenceEngine:
-    """Running means and decisions of one optimizer in Python floats; None is what is not known.
+class ReferenceEngine(Reference):
+    """The slow reference, which also keeps its coefficients between the steps that are measured."""
 
-    Args:
-        rule: From shares, coherences, errors (or None) and the active groups, lists all, to coefficients.
-        smoothing: Weight of the past.
-        every: Ask at one step of so many.
-        window: Counted steps between which the coefficients are applied.
-    """
+    def __init__(self, rule, *, every=1, smoothing=SMOOTHING, window=None):
+        def remembering(*measured):
+            self.decided = rule(*measured)
+            return self.decided
 
-    def __init__(self, rule, smoothing, every=1, window=None):
-        self.rule, self.smoothing, self.every = rule, smoothing**every, every
-        self.start, self.stop = window or (0, None)
-        self.shares, self.coherences, self.errors = {}, {}, {}
-        self.decided = None
-        self.seen_errors = False
-        self.calls = self.steps = 0
+        super().__init__(remembering, smoothing**every, window)
+        self.every, self.calls, self.decided = every, 0, None
+        self.told = []  # errors since the last step that was measured
 
     def step(self, norms, errors=None, cosines=None):
         """The coefficients of a step; lists of floats, None for a group without an error or a cosine."""
-        n = len(norms)
         self.calls += 1
-        inside = self.start <= self.steps and (self.stop is None or self.steps < self.stop)
-        if (self.calls - 1) % self.every:
-            self.steps += 1
-            return list(self.decided) if inside and self.decided else [1.0] * n
-        self.seen_errors |= errors is not None
-        active = [m for m, norm in enumerate(norms) if norm > 0]
-        everything = [*norms, *(e for e in errors or () if e is not None)]
-        if len(active) < 2 or not all(map(math.isfinite, everything)):
-            return [1.0] * n
+        self.told += [] if errors is None else [errors]
+        if (self.calls - 1) % self.every == 0:
+            told, self.told = self.told, []
+            return super().step(norms, [mean(column) for column in zip(*told, strict=True)] or None, cosines)
+        start, stop = self.window or (0, None)
+        inside = start <= self.steps and (stop is None or self.steps < stop)
         self.steps += 1
-        total = sum(norms)
-        self.mean(self.shares, {m: norms[m] / total for m in active})
-        self.mean(self.coherences, {m: c for m, c in enumerate(cosines or ()) if c is not None})
-        if errors is not None:
-            told = {m: e for m, e in enumerate(errors) if e is not None}
-            self.errors = {m: e for m, e in self.errors.items() if m in told}
-            self.mean(self.errors, told)
-        shares, coherences, seen = ([means.get(m) for m in range(n)] for means in self.means)
-        self.decided = self.rule(shares, coherences, seen if self.seen_errors else None, active)
-        return [c if inside and m in active else 1.0 for m, c in enumerate(self.decided)]
+        return list(self.decided) if inside and self.decided else [1.0] * len(norms)
 
-    @property
-    def means(self):
-        return self.shares, self.coherences, self.errors
 
-    def mean(self, means, values):
-        for m, value in values.items():
-            means[m] = self.smoothing * means[m] + (1 - self.smoothing) * value if m in means else value
+def mean(values):
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 class ByHand:
@@ -138,7 +117,7 @@ class ByHand:
         rest = [p for p in model.parameters() if id(p) not in grouped]
         self.optimizer = factory([{"params": p} for p in (*self.groups.values(), rest) if p])
         self.model, self.apply_to, self.by_rate = model, apply_to, by_rate
-        self.engine = ReferenceEngine(RULES[rule][1](), **{"smoothing": SMOOTHING, **options})
+        self.engine = ReferenceEngine(RULES[rule][1](), **options)
         self.coefficients, self.last = {}, {}
 
     def decide(self, errors=None, scale=1.0):

@@ -3,17 +3,13 @@
 Not the default's options: these tests are about optimizers, and the rules here act at every step.
 """
 
-import math
-
 import torch
 
 from gradbalance.rules import ConflictAware
-
-ETA, THRESHOLD = 0.1, 3.0
-
+from tests.reference import SlowConflictAware
 
 def conflicts():
-    return ConflictAware(alpha=1.0, eta=ETA, threshold=THRESHOLD, centred=True)
+    return ConflictAware(alpha=1.0, eta=0.1, threshold=3.0, centred=True)
 
 
 class ByCoherence:
@@ -44,32 +40,7 @@ class Tiring:
 
 
 def conflicts_by_hand():
-    """ConflictAware with ``alpha=1`` and ``centred=True`` as loops."""
-
-    def decide(shares, coherences, errors, active):
-        watched = active
-        if errors is not None and any(e is not None for e in errors):
-            watched = [m for m in active if errors[m] is not None]
-        else:
-            errors = None
-        coefficients = [1.0] * len(shares)
-        for m in watched:
-            peers = [k for k in watched if k != m]
-            if not peers:
-                continue
-            beaten = [
-                k
-                for k in peers
-                if shares[m] > THRESHOLD * shares[k] and (errors is None or errors[m] < errors[k])
-            ]
-            coefficients[m] = ETA ** (len(beaten) / len(peers))
-            if errors is not None:
-                scores = {k: 1 / (errors[k] + 1e-8) for k in watched}
-                lead = scores[m] / (sum(scores[k] for k in peers) / len(peers))
-                coefficients[m] *= 1 - math.tanh(lead - 1) if lead > 1 + 1e-6 else 1.0
-        return coefficients
-
-    return decide
+    return SlowConflictAware(conflicts())
 
 
 def by_coherence_by_hand():
