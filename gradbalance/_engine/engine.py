@@ -87,6 +87,8 @@ class Engine:
             meter.keep(counts)
             norms = reading.norms
         else:
+            found_inf = getattr(self._stepper, "found_inf", None)  # GradScaler will skip the step, if fused
+            fresh = fresh if found_inf is None else (found_inf.to(state.home) == 0) & fresh
             due = state.keep_deciding(self._window, fresh)
             norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
 

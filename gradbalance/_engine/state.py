@@ -82,10 +82,10 @@ class State:
         return (self.step >= start) & (self.step < (float("inf") if stop is None else stop))
 
     def keep_deciding(self, window: tuple[int, int | None] | None, fresh: Tensor | bool) -> Tensor:
-        """A step that is not measured: the coefficients stay as decided; whether it lies inside the window."""
+        """A step that is not measured, if it counts: the coefficients stay as decided; whether it lies in the window."""
         due = self.inside(window) & fresh
         self.coefficients = torch.where(due, self.decided, 1.0)
-        self.step.add_(1)
+        self.step.add_(fresh)
         return due
 
     def remember(self, counts: Tensor, means: Tensor, decided: Tensor) -> None:

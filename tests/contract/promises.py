@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import re
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from tests.contract.oracle import (
     groups_of,
     loss_of,
     put_on,
-    refused,
     train,
 )
 from tests.contract.own_rules import RULES
@@ -227,18 +225,6 @@ class Contract:
         copied_first = copied.train(range(2, 5))  # each has a rule with a memory of its own
         assert_same_coefficients(copied_first, holder.train(range(2, 5)))
         assert_same_parameters(copied.model, holder.model, tolerance=0)
-
-    @of(lambda case: not case.copies)
-    def test_a_copy_that_could_not_train_without_the_penalty_is_refused_with_it(self, case, mode, record_property):
-        def train_a_copy(model, optimizer):
-            model, optimizer = copy.deepcopy((model, optimizer))
-            train(model, optimizer, range(1), observe=False, penalty=penalty)
-
-        plain, (model, penalty) = Toy(case.bias), wrapped(case, mode)
-        with pytest.raises(AttributeError) as expected:
-            train_a_copy(plain, case.make(plain.parameters()))
-        with refused(record_property, AttributeError, re.escape(str(expected.value))):
-            train_a_copy(model, penalty)
 
     @of(lambda case: case.grows)
     def test_a_param_group_added_later_joins_its_group(self, case, mode):

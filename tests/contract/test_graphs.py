@@ -5,19 +5,21 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbalance import ConflictAwarePenalty, _buckets
-from tests.optimizers import CLASSES, each
-from tests.oracle import (
-    RULE,
+from gradbalance._engine import ask, engine, errors
+from gradbalance._gradients import layout
+from tests.contract.optimizers import TORCH, cancels
+from tests.contract.oracle import (
     ByHand,
     Toy,
     assert_same_coefficients,
     assert_same_parameters,
     errors_at,
-    groups_of,
     loss_of,
+    put_on,
     train,
 )
+
+pytestmark = cancels
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
 
