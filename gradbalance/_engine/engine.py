@@ -78,6 +78,7 @@ class Engine:
             # A second step without a new backward must not act twice, unless the gradients were written unseen.
             fresh = self._is_rewritten(meter.norms(gathered))
             if on_host(state.home) and not fresh:
+                self._in_step = True
                 return
         self._steps += 1
         norms = None

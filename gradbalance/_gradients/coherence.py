@@ -65,7 +65,8 @@ class Sketch:
 
     def take(self) -> dict[Any, Tensor]:
         """This rank's entries by mesh, each ``[N, Q]``, 0 elsewhere: over a mesh they add up to the sketch."""
-        torch._foreach_copy_([pick.to for pick in self._picks], [_read(pick) for pick in self._picks])
+        if self._picks:
+            torch._foreach_copy_([pick.to for pick in self._picks], [_read(pick) for pick in self._picks])
         return self._by_mesh
 
     def cosines(self, entries: Tensor) -> Tensor:
