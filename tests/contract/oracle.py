@@ -139,7 +139,7 @@ class ByHand:
                 g = torch.zeros_like(p) if p.grad is None else p.grad
                 now += [x.real for x in g.detach().to_dense().flatten().tolist()]
         last = self.last.get(name)
-        if last is None or not any(last) or not any(now):
+        if last is None or len(last) != len(now) or not any(last) or not any(now):
             return None, now
         return sum(x * y for x, y in zip(now, last, strict=True)) / (math.hypot(*now) * math.hypot(*last)), now
 

@@ -8,6 +8,7 @@ import torch
 from gradbalance.rules import ConflictAware
 from tests.reference import SlowConflictAware
 
+
 def conflicts():
     return ConflictAware(alpha=1.0, eta=0.1, threshold=3.0, centred=True)
 

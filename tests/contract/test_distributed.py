@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_workers import on_ranks
+from gradbalance._settings import Settings
+from gradbalance._sketch import Sketch
 from reference import ReferenceRule
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -26,8 +28,6 @@ from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
 from gradbalance import ConflictAwarePenalty, Recorder, attach
-from gradbalance._settings import Settings
-from gradbalance._sketch import Sketch
 
 NAMES = ("text", "audio", "visual")
 RULE = {"eta": 0.3, "threshold": 1.2, "smoothing": 0.5}
