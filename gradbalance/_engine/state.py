@@ -59,7 +59,7 @@ class State:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        nothing = dict.fromkeys(names, (float("nan"),) * 3 + (1.0,))
+        nothing = dict.fromkeys(names, (None, None, None, 1.0))
         self.load({"step": 0.0, "groups": nothing, "errors": False}, torch.device("cpu"))
 
     @property
@@ -100,8 +100,9 @@ class State:
             self.load(self.numbers(), home)
 
     def numbers(self) -> dict[str, Any]:
-        """What is remembered, by group name, in builtin types; a host read."""
+        """What is remembered, by group name, in builtin types, None for what is not known; a host read."""
         columns = torch.cat((self.means, self.decided[None])).T.tolist()
+        columns = [[None if x != x else x for x in column] for column in columns]  # checkpoints may be compared
         groups = dict(zip(self.names, columns, strict=True))
         return {"step": self.step.item(), "groups": groups, "errors": self.has_errors}
 
@@ -119,7 +120,8 @@ class State:
             )
         home = self.home if home is None else home
         dtype = wide(home)
-        rows = torch.tensor([list(groups[name]) for name in self.names], dtype=dtype, device=home).T
+        columns = [[float("nan") if x is None else x for x in groups[name]] for name in self.names]
+        rows = torch.tensor(columns, dtype=dtype, device=home).T
         self.step = torch.tensor(numbers["step"], dtype=dtype, device=home)
         self.means, self.decided = rows[:3].contiguous(), rows[3].contiguous()
         self.norms, self.coefficients = torch.zeros_like(self.decided), torch.ones_like(self.decided)
