@@ -5,22 +5,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._engine.state import State
+from gradbalance._engine.state import State, Window
 from gradbalance._gradients.layout import on_host
 from gradbalance._gradients.meter import Reading
 from gradbalance.rules import Measured, Rule
 
-Window = tuple[int, int | None]
+Flag = Tensor | bool  # a bool on the host, where looking costs nothing; on an accelerator a tensor, never looked at
 
 
 def ask_rule(
-    rule: Rule, state: State, reading: Reading, *, smoothing: float, window: Window | None, scale_free: bool, fresh: Any
-) -> tuple[Tensor, Tensor]:
+    rule: Rule,
+    state: State,
+    reading: Reading,
+    *,
+    smoothing: float,
+    window: Window,
+    scale_free: bool,
+    fresh: Flag = True,
+) -> tuple[Flag, Flag]:
     """One decision, written into the state.
 
     A step with a non-finite norm or error, or with fewer than two active groups, does not count: every coefficient is
-    1 and nothing is remembered. So does one whose coefficients are not finite and >= 0, where to look at them would be
-    a host read; elsewhere these are an error.
+    1 and nothing is remembered. The same holds for coefficients that are not finite and >= 0 where to look at them
+    would be a host read; elsewhere these are an error.
 
     Args:
         rule: Is given what was measured.
@@ -29,66 +36,79 @@ def ask_rule(
         smoothing: Weight of the past in the running means.
         window: Counted steps between which the coefficients are applied.
         scale_free: See :class:`Measured`.
-        fresh: Whether the gradients are new, bool, shape ``[]``, or True.
+        fresh: Whether the gradients are new.
 
     Returns:
-        Whether the step counts, and whether it also lies inside the window, bool, shape ``[]``.
+        Whether the step counts, and whether it also lies inside the window.
 
     Raises:
         ValueError: If the rule gives coefficients that are not finite, negative or of another shape than ``[N]``.
         TypeError: If it gives no tensor.
     """
-    norms, errors = reading.norms[: len(state.names)], reading.errors
-    active, total = (norms > 0) & (norms < torch.inf), norms.sum()
-    counts = (total < torch.inf) & (active.sum() >= 2) & fresh  # one NaN or inf shows in the sum
-    nothing = torch.full_like(norms, torch.nan)
-    now = [torch.where(active, norms / total, torch.nan), nothing, nothing]
-    if reading.cosines is not None:
-        now[1] = reading.cosines
-    before = state.means
-    if errors is not None:
-        state.has_errors = True
-        counts = counts & (errors.sum().abs() < torch.inf)
-        now[2] = torch.where(errors < 0, torch.nan, errors)
-        # Who was left out of the last call is not observed any more.
-        before = torch.cat((before[:2], torch.where(errors < 0, torch.nan, before[2])[None]))
-    means = running_means(before, torch.stack(now), smoothing)
-
+    norms, cosines, observed = reading
+    norms = norms[: len(state.names)] if len(norms) > len(state.names) else norms
+    shares = norms / norms.sum()
     host = on_host(norms.device)
-    state.norms, state.conflicts = norms, torch.zeros_like(state.conflicts)
-    state.coefficients = torch.ones_like(norms)
-    if (host or hasattr(rule, "state_dict")) and not counts:
-        return counts, counts
-    shares, coherences, seen = means
+    complete = False  # whether every group has a value of everything, and a mean of it
+    counts: Flag
+    if host:
+        seen = shares.tolist()
+        counts = bool(fresh) and all(s == s for s in seen) and sum(s > 0 for s in seen) >= 2
+        complete = counts and 0.0 not in seen and (cosines is None or all(c == c for c in cosines.tolist()))
+    else:
+        counts = shares.isfinite().all() & ((norms > 0).sum() >= 2) & fresh
+    active = state.everyone if complete else norms > 0
+    errors = state.errors
+    if observed is not None:
+        state.has_errors = True
+        known = ~(observed < 0)
+        finite = observed.sum().abs() < torch.inf
+        counts = counts and bool(finite) if isinstance(counts, bool) else counts & finite
+        # Who was left out of the last call is not observed any more.
+        errors = torch.where(known, running_mean(errors, observed, smoothing), torch.nan)
+    if not complete:
+        shares = torch.where(active, shares, torch.nan)
+    plain = complete and state.complete
+    shares = running_mean(state.shares, shares, smoothing, plain)
+    coherences = None if cosines is None else running_mean(state.coherences, cosines, smoothing, plain)
+
+    state.norms, state.conflicts, state.coefficients = norms, None, state.ones
+    if not isinstance(counts, bool) and hasattr(rule, "state_dict"):
+        counts = bool(counts)  # what the rule itself keeps must not change either
+    if counts is False:
+        return False, False
+    seen_errors = errors if state.has_errors else None
     measured = Measured(
-        state.names,
-        norms,
-        shares,
-        None if reading.cosines is None else coherences,
-        seen if state.has_errors else None,
-        active,
-        scale_free,
-        state.decided,
-        state.step,
+        state.names, norms, shares, coherences, seen_errors, active, scale_free, state.decided, state.step
     )
     coefficients, conflicts = _checked(rule, rule(measured), norms)
     if not host:
         counts = counts & ((coefficients >= 0) & (coefficients < torch.inf)).all()
-    due = counts & state.inside(window)
-    state.coefficients = torch.where(active & due, coefficients, 1.0)
-    state.conflicts = conflicts & due
-    state.remember(counts, means, coefficients)
+    due = state.inside(window, counts)
+    if due is not False:
+        applies = active if isinstance(due, bool) else active & due
+        state.coefficients = coefficients if complete else torch.where(applies, coefficients, 1.0)
+        state.conflicts = None if conflicts is None else conflicts & due
+    state.complete = state.complete or complete
+    state.remember(counts, shares=shares, coherences=coherences, errors=seen_errors, decided=coefficients)
     return counts, due
 
 
-def running_means(means: Tensor, values: Tensor, smoothing: float) -> Tensor:
-    """The exponential running means after one more value of each, starting at the first; a NaN leaves its mean."""
-    new = torch.where(means.isnan(), values, torch.lerp(values, means, smoothing))
-    return torch.where(values.isnan(), means, new)
+def running_mean(mean: Tensor, value: Tensor, smoothing: float, known: bool = False) -> Tensor:
+    """The exponential running mean after one more value, starting at the first; a NaN leaves it as it is, ``[N]``.
+
+    Args:
+        mean: NaN where there is none yet, shape ``[N]``.
+        value: NaN where there is none, shape ``[N]``.
+        smoothing: Weight of the past, in [0, 1).
+        known: Whether there is no NaN in either.
+    """
+    new = torch.lerp(value, mean, smoothing)
+    return new if known else torch.where(value.isnan(), mean, torch.where(mean.isnan(), value, new))
 
 
-def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """The coefficients, and the conflicts or what the coefficients show of them."""
+def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The coefficients, and the conflicts if the rule tells them."""
     coefficients, conflicts = answer if isinstance(answer, tuple) else (answer, None)
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"{name_of(rule)} must give a tensor. Got {type(coefficients).__name__}. Return shape [N].")
@@ -98,8 +118,7 @@ def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor]:
             f"{name_of(rule)} must give finite coefficients >= 0 of shape {tuple(norms.shape)}. "
             f"Got {shown or tuple(coefficients.shape)}. Mind the NaN before a mean is known."
         )
-    coefficients = coefficients.to(norms)
-    return coefficients, coefficients[:, None] < coefficients if conflicts is None else conflicts
+    return coefficients.to(norms), conflicts
 
 
 def name_of(rule: Rule) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbalance._engine import groups as grouping
-from gradbalance._engine.ask import ask_rule, name_of
+from gradbalance._engine.ask import Flag, ask_rule, name_of
 from gradbalance._engine.errors import Observed
 from gradbalance._engine.groups import Assignment
 from gradbalance._engine.state import Balance, State
@@ -73,7 +73,7 @@ class Engine:
         if asks and world_size() > 1 and not any(g.read for g in gathered):
             warnings.warn(_NO_GRADIENTS, UserWarning, stacklevel=2)
 
-        fresh: Tensor | bool = True
+        fresh: Flag = True
         if again and self.into_gradients:
             # A second step without a new backward must not act twice, unless the gradients were written unseen.
             fresh = self._is_rewritten(meter.norms(gathered))
@@ -88,15 +88,15 @@ class Engine:
             meter.keep(counts)
             norms = reading.norms
         else:
-            found_inf = getattr(self._stepper, "found_inf", None)  # GradScaler will skip the step, if fused
-            fresh = fresh if found_inf is None else (found_inf.to(state.home) == 0) & fresh
+            if (found_inf := getattr(self._stepper, "found_inf", None)) is not None:
+                fresh = (found_inf.to(state.home) == 0) & fresh  # GradScaler will skip the step
             due = state.keep_deciding(self._window, fresh)
             norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
 
         stds = spreads(gathered, len(state.names)) if self._noise else []
         write_(gathered, norms, state.coefficients if self.into_gradients else None, self._max_norm)
         if self._noise:
-            add_noise_(gathered, len(state.names), stds, self._noise * due, self._generator)
+            add_noise_(gathered, len(state.names), stds, self._noise, due, self._generator)
         if self.way is not None:
             self.way.begin(state.coefficients)
         self._left, self._in_step = Fingerprint(meter.layout), True
@@ -117,7 +117,7 @@ class Engine:
                 self.way.divide(self.assignment.group_of(param_groups))
         return self._meter
 
-    def ask(self, reading: Reading, fresh: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+    def ask(self, reading: Reading, fresh: Flag = True) -> tuple[Flag, Flag]:
         """One decision of the rule; whether the step counts, and whether it lies inside the window."""
         decided = ask_rule(
             self._rule,

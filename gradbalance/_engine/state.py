@@ -1,12 +1,15 @@
 """What is remembered between the steps, as tensors on the device of the parameters."""
 
 from collections.abc import Mapping
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradbalance._gradients.layout import wide
+from gradbalance._gradients.layout import on_host, wide
+
+Window = tuple[int, int | None] | None
 
 
 class Balance(NamedTuple):
@@ -45,16 +48,19 @@ class Balance(NamedTuple):
 
 
 class State:
-    """The running means and the last decision; what is remembered is written in place, so that CUDA graphs may hold it.
+    """The running means and the last decision.
+
+    On an accelerator what is remembered is written in place, so that CUDA graphs may hold it.
 
     Attributes:
         step: Optimizer steps that counted, shape ``[]``.
-        means: Running shares, coherences and errors, NaN where unknown, shape ``[3, N]``.
-        norms: Of the last step, shape ``[N]``.
+        shares: Running mean, NaN where unknown, shape ``[N]``; so are ``coherences`` and ``errors``.
         decided: The coefficients that the rule gave last, shape ``[N]``.
+        norms: Of the last step, shape ``[N]``.
         coefficients: Those of the last step, 1 where it did not count, shape ``[N]``.
-        conflicts: Of the last step, bool, shape ``[N, N]``.
+        conflicts: Of the last step, bool, shape ``[N, N]``; None for what the coefficients show.
         has_errors: Whether errors were ever observed.
+        complete: Whether every mean that is measured is known, of every group.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -70,28 +76,40 @@ class State:
     @property
     def balance(self) -> Balance:
         """A copy of the last step's figures, without a host read."""
-        shares, coherences, errors = self.means.clone()
-        coefficients, conflicts, step = self.coefficients.clone(), self.conflicts.clone(), self.step.clone()
-        return Balance(self.norms.clone(), shares, coherences, errors, coefficients, conflicts, step, self.names)
+        c = self.coefficients
+        conflicts = c[:, None] < c if self.conflicts is None else self.conflicts
+        norms, shares, coherences, errors, coefficients, conflicts, step = (
+            part.clone() for part in (self.norms, self.shares, self.coherences, self.errors, c, conflicts, self.step)
+        )
+        return Balance(norms, shares, coherences, errors, coefficients, conflicts, step, self.names)
 
-    def inside(self, window: tuple[int, int | None] | None) -> Tensor:
-        """Whether the next step lies inside a window of counted steps, bool, shape ``[]``."""
+    def inside(self, window: Window, counts: Tensor | bool = True) -> Tensor | bool:
+        """Whether a step counts and the next one lies inside a window of counted steps."""
         if window is None:
-            return self._always
+            return counts
         start, stop = window
-        return (self.step >= start) & (self.step < (float("inf") if stop is None else stop))
+        inside = (self.step >= start) & (self.step < (float("inf") if stop is None else stop))
+        return counts and bool(inside) if on_host(self.home) else counts & inside
 
-    def keep_deciding(self, window: tuple[int, int | None] | None, fresh: Tensor | bool) -> Tensor:
-        """A step that is not measured, if it counts: the coefficients stay as decided; whether it lies in the window."""
-        due = self.inside(window) & fresh
-        self.coefficients = torch.where(due, self.decided, 1.0)
-        self.step.add_(fresh)
+    def keep_deciding(self, window: Window, counts: Tensor | bool) -> Tensor | bool:
+        """A step that is not measured: the coefficients stay as decided; whether it counts and is inside the window."""
+        due = self.inside(window, counts)
+        if isinstance(due, bool):
+            self.coefficients = self.decided if due else self.ones
+        else:
+            self.coefficients = torch.where(due, self.decided, 1.0)
+        self.step.add_(counts)
         return due
 
-    def remember(self, counts: Tensor, means: Tensor, decided: Tensor) -> None:
-        """Take the new means and coefficients, in place, if the step counts."""
-        self.means.copy_(torch.where(counts, means, self.means))
-        self.decided.copy_(torch.where(counts, decided, self.decided))
+    def remember(self, counts: Tensor | bool, **new: Tensor | None) -> None:
+        """Take new means and coefficients, if the step counts."""
+        for name, value in new.items():
+            if value is not None:
+                if isinstance(counts, bool):
+                    setattr(self, name, value)
+                else:
+                    old = getattr(self, name)
+                    old.copy_(torch.where(counts, value, old))
         self.step.add_(counts)
 
     def to(self, home: torch.device) -> None:
@@ -101,7 +119,7 @@ class State:
 
     def numbers(self) -> dict[str, Any]:
         """What is remembered, by group name, in builtin types, None for what is not known; a host read."""
-        columns = torch.cat((self.means, self.decided[None])).T.tolist()
+        columns = torch.stack((self.shares, self.coherences, self.errors, self.decided), 1).tolist()
         columns = [[None if x != x else x for x in column] for column in columns]  # checkpoints may be compared
         groups = dict(zip(self.names, columns, strict=True))
         return {"step": self.step.item(), "groups": groups, "errors": self.has_errors}
@@ -120,11 +138,13 @@ class State:
             )
         home = self.home if home is None else home
         dtype = wide(home)
-        columns = [[float("nan") if x is None else x for x in groups[name]] for name in self.names]
-        rows = torch.tensor(columns, dtype=dtype, device=home).T
+        rows = [[nan if groups[name][i] is None else groups[name][i] for name in self.names] for i in range(4)]
+        self.shares, self.coherences, self.errors, self.decided = (
+            torch.tensor(row, dtype=dtype, device=home) for row in rows
+        )
         self.step = torch.tensor(numbers["step"], dtype=dtype, device=home)
-        self.means, self.decided = rows[:3].contiguous(), rows[3].contiguous()
-        self.norms, self.coefficients = torch.zeros_like(self.decided), torch.ones_like(self.decided)
-        self.conflicts = torch.zeros(len(self.names), len(self.names), dtype=torch.bool, device=home)
-        self.has_errors = bool(numbers["errors"])
-        self._always = torch.ones((), dtype=torch.bool, device=home)
+        self.has_errors, self.complete = bool(numbers["errors"]), False
+        self.ones, self.norms = torch.ones_like(self.decided), torch.zeros_like(self.decided)
+        self.everyone = self.ones > 0
+        self.coefficients = self.ones
+        self.conflicts: Tensor | None = None

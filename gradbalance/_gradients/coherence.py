@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradbalance._gradients.layout import copies, local, reduced
+from gradbalance._gradients.layout import copies, local, reduced, wide
 
-ENTRIES = 1 << 15  # of all groups together: 128 KiB
+ENTRIES = 1 << 13  # of all groups together: 32 KiB
 TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
 
@@ -48,9 +48,10 @@ class Sketch:
                 quota, total = quota - prod(grid.shape), total - p.numel()
                 length += prod(grid.shape)
             lengths.append(length)
-        # Rows of equal length, 0 where a group has fewer entries; row 0 of a group is of this step, row 1 of the last.
-        self._pair = torch.zeros(n, 2, max(lengths), device=home)
-        self._now, self._last = self._pair.unbind(1)
+        # Rows of equal length, 0 where a group has fewer entries.
+        self._now = torch.zeros(n, max(lengths), device=home)
+        self._unit = torch.zeros_like(self._now)  # this one and the last one, each divided by its length
+        self._last = torch.full_like(self._now, torch.nan)
         self._by_mesh: dict[Any, Tensor] = {}
         self._picks: list[Pick] = []
         for m, group_grids in enumerate(grids):
@@ -71,21 +72,22 @@ class Sketch:
 
     def cosines(self, entries: Tensor) -> Tensor:
         """The cosine of each group's entries with its last ones, shape ``[N]``; NaN where one of them is zero."""
-        if entries is not self._now:
-            self._now.copy_(entries)
-        lengths: Tensor = torch.linalg.vector_norm(self._pair, dim=2)
-        return (self._now * self._last).sum(1) / lengths.prod(1)
+        self._unit = entries / torch.linalg.vector_norm(entries, dim=1, keepdim=True)
+        return (self._unit * self._last).sum(1, dtype=wide(entries.device))
 
-    def keep(self, counts: Tensor) -> None:
+    def keep(self, counts: Tensor | bool) -> None:
         """Remember the entries of this step, if it counts."""
-        self._last.copy_(torch.where(counts, self._now, self._last))
+        if isinstance(counts, Tensor):
+            self._last.copy_(torch.where(counts, self._unit, self._last))
+        elif counts:
+            self._last = self._unit
 
     def continue_from(self, other: "Sketch") -> None:
         """Take over the last entries of each group that another sketch reads in the same places."""
         for mine, theirs, to, last in zip(self._signature, other._signature, self._last, other._last, strict=True):
             if mine == theirs:
                 length = min(len(to), len(last))
-                to[:length] = last[:length]
+                to.zero_()[:length] = last[:length]
 
     def numbers(self, names: Sequence[str]) -> dict[str, list[float]]:
         """The last entries of each group by name; a host read."""

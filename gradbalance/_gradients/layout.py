@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ class Bucket:
     def __init__(self, like: Tensor, n_groups: int) -> None:
         self.device = like.device
         self.on_host = on_host(like.device)
+        self.low = like.dtype in (torch.float16, torch.bfloat16)
         self.precision = torch.float64 if like.dtype in (torch.float64, torch.complex128) else torch.float32
         self.parameters: list[list[Tensor]] = [[] for _ in range(n_groups)]
         # A DTensor has these; importing DTensor to ask would make `import gradbalance` slow.
@@ -31,13 +32,18 @@ class Bucket:
         self.plain = mesh is None and not like.is_complex()
         self.large = False  # whether some tensor has to be taken in parts
         self._counts: list[int] = []
-        self._offsets = torch.empty(0)
+        self._table, self._cells = torch.empty(0), [torch.empty(0)]
 
-    def offsets(self, counts: list[int]) -> Tensor:
-        """Where each group starts, on the device, kept from step to step: a CUDA graph cannot capture the copy."""
+    def table(self, counts: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """A row for each group with a cell for each of its tensors, 0 in the rest, and its cells one by one.
+
+        Kept from step to step, so that many norms are brought into the rows of their groups by one operator.
+        """
         if counts != self._counts:
-            self._counts, self._offsets = counts, torch.tensor([0, *accumulate(counts)], device=self.device)
-        return self._offsets
+            self._counts = counts
+            self._table = torch.zeros(len(counts), max(1, *counts), dtype=self.precision, device=self.device)
+            self._cells = [cell for row, n in zip(self._table, counts, strict=True) for cell in row[:n].unbind()]
+        return self._table, self._cells
 
 
 class Gathered(NamedTuple):

@@ -57,10 +57,10 @@ class Meter:
         layout, sketch = self.layout, self._sketch
         entries = None if sketch is None else sketch.take()
         norms, errors, total = reduce_norms(gathered, layout.rows, layout.home, errors, entries, process_group)
-        cosines = None if sketch is None or total is None else sketch.cosines(total).to(norms)
+        cosines = None if sketch is None or total is None else sketch.cosines(total)
         return Reading(_unscaled(norms, scaler), cosines, errors)
 
-    def keep(self, counts: Tensor) -> None:
+    def keep(self, counts: Tensor | bool) -> None:
         """Remember the gradients just read as the last ones, if the step counts."""
         if self._sketch is not None:
             self._sketch.keep(counts)

@@ -36,53 +36,54 @@ def reduce_norms(
     Returns:
         The norms, shape ``[n_groups]``, and the errors, both in float64 where the device has it, and the sketch.
     """
-    total: Tensor | None = None
     sketches = sketches or {}
     sketch = sketches.get(None)
     rode = False
-    for mesh, squares in _squares_by_mesh(gathered).items():
+    found: list[Tensor] = []
+    for mesh, norms in _norms_by_mesh(gathered).items():
         if mesh is not None:
             own = sketches.get(mesh)
             rides = errors is not None and not rode and process_group is None and mesh.size() == world_size()
-            message = [squares]
+            message = [norms.square()]
             if own is not None:
                 message.append(own.flatten())
             if rides and errors is not None:
                 message.append(summable(errors))
             squares, *rest = sum_together(message, [mesh.get_group(dim) for dim in range(mesh.ndim)])
+            norms = squares.sqrt()
             if rides:
                 errors, rode = mean_of(rest.pop()).to(home), True
             if own is not None:
                 entries = rest.pop().view_as(own)
                 sketch = entries if sketch is None else sketch + entries
-        squares = squares.to(home, wide(home))
-        total = squares if total is None else total + squares
-    if total is None:
-        total = torch.zeros(n_groups, dtype=wide(home), device=home)
-    return total.sqrt(), errors if rode else average(errors, process_group), sketch
+        found.append(norms.to(home, wide(home)))
+    if not found:
+        found.append(torch.zeros(n_groups, dtype=wide(home), device=home))
+    return _joint(found), errors if rode else average(errors, process_group), sketch
 
 
-def _squares_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
-    """The squared norm of each group's local shards, summed over the buckets of each mesh."""
-    found: dict[Any, Tensor] = {}
+def _joint(norms: list[Tensor]) -> Tensor:
+    """The norm of each group over its parts in several places."""
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _norms_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
+    """The norm of each group's local shards, over the buckets of each mesh."""
+    found: dict[Any, list[Tensor]] = {}
     for bucket, counts, read, _ in gathered:
         if not read and bucket.mesh is None:
             continue
         if bucket.large:
             parts = [list(_parts(group)) for group in by_group(read, counts)]
             counts, read = [len(group) for group in parts], list(chain.from_iterable(parts))
-        if read:
-            low = read[0].dtype in (torch.float16, torch.bfloat16)
-            norms = torch.stack(torch._foreach_norm(read, 2.0, dtype=torch.float32 if low else None))
-            # Squared in float64: their sum must not overflow or vanish where the norms themselves do not.
-            squares = norms.to(wide(bucket.device)).square_()
-            # By offsets: lengths would be checked, with a host read inside the operator.
-            sums = torch.segment_reduce(squares, "sum", offsets=bucket.offsets(counts))
-        else:  # an uneven shard may leave this rank nothing, yet it must join the collective
-            sums = torch.zeros(len(counts), dtype=wide(bucket.device), device=bucket.device)
-        sums = sums / bucket.copies if bucket.copies > 1 else sums
-        found[bucket.mesh] = found[bucket.mesh] + sums.to(found[bucket.mesh]) if bucket.mesh in found else sums
-    return found
+        table, cells = bucket.table(counts)
+        if read:  # an uneven shard may leave this rank nothing, yet it must join the collective
+            torch._foreach_copy_(cells, torch._foreach_norm(read, 2.0, dtype=bucket.precision if bucket.low else None))
+        # Squared in float64: their sum must not overflow or vanish where the norms themselves do not.
+        norms = torch.linalg.vector_norm(table, dim=1, dtype=wide(bucket.device))
+        norms = norms / bucket.copies**0.5 if bucket.copies > 1 else norms
+        found.setdefault(bucket.mesh, []).append(norms)
+    return {mesh: _joint([n.to(norms[0]) for n in norms]) for mesh, norms in found.items()}
 
 
 def _parts(group: list[Tensor]) -> Iterator[Tensor]:

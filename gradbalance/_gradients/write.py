@@ -81,15 +81,16 @@ def add_noise_(
     gathered: Iterable[Gathered],
     n_groups: int,
     stds: Iterable[Tensor | None],
-    amount: Tensor,
+    amount: float,
+    due: Tensor | bool,
     generator: torch.Generator | None,
 ) -> None:
-    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place."""
+    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place, if due."""
     for t, std in zip(_of(gathered, n_groups), stds, strict=True):
         if std is not None:
             noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
             # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
-            t.add_(torch.where(amount.to(t.device) > 0, noise.mul_(amount.to(t)), 0.0))
+            t.add_(torch.where(torch.as_tensor(due, device=t.device), noise.mul_(amount), 0.0))
 
 
 def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:

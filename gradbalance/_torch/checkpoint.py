@@ -51,9 +51,9 @@ class Checkpoint:
     def _saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.take_in()
         if self._save is not None and state_dict.get("param_groups"):
-            # A tuple, which torch.distributed.checkpoint takes as it is; from a dict it would load the known keys alone.
+            # A tuple: of a dict torch.distributed.checkpoint would load only those keys that are there before.
             state_dict["param_groups"][0][KEY] = (self._save(),)
-            # And it loads flattened (`flatten_optimizer_state_dict`) what it finds the live param_group to have.
+            # And flattened (`flatten_optimizer_state_dict`) it loads only the keys of the live param_groups.
             optimizer.param_groups[0][KEY] = ()
 
     def _loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
