@@ -81,7 +81,9 @@ class SlowConflictAware:
         return coefficients
 
     def penalty(self, m: int, peers: list[int], shares: Floats, errors: dict[int, float]) -> float:
-        conflicts = [shares[m] > self.rule.threshold * shares[k] and (not errors or errors[m] < errors[k]) for k in peers]
+        conflicts = [
+            shares[m] > self.rule.threshold * shares[k] and (not errors or errors[m] < errors[k]) for k in peers
+        ]
         return self.rule.eta ** (sum(conflicts) / len(peers))
 
     def modulation(self, m: int, peers: list[int], errors: dict[int, float]) -> float:

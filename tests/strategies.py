@@ -74,7 +74,7 @@ def measurements(draw, n=None, inactive=True, unknown=True):
     """What a rule is given: shares that add up to 1, coherences in [-1, 1], neither error nor step."""
     n = draw(st.integers(2, 5)) if n is None else n
     norms = torch.tensor(draw(st.lists(_NORM, min_size=n, max_size=n)), dtype=torch.float64)
-    coherence = st.floats(-1, 1) | st.sampled_from([0.0, 0.02, 0.08, 0.3])
+    coherence = st.floats(-1, 1) | st.floats(0, 0.15) | st.sampled_from([0.0, 0.02, 0.3])
     coherence = coherence | st.just(float("nan")) if unknown else coherence
     coherences = torch.tensor(draw(st.lists(coherence, min_size=n, max_size=n)), dtype=torch.float64)
     active = torch.ones(n, dtype=torch.bool)

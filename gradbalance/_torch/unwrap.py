@@ -12,7 +12,7 @@ WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer",
 def layers(optimizer: Any) -> list[Any]:
     """The optimizer, the one that it wraps, and so on to the innermost."""
     found = [optimizer]
-    while (inner := _wrapped_by(found[-1])) is not None:
+    while (inner := _wrapped_by(found[-1])) is not None and all(inner is not outer for outer in found):
         found.append(inner)
     return found
 
@@ -45,7 +45,7 @@ def parts(optimizer: Any) -> list[Optimizer]:
             found += value
         else:
             found.append(value)
-    return list({id(o): o for o in found if isinstance(o, Optimizer)}.values())
+    return list({id(o): o for o in found if isinstance(o, Optimizer) and o is not optimizer}.values())
 
 
 def _wrapped_by(optimizer: Any) -> Optimizer | None:

@@ -1,0 +1,8 @@
+import pytest
+
+from tests.engine.models import TwoBranches
+
+
+@pytest.fixture
+def model():
+    return TwoBranches()
