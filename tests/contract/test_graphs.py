@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbalance._engine import ask, engine, errors
+from gradbalance._engine import ask, engine, errors, state
 from gradbalance._gradients import layout
 from tests.contract.optimizers import TORCH, cancels
 from tests.contract.oracle import (
@@ -72,7 +72,7 @@ def reads_of_a_step(model, optimizer, errors=None):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    for module in (layout, ask, engine, errors):
+    for module in (layout, ask, engine, errors, state):
         monkeypatch.setattr(module, "on_host", lambda device: False)
 
 
@@ -159,6 +159,7 @@ def graphs_of_six_steps(optimizer, model):
 
 
 # In update mode a float learning rate would be a constant of the graph, which changes at every step.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize(
     ("mode", "lr", "foreach"),
     [("gradient", 0.02, True), ("gradient", 0.02, False), ("gradient", "tensor", False), ("update", "tensor", False)],
