@@ -101,7 +101,7 @@ def test_lbfgs_is_refused(mode, named, record_property):
 @pytest.mark.parametrize("cls", GRADIENT_ONLY)
 def test_a_step_that_can_be_scaled_neither_by_a_rate_nor_after_the_fact_is_refused(cls, record_property):
     model = Toy()
-    with refused(record_property, ValueError, 'Use another optimizer, or `apply_to="gradient"`'):
+    with refused(record_property, ValueError, 'Use `apply_to="gradient"`, or another optimizer'):
         put_on(cls(model.parameters()), model)
 
 
