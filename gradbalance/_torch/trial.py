@@ -11,7 +11,7 @@ from gradbalance._torch.learning_rates import LearningRates
 from gradbalance._torch.twin import RATE, Twin, undisturbed
 
 # Torch's own whose step is no multiple of the rate: it is capped or decays by a schedule in which the rate stands.
-NOT_BY_RATE = (torch.optim.Adafactor, torch.optim.ASGD, torch.optim.Rprop)
+NOT_BY_RATE = (torch.optim.Adafactor, torch.optim.Rprop)
 STEPS, FACTOR, TOLERANCE = 24, 0.5, 0.02  # more steps than slow weights wait
 RESOLVED = 1e-6  # of a parameter: what float32 can tell of a displacement
 
@@ -28,6 +28,8 @@ def way_to_scale(optimizer: Optimizer) -> LearningRates | Displacement:
         ValueError: If neither works, or if it cannot be tried.
     """
     has_rate = all(group.get("lr") is not None for group in optimizer.param_groups)
+    if isinstance(optimizer, torch.optim.ASGD):
+        raise _refusal(optimizer, "which follows its rate a step late and keeps averages of the parameters", True)
     if is_torch(optimizer):
         by_rate = has_rate and not isinstance(optimizer, NOT_BY_RATE)
         return LearningRates(optimizer) if by_rate else Displacement(optimizer)

@@ -235,7 +235,7 @@ def test_param_groups_of_other_settings_are_tried_too():
     assert_half_of_a_alone(make, "displacement")
 
 
-@pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.ASGD, torch.optim.Rprop])
+@pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.Rprop])
 def test_torchs_own_with_a_schedule_inside_are_scaled_after_the_fact(cls):
     assert_half_of_a_alone(of(cls, lr=0.001), "displacement")
 

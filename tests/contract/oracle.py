@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from gradbalance._settings import Settings
-from tests.reference import ReferenceRule
+from gradbalance import ConflictAwarePenalty
+from tests.contract.own_rules import RULES
+from tests.reference import Reference
 
 NAMES = ("text", "audio", "visual")
 TOLERANCE = 1e-6
-# Not the defaults: these tests are about optimizers, and the norms alone make conflicts enough.
-RULE = {"eta": 0.1, "threshold": 3.0, "smoothing": 0.9, "agreement": None, "max_coefficient": 1.0}
+SMOOTHING = 0.9
 
 
 class Toy(nn.Module):
@@ -34,6 +34,12 @@ class Toy(nn.Module):
 
 def groups_of(model):
     return {name: getattr(model, name) for name in NAMES}
+
+
+def put_on(optimizer, model, mode="update", rule="conflicts", by=ConflictAwarePenalty, **options):
+    """The penalty on an optimizer of the model, by the wrapper or by ``attach``, with one of the rules of the tests."""
+    rule = RULES[rule][0]() if isinstance(rule, str) else rule
+    return by(optimizer, groups_of(model), rule, apply_to=mode, **{"smoothing": SMOOTHING, **options})
 
 
 def batch(step, dtype=torch.float32, size=4):
@@ -63,6 +69,36 @@ def norm_by_hand(gradients):
     return math.sqrt(squares)
 
 
+class ReferenceEngine(Reference):
+    """The slow reference, which also keeps its coefficients between the steps that are measured."""
+
+    def __init__(self, rule, *, every=1, smoothing=SMOOTHING, window=None):
+        def remembering(*measured):
+            self.decided = rule(*measured)
+            return self.decided
+
+        super().__init__(remembering, smoothing**every, window)
+        self.every, self.calls, self.decided = every, 0, None
+        self.told = []  # errors since the last step that was measured
+
+    def step(self, norms, errors=None, cosines=None):
+        """The coefficients of a step; lists of floats, None for a group without an error or a cosine."""
+        self.calls += 1
+        self.told += [] if errors is None else [errors]
+        if (self.calls - 1) % self.every == 0:
+            told, self.told = self.told, []
+            return super().step(norms, [mean(column) for column in zip(*told, strict=True)] or None, cosines)
+        start, stop = self.window or (0, None)
+        inside = start <= self.steps and (stop is None or self.steps < stop)
+        self.steps += 1
+        return list(self.decided) if inside and self.decided else [1.0] * len(norms)
+
+
+def mean(values):
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
 class ByHand:
     """A plain optimizer with one param_group per group, and the coefficients applied by hand at its every step.
 
@@ -70,36 +106,46 @@ class ByHand:
         factory: Makes the plain optimizer out of param_groups.
         model: A twin of the trained model.
         apply_to: ``"update"`` or ``"gradient"``.
-        **options: Of the penalty.
+        rule: The name of one of the rules of the tests.
+        by_rate: Whether an update is scaled by the learning rate, or after the fact.
+        **options: Of the engine.
     """
 
-    def __init__(self, factory, model, apply_to, **options):
+    def __init__(self, factory, model, apply_to="update", rule="conflicts", by_rate=True, **options):
         self.groups = {name: list(module.parameters()) for name, module in groups_of(model).items()}
         grouped = {id(p) for members in self.groups.values() for p in members}
         rest = [p for p in model.parameters() if id(p) not in grouped]
         self.optimizer = factory([{"params": p} for p in (*self.groups.values(), rest) if p])
-        self.model, self.apply_to = model, apply_to
-        self.rule = ReferenceRule(Settings(apply_to=apply_to, **{**RULE, **options}))
+        self.model, self.apply_to, self.by_rate = model, apply_to, by_rate
+        self.engine = ReferenceEngine(RULES[rule][1](), **options)
         self.coefficients, self.last = {}, {}
 
     def decide(self, errors=None, scale=1.0):
         """The coefficients out of the gradients as they lie there, each divided by ``scale``."""
         norms = [norm_by_hand(p.grad for p in members) / scale for members in self.groups.values()]
         observed = None if errors is None else [errors.get(name) for name in NAMES]
-        cosines = None if self.rule.settings.agreement is None else [self.cosine(name) for name in NAMES]
-        self.coefficients = dict(zip(NAMES, self.rule.step(norms, observed, cosines), strict=True))
+        before = self.engine.steps
+        cosines, now = zip(*map(self.cosine, NAMES), strict=True)
+        asks = self.engine.calls % self.engine.every == 0
+        self.coefficients = dict(zip(NAMES, self.engine.step(norms, observed, cosines), strict=True))
+        if asks and self.engine.steps > before:
+            self.last = dict(zip(NAMES, now, strict=True))
 
     def cosine(self, name):
-        """The cosine between this gradient of a group and its last one, None if there is none."""
-        now = [x.real for p in self.groups[name] for x in p.grad.to_dense().flatten().tolist()]
-        last, self.last[name] = self.last.get(name), now
-        if last is None:
-            return None
-        return sum(x * y for x, y in zip(now, last, strict=True)) / (math.hypot(*now) * math.hypot(*last))
+        """The cosine between this gradient of a group and its last one, None if there is none; and the gradient."""
+        now = []
+        for p in self.groups[name]:
+            if p.device.type != "meta" and p.requires_grad:
+                g = torch.zeros_like(p) if p.grad is None else p.grad
+                now += [x.real for x in g.detach().to_dense().flatten().tolist()]
+        last = self.last.get(name)
+        if last is None or len(last) != len(now) or not any(last) or not any(now):
+            return None, now
+        return sum(x * y for x, y in zip(now, last, strict=True)) / (math.hypot(*now) * math.hypot(*last)), now
 
     @contextmanager
     def applied(self):
-        """The coefficients on the gradients for good, or on the learning rates for the time of a step."""
+        """The coefficients on the gradients for good, on the rates for the time of a step, or on what the step did."""
         if self.apply_to == "gradient":
             with torch.no_grad():
                 for name, members in self.groups.items():
@@ -107,13 +153,20 @@ class ByHand:
                         if p.grad is not None:
                             p.grad = p.grad * self.coefficients[name]
             yield
-            return
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group, c in zip(self.optimizer.param_groups, self.coefficients.values(), strict=False):
-            group["lr"] = group["lr"] * c
-        yield
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
+        elif self.by_rate:
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group, c in zip(self.optimizer.param_groups, self.coefficients.values(), strict=False):
+                group["lr"] = group["lr"] * c
+            yield
+            for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+        else:
+            start = {name: [p.detach().clone() for p in members] for name, members in self.groups.items()}
+            yield
+            with torch.no_grad():
+                for name, c in self.coefficients.items():
+                    for p, before in zip(self.groups[name], start[name], strict=True):
+                        p.copy_(before + c * (p - before))
 
     def step(self, errors=None, scale=1.0):
         self.decide(errors, scale)
@@ -171,7 +224,7 @@ def assert_same_coefficients(seen, expected):
     assert len(seen) == len(expected)
     for ours, by_hand in zip(seen, expected, strict=True):
         assert ours == pytest.approx(by_hand, rel=TOLERANCE)
-    assert min(c for step in expected for c in step.values()) < 1
+    assert any(c != 1 for step in expected for c in step.values())
 
 
 @contextmanager

@@ -8,16 +8,14 @@ import torch
 from torch.optim import lr_scheduler as schedulers
 
 from gradbalance import ConflictAwarePenalty, attach
-from tests.optimizers import MODES
-from tests.oracle import (
-    RULE,
+from tests.contract.oracle import (
     ByHand,
     Toy,
     assert_same_coefficients,
     assert_same_parameters,
     errors_at,
-    groups_of,
     loss_of,
+    put_on,
     train,
 )
 
@@ -44,8 +42,8 @@ MAKE = {
     "PolynomialLR": lambda o: schedulers.PolynomialLR(o, STEPS),
 }
 BASES = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=0.02),
+    "update": lambda params: torch.optim.AdamW(params, lr=0.02),
+    "gradient": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
 }
 
 
@@ -63,8 +61,8 @@ def train_scheduled(model, optimizer, scheduler, penalty, steps):
     return rates, seen
 
 
-def train_by_hand(base, scheduler, mode):
-    twin = ByHand(BASES[base], Toy(), mode)
+def train_by_hand(scheduler, mode):
+    twin = ByHand(BASES[mode], Toy(), mode)
     scheduler = MAKE[scheduler](twin.optimizer)
     rates, seen = [], []
     for step in range(STEPS):
@@ -83,32 +81,28 @@ def test_every_scheduler_of_torch_is_covered():
 
 
 @pytest.mark.parametrize("order", ["built before, on the plain one", "built after, on the wrapper", "attached"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("mode", BASES)
 @pytest.mark.parametrize("scheduler", MAKE)
-def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, base, mode, order):
+def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, mode, order):
     model = Toy()
-    plain = BASES[base](model.parameters())
+    plain = BASES[mode](model.parameters())
     early = MAKE[scheduler](plain) if order.startswith("built before") else None
-    if order == "attached":
-        penalty, optimizer = attach(plain, groups_of(model), apply_to=mode, **RULE), plain
-    else:
-        penalty = optimizer = ConflictAwarePenalty(plain, groups_of(model), apply_to=mode, **RULE)
+    penalty = put_on(plain, model, mode, by=attach if order == "attached" else ConflictAwarePenalty)
+    optimizer = plain if order == "attached" else penalty
     rates, seen = train_scheduled(model, optimizer, early or MAKE[scheduler](optimizer), penalty, range(STEPS))
-    twin, plain_rates, expected = train_by_hand(base, scheduler, mode)
+    twin, plain_rates, expected = train_by_hand(scheduler, mode)
     assert rates == plain_rates
     assert len(set(rates)) > 1
     assert_same_coefficients(seen, expected)
     assert_same_parameters(model, twin.model)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("mode", BASES)
 @pytest.mark.parametrize("scheduler", MAKE)
-def test_a_schedule_goes_on_after_load_state_dict(scheduler, base, mode):
+def test_a_schedule_goes_on_after_load_state_dict(scheduler, mode):
     def build():
         model = Toy()
-        optimizer = ConflictAwarePenalty(BASES[base](model.parameters()), groups_of(model), apply_to=mode, **RULE)
+        optimizer = put_on(BASES[mode](model.parameters()), model, mode)
         return model, optimizer, MAKE[scheduler](optimizer)
 
     model, optimizer, schedule = build()

@@ -5,19 +5,22 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbalance import ConflictAwarePenalty, _buckets
-from tests.optimizers import CLASSES, each
-from tests.oracle import (
-    RULE,
+from gradbalance._engine import ask, engine, errors, state
+from gradbalance._gradients import layout
+from tests.contract.optimizers import TORCH, cancels
+from tests.contract.oracle import (
     ByHand,
     Toy,
     assert_same_coefficients,
     assert_same_parameters,
     errors_at,
-    groups_of,
     loss_of,
+    put_on,
     train,
 )
+from tests.contract.own_rules import RULES
+
+pytestmark = cancels
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
 
@@ -69,24 +72,57 @@ def reads_of_a_step(model, optimizer, errors=None):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(_buckets, "on_host", lambda device: False)
+    for module in (layout, ask, engine, errors, state):
+        monkeypatch.setattr(module, "on_host", lambda device: False)
 
 
-@pytest.mark.parametrize("errors", [None, {name: torch.tensor(e) for name, e in errors_at(0).items()}])
-@each(c for c in CLASSES if not c.closure_alone)
-def test_a_step_reads_nothing_in_gradient_mode_and_once_in_update_mode(case, mode, errors):
+@pytest.mark.parametrize("told", [None, {name: torch.tensor(e) for name, e in errors_at(0).items()}])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("case", "mode"), [pytest.param(c, m, id=f"{c}-{m}") for c in TORCH if not c.variant for m in c.modes]
+)
+def test_a_step_reads_nothing_in_gradient_mode_and_once_in_update_mode(case, mode, rule, told):
     plain, model = Toy(case.bias), Toy(case.bias)
-    optimizer = ConflictAwarePenalty(case.make(model.parameters()), groups_of(model), apply_to=mode, **RULE)
-    ours = reads_of_a_step(model, optimizer, errors)
-    assert len(ours) == len(reads_of_a_step(plain, case.make(plain.parameters()))) + (mode == "update")
+    optimizer = put_on(case.make(model.parameters()), model, mode, rule)
+    ours = reads_of_a_step(model, optimizer, told)
+    allowed = (mode == "update") + (rule == "own")  # a rule with a memory is asked only at steps that count
+    assert len(ours) == len(reads_of_a_step(plain, case.make(plain.parameters()))) + allowed
 
 
-@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"noise": 0.1}, {"norm": "rms"}, {"window": (1, None)}])
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"noise": 0.1}, {"every": 2}, {"window": (1, None)}])
 def test_no_option_reads_in_gradient_mode(options):
     model = Toy()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(optimizer, groups_of(model), apply_to="gradient", **RULE, **options)
+    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, "gradient", **options)
     assert reads_of_a_step(model, optimizer) == []
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
+def test_coefficients_out_of_range_make_a_step_not_count_where_looking_would_be_a_read(value):
+    model, plain_model = Toy(), Toy()
+    optimizer = put_on(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, "gradient", lambda m: m.norms.new_full((3,), value)
+    )
+    plain = torch.optim.SGD(plain_model.parameters(), lr=0.1)
+    assert reads_of_a_step(model, optimizer) == reads_of_a_step(plain_model, plain) == []
+    assert_same_parameters(model, plain_model, tolerance=0)
+    assert optimizer.balance.step.item() == 0
+    assert optimizer.balance.shares.isnan().all()
+    assert set(optimizer.coefficients().values()) == {1.0}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_second_step_on_the_same_gradients_does_not_count_where_looking_would_be_a_read(every):
+    model, twin = Toy(), ByHand(lambda groups: torch.optim.SGD(groups, lr=0.02), Toy(), "gradient")
+    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.02), model, "gradient", every=every)
+    loss_of(model, 0).backward()
+    loss_of(twin.model, 0).backward()
+    for _ in range(3):
+        optimizer.step()
+    twin.step()
+    twin.optimizer.step()
+    twin.optimizer.step()
+    assert optimizer.balance.step.item() == 1
+    assert_same_parameters(model, twin.model)
 
 
 def test_a_learning_rate_in_a_tensor_is_scaled_without_a_read():
@@ -94,7 +130,7 @@ def test_a_learning_rate_in_a_tensor_is_scaled_without_a_read():
         return torch.optim.AdamW(params, lr=torch.tensor(0.02), fused=True)
 
     model, twin = Toy(), ByHand(make, Toy(), "update")
-    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model), **RULE)
+    optimizer = put_on(make(model.parameters()), model)
     lr = optimizer.param_groups[0]["lr"]
     assert_same_coefficients(train(model, optimizer, range(4)), twin.train(range(4)))
     assert_same_parameters(model, twin.model)
@@ -123,6 +159,7 @@ def graphs_of_six_steps(optimizer, model):
 
 
 # In update mode a float learning rate would be a constant of the graph, which changes at every step.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize(
     ("mode", "lr", "foreach"),
     [("gradient", 0.02, True), ("gradient", 0.02, False), ("gradient", "tensor", False), ("update", "tensor", False)],
@@ -132,7 +169,7 @@ def test_a_compiled_step_has_at_most_one_graph_more(mode, lr, foreach):
         return torch.optim.AdamW(params, lr=torch.tensor(0.02) if lr == "tensor" else lr, foreach=foreach)
 
     plain, model, twin = Toy(), Toy(), ByHand(make, Toy(), mode)
-    optimizer = ConflictAwarePenalty(make(model.parameters()), groups_of(model), apply_to=mode, **RULE)
+    optimizer = put_on(make(model.parameters()), model, mode)
     assert graphs_of_six_steps(optimizer, model) <= graphs_of_six_steps(make(plain.parameters()), plain) + 1
     assert_same_coefficients([optimizer.coefficients()], twin.train(range(6), observe=False)[-1:])
     assert_same_parameters(model, twin.model)
