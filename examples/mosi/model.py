@@ -6,8 +6,9 @@ W that of the text.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,8 @@ class Draw:
 
     def __call__(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
         shape = (self.size, *like.shape[1:])
-        return sampler(shape, generator=self.generator, device=like.device, dtype=like.dtype)[self.rows]
+        drawn = sampler(shape, generator=self.generator, device=like.device, dtype=like.dtype)[self.rows]
+        return drawn if drawn.shape == like.shape else drawn[:1].expand_as(like)  # one row for all, as of positions
 
 
 class Dropout(nn.Module):
@@ -56,7 +58,11 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * (self.draw(torch.rand, x) >= self.p) / (1 - self.p)
+        return x * self.draw(self.kept, x) / (1 - self.p)
+
+    def kept(self, shape: tuple[int, ...], **options: Any) -> Tensor:
+        generator = options.pop("generator")
+        return torch.empty(shape, **options).bernoulli_(1 - self.p, generator=generator)
 
 
 def mlp(width: int, hidden: int, out: int, p: float, draw: Draw) -> nn.Sequential:
@@ -77,20 +83,30 @@ class Adapter(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformers encoder that is trained; it sees no padding."""
+    """A transformers encoder that is trained, on token numbers or on the states below its layers; it sees no padding.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    Its dropout draws for the whole batch, as ours does. Under bf16 its matrix products alone are in bfloat16.
+    """
+
+    def __init__(self, encoder: nn.Module, draw: Draw, precision: str) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.bf16 = encoder, precision == "bf16"
+        for module in list(encoder.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout):
+                    setattr(module, name, Dropout(child.p, draw))
 
-    def forward(self, numbers: Tensor, mask: Tensor) -> Tensor:
-        return self.encoder(input_ids=numbers, attention_mask=mask.long()).last_hidden_state  # [B, L, W]
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        given = {"inputs_embeds" if text.is_floating_point() else "input_ids": text}
+        with torch.autocast(text.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.encoder(**given, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, W]
 
 
 class AME(nn.Module):
     """Adaptive modality encoder, z = mu + eps * sqrt(var + 1e-6) [P]; softplus keeps var positive [R].
 
-    Evaluation uses mu [R]: a metric must not depend on a draw. `noisy=False` leaves the variance net out: z = mu.
+    In evaluation z = mu, and the model takes the mean of its prediction over draws. `noisy=False` leaves the variance
+    net out: z = mu.
     """
 
     def __init__(self, width: int, hidden: int, latent: int, p: float, draw: Draw, noisy: bool) -> None:
@@ -103,8 +119,12 @@ class AME(nn.Module):
         z = mean = self.mean(x)  # [B, T, Z]
         variance = None if self.variance is None else F.softplus(self.variance(x))
         if self.training and variance is not None:
-            z = mean + self.draw(torch.randn, mean) * (variance + 1e-6).sqrt()
+            z = noisy(mean, variance, self.draw(torch.randn, mean))
         return Latent(z * mask[..., None], mean, variance)
+
+
+def noisy(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    return mean + noise * (variance + 1e-6).sqrt()
 
 
 class GatedFusion(nn.Module):
@@ -148,6 +168,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.beta, self.width, self.draw, p = config.beta, width, draw, config.dropout
+        self.draws, self.noisy = config.draws, config.ame and bool(widths)
         latents = {name: config.latent or wide for name, wide in widths.items()}
         self.text = text
         self.encoders = nn.ModuleDict(
@@ -168,25 +189,47 @@ class Model(nn.Module):
         return ({"text": self.text} if self.text else {}) | dict(self.encoders.items())
 
     def forward(self, batch: Batch) -> Output:
+        """In evaluation the prediction is its mean over draws of the latent noise, and z = mu everywhere else."""
         self.draw.begin(batch)
-        latents = {name: encoder(batch.features[name], batch.masks[name]) for name, encoder in self.encoders.items()}
+        latents = self.encode(batch)
         zs = {name: latent.z for name, latent in latents.items()}
         pooled = {name: pool(z, batch.masks[name]) for name, z in zs.items()}
         states = torch.zeros(*batch.mask.shape, self.width, device=batch.mask.device)
         if self.text is not None:
             states = self.text(batch.text, batch.mask)
             pooled["text"] = pool(states, batch.mask)
-        if self.fusion is not None:
-            states = torch.add(states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta)
-        prediction = self.head(self.dropout(pool(self.norm(states), batch.mask)))
+        if self.training or not self.noisy:
+            prediction = self.predict(states, zs, batch)
+        else:
+            prediction = self.expected(states, latents, batch)
         return Output(
-            prediction.squeeze(-1),
+            prediction,
             {name: head(self.dropout(pooled[name])).squeeze(-1) for name, head in self.heads.items()},
             latents,
             {name: decoder(zs[name]) for name, decoder in self.decoders.items()},
             {name: self.statistic(name, latents[name]) for name in self.statistics},
             pooled,
         )
+
+    def encode(self, batch: Batch) -> dict[str, Latent]:
+        return {name: encoder(batch.features[name], batch.masks[name]) for name, encoder in self.encoders.items()}
+
+    def predict(self, states: Tensor, zs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        if self.fusion is not None:
+            states = torch.add(states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta)
+        return self.head(self.dropout(pool(self.norm(states), batch.mask))).squeeze(-1)  # [B]
+
+    def expected(self, states: Tensor, latents: Mapping[str, Latent], batch: Batch) -> Tensor:
+        """Mean prediction over the draws, with noise that belongs to the utterance, whatever batch it is in."""
+        noise = {name: own_noise(name, batch, latent.mean, self.draws) for name, latent in latents.items()}
+        total = torch.zeros_like(batch.labels)
+        for draw in range(self.draws):
+            zs = {
+                name: noisy(mean, variance, noise[name][draw]) * batch.masks[name][..., None]
+                for name, (_, mean, variance) in latents.items()
+            }
+            total += self.predict(states, zs, batch)
+        return total / self.draws
 
     def statistic(self, name: str, latent: Latent) -> tuple[Tensor, Tensor] | Tensor:
         if name not in self.maps:
@@ -195,6 +238,17 @@ class Model(nn.Module):
         if latent.variance is None:
             return linear(latent.z)
         return linear(latent.mean), F.linear(latent.variance, linear.weight.square())
+
+
+def own_noise(name: str, batch: Batch, like: Tensor, draws: int) -> Tensor:
+    """Standard normal numbers [draws, B, T, Z] that depend on the modality and the number of the utterance alone."""
+    noise = torch.zeros(draws, *like.shape)
+    lengths = batch.mask.sum(1).clamp(max=like.shape[1]).tolist()
+    for row, (index, length) in enumerate(zip(batch.index.tolist(), lengths, strict=True)):
+        # 32 bits are all that the generator keeps of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {index}".encode()))
+        noise[:, row, :length] = torch.randn(draws, length, like.shape[2], generator=generator)
+    return noise.to(like.device)
 
 
 def losses(output: Output, batch: Batch, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

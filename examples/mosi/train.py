@@ -20,6 +20,7 @@ from examples.mosi.metrics import metrics
 from examples.mosi.model import Adapter, Draw, Model, Transformer, losses
 from examples.mosi.probe import probes
 from examples.mosi.text import prepare, transformer
+from examples.mosi.top import top
 from gradbalance import PAPER, ConflictAwarePenalty, Recorder
 
 WATCH = {"eta": 1.0, "alpha": 0.0}  # the plain optimizer, bit for bit, with the norms on record
@@ -134,6 +135,8 @@ def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Confi
                 errors.pop("text", None)  # the paper compares audio with visual alone
             if watched and config.balance in ("errors", "paper"):
                 optimizer.observe(**errors)
+            if config.max_norm and not watched:
+                nn.utils.clip_grad_norm_(network.parameters(), config.max_norm)
             optimizer.step()
             scheduler.step()
             for name, term in terms.items():
@@ -187,18 +190,30 @@ def build(config: Config, dataset: Dataset, names: list[str], draw: Draw) -> Mod
             width = dataset.tokens.rows.shape[1]
             text = Adapter(width, config.hidden, config.dropout, draw)
         else:
-            text = Transformer(transformer(config.text_encoder))
-            width = text.encoder.config.hidden_size
+            encoder = transformer(config.text_encoder)
+            width = encoder.config.hidden_size
+            if config.text == "top":
+                encoder = top(encoder, config.text_layers)
+                check_width(dataset, width, config.text_encoder)
+            text = Transformer(encoder, draw, config.precision)
     return Model(config, text, width, {name: dataset.widths[name] for name in names}, draw)
+
+
+def check_width(dataset: Dataset, width: int, encoder: str) -> None:
+    if dataset.tokens.rows.shape[1:] != (width,):
+        raise ValueError(
+            f"`dataset` must hold states of the {width} features of {encoder}. Got {tuple(dataset.tokens.rows.shape[1:])}. "
+            "Prepare it with the same settings."
+        )
 
 
 def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generator) -> torch.optim.Optimizer:
     """AdamW, under the penalty if there is more than one modality to balance."""
-    slow = list(model.text.parameters()) if isinstance(model.text, Transformer) else []
-    fast = [p for p in model.parameters() if all(p is not q for q in slow)]
+    slow = trainable(model.text) if isinstance(model.text, Transformer) else []
+    fast = [p for p in trainable(model) if all(p is not q for q in slow)]
     parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": config.text_lr}] * bool(slow)
     optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay, fused=True)
-    groups = model.groups()
+    groups = {name: trainable(module) for name, module in model.groups().items()}
     if config.balance == "paper" and len(groups.keys() - {"text"}) < 2:
         raise ValueError(
             '`modalities` must hold two beside text with balance="paper", which compares these alone. '
@@ -206,8 +221,13 @@ def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generato
         )
     if len(groups) < 2:
         return optimizer  # nothing to balance
-    options = {"off": WATCH, "norms": {}, "errors": {}, "paper": paper(config, steps)}[config.balance]
-    return ConflictAwarePenalty(optimizer, groups, generator=noise, **(options | config.penalty))
+    options = {"off": WATCH, "default": {}, "errors": {}, "paper": paper(config, steps)}[config.balance]
+    options = options | {"max_norm": config.max_norm or None} | config.penalty
+    return ConflictAwarePenalty(optimizer, groups, generator=noise, **options)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def paper(config: Config, steps: int) -> dict[str, Any]:
