@@ -25,9 +25,7 @@ class Config:
     epochs: int = setting(5, "at most")
     patience: int = setting(10, "epochs without a better validation MAE before the training stops")
     batch_size: int = setting(32, "utterances a step and process")
-    text: str = setting(
-        "top", "the encoder's states computed once, its top layers trained, or all of it", choices=TEXT
-    )
+    text: str = setting("top", "the encoder's states computed once, its top layers trained, or all of it", choices=TEXT)
     text_encoder: str = setting("minilm", "minilm, a local folder, or a name on the hub")
     text_layers: int = setting(6, "layers that are trained with --text top")
     text_pool: int = setting(1, "last layers whose mean is taken with --text frozen")

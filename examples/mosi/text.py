@@ -1,4 +1,4 @@
-"""Text encoders: tokens of every utterance, and the states of a frozen transformer or layer, computed once and cached."""
+"""Text encoders: tokens of every utterance, and the states of frozen layers, computed once and cached."""
 
 import os
 from pathlib import Path
@@ -53,8 +53,8 @@ def transformer(encoder: str) -> nn.Module:
         model = AutoModel.from_pretrained(locate(encoder), config=settings, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. Got {encoder}: "
-            f"{str(error).splitlines()[0]} Copy the whole folder, or give another."
+            "`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. "
+            f"Got {encoder}, and: {str(error).splitlines()[0]} Copy the whole folder, or give another."
         ) from error
     if hasattr(model, "pooler"):
         model.pooler = None  # unused here, and parameters without gradient would stall DDP
@@ -68,7 +68,7 @@ def tokenise(corpus: Corpus, encoder: str) -> Tokens:
         tokenizer = AutoTokenizer.from_pretrained(locate(encoder), use_fast=True, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`text_encoder` must be minilm, a folder with a tokenizer, or a name on the hub. Got {encoder}: "
+            f"`text_encoder` must be minilm, a folder with a tokenizer, or a name on the hub. Got {encoder}, and: "
             f"{str(error).splitlines()[0]} Copy the whole folder, or give another."
         ) from error
     encoded = tokenizer(corpus.words, is_split_into_words=True, truncation=True, max_length=512)

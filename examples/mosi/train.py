@@ -1,6 +1,7 @@
 """Training: one process or several, resumable bit for bit after any kill."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from examples.mosi.config import Config
 from examples.mosi.data import Dataset
 from examples.mosi.metrics import metrics
 from examples.mosi.model import Adapter, Draw, Model, Transformer, losses
-from examples.mosi.probe import probes
 from examples.mosi.text import prepare, transformer
 from examples.mosi.top import top
 from gradbalance import PAPER, ConflictAwarePenalty, Recorder
@@ -33,7 +33,7 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     bars: bool = False,
-    probe: bool = False,
+    also: Callable[[Model, Dataset, list[str]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Trains, and returns the test metrics of the epoch with the best validation MAE.
 
@@ -43,7 +43,7 @@ def train(
         out: The run folder; without it nothing is written.
         resume: Go on from the checkpoint in `out`: the result is bitwise that of the uninterrupted run.
         bars: Show progress.
-        probe: Also return how well each encoder's frozen output predicts the label, as ``probes``.
+        also: What to add to the result, from the tested model, the data and the names of the non-text modalities.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(config.device)
@@ -105,8 +105,8 @@ def train(
     test |= {"data": corpus.source, "banner": corpus.banner, "best_epoch": state["best_epoch"]}
     if writes:
         run.finish(out, test, corpus, index, prediction, state["history"])
-    if probe:
-        test["probes"] = probes(model, dataset, names)
+    if also:
+        test |= also(model, dataset, names)
     return test | {"history": state["history"]}
 
 
@@ -200,9 +200,10 @@ def build(config: Config, dataset: Dataset, names: list[str], draw: Draw) -> Mod
 
 
 def check_width(dataset: Dataset, width: int, encoder: str) -> None:
-    if dataset.tokens.rows.shape[1:] != (width,):
+    stored = tuple(dataset.tokens.rows.shape[1:])
+    if stored != (width,):
         raise ValueError(
-            f"`dataset` must hold states of the {width} features of {encoder}. Got {tuple(dataset.tokens.rows.shape[1:])}. "
+            f"`dataset` must hold states of the {width} features of {encoder}. Got a shape of {stored} each. "
             "Prepare it with the same settings."
         )
 

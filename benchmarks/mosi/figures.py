@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.mosi.compare import BASELINE, FULL, Line, Runs, difference, interval, modalities, probe
+from benchmarks.mosi.compare import BASELINE, FULL, Line, Runs, difference, interval, modalities, probe
 from examples.mosi.data import atomic
 
 SHOWN = (BASELINE, FULL, "U", "L")  # rows whose course is drawn

@@ -13,7 +13,7 @@ import pytest
 
 from examples.mosi import ablation
 from examples.mosi.config import Config
-from examples.mosi.rows import config, study
+from benchmarks.mosi.rows import config, study
 from examples.mosi.simulated import simulate
 from gradbalance import PAPER
 
@@ -159,7 +159,7 @@ def test_every_row_of_the_paper_has_its_numbers():
 
 
 def test_the_search_gives_both_models_as_many_trials_and_hides_the_test(tmp_path):
-    from examples.mosi.search import search
+    from benchmarks.mosi.search import search
 
     seen = []
 

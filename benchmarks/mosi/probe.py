@@ -1,13 +1,28 @@
 """Linear probes: how well the frozen output of each encoder alone predicts the label."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from examples.mosi.data import Dataset
+from examples.mosi.metrics import metrics
 from examples.mosi.model import Adapter, Model, pool
+from examples.mosi.train import predict
 
 ALPHAS = 10.0 ** np.arange(-1, 6)
+
+
+def diagnostics(model: Model, dataset: Dataset, names: list[str]) -> dict[str, Any]:
+    """The probes and, for a model whose latents are noisy, the MAE at their mean, where it was not trained."""
+    found: dict[str, Any] = {"probes": probes(model, dataset, names)}
+    if model.noisy and isinstance(model.text, Adapter):
+        model.noisy = False
+        index = dataset.corpus.split["test"]
+        found["mae_at_mean"] = metrics(predict(model, dataset, "test", names), dataset.corpus.labels[index])["mae"]
+        model.noisy = True
+    return found
 
 
 def probes(model: Model, dataset: Dataset, names: list[str]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""``python -m examples.mosi.report``: a study as Markdown and as one HTML file, with figures and a verdict."""
+"""``python -m benchmarks.mosi.report``: a study as Markdown and as one HTML file, with figures and a verdict."""
 
 import argparse
 import json
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from examples.mosi.ablation import RESULTS, read
-from examples.mosi.compare import (
+from benchmarks.mosi.ablation import RESULTS, read
+from benchmarks.mosi.compare import (
     BASELINE,
     FULL,
     Runs,
@@ -25,10 +25,10 @@ from examples.mosi.compare import (
     verdict,
     whole_seeds,
 )
+from benchmarks.mosi.document import Block, Heading, Image, Paragraph, Table, markdown, page
+from benchmarks.mosi.figures import draw
+from benchmarks.mosi.rows import study
 from examples.mosi.data import Corpus, load
-from examples.mosi.document import Block, Heading, Image, Paragraph, Table, markdown, page
-from examples.mosi.figures import draw
-from examples.mosi.rows import study
 from examples.mosi.run import write_text
 
 METRICS = {
@@ -52,13 +52,13 @@ PUBLISHED = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.mosi.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.report", description=__doc__)
     parser.add_argument("lines", type=Path, nargs="?", default=RESULTS / "standard.jsonl", help="those of the study")
     parser.add_argument("--data", default="auto", help="for the statistics of the data, where none are kept beside")
     options = parser.parse_args()
     lines = read(options.lines)
     if not lines:
-        raise SystemExit(f"`lines` must hold runs. Got none in {options.lines}. Run python -m examples.mosi.ablation")
+        raise SystemExit(f"`lines` must hold runs. Got none in {options.lines}. Run python -m benchmarks.mosi.ablation")
     if BASELINE not in by_row(lines):
         raise SystemExit(
             f"`lines` must hold row {BASELINE}. Got none in {options.lines}. Run it too: --rows {BASELINE}"

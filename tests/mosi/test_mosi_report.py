@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from examples.mosi import ablation, compare, report
-from examples.mosi.compare import by_row, collapsed, difference, interval, metric, verdict
-from examples.mosi.document import Heading, Paragraph, Table, markdown, page
-from examples.mosi.probe import ridge
-from examples.mosi.rows import config, study
+from benchmarks.mosi.compare import by_row, collapsed, difference, interval, metric, verdict
+from benchmarks.mosi.document import Heading, Paragraph, Table, markdown, page
+from benchmarks.mosi.probe import ridge
+from benchmarks.mosi.rows import config, study
 from examples.mosi.simulated import simulate
 
 values = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=12)
