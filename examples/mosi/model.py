@@ -7,7 +7,7 @@ W that of the text.
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,24 +45,27 @@ class Draw:
         self.size, self.rows = batch.size, slice(batch.rank, None, batch.world)
 
     def __call__(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
-        shape = (self.size, *like.shape[1:])
-        drawn = sampler(shape, generator=self.generator, device=like.device, dtype=like.dtype)[self.rows]
-        return drawn if drawn.shape == like.shape else drawn[:1].expand_as(like)  # one row for all, as of positions
+        options = {"generator": self.generator, "device": like.device, "dtype": like.dtype}
+        each, rest = divmod(len(like), len(range(self.size)[self.rows]))  # rows of each utterance, as one a head
+        if rest:
+            return sampler(like.shape, **options)  # shared by all utterances, as positions are
+        return sampler((self.size, each, *like.shape[1:]), **options)[self.rows].reshape(like.shape)
 
 
 class Dropout(nn.Module):
-    def __init__(self, p: float, draw: Draw) -> None:
+    p = 0.0  # what attention of transformers reads that drops by a function: its random numbers could not be shared
+
+    def __init__(self, rate: float, draw: Draw) -> None:
         super().__init__()
-        self.p, self.draw = p, draw
+        self.rate, self.draw = rate, draw
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
+        if not self.training or self.rate == 0:
             return x
-        return x * self.draw(self.kept, x) / (1 - self.p)
+        return x * self.draw(self.kept, x) / (1 - self.rate)
 
-    def kept(self, shape: tuple[int, ...], **options: Any) -> Tensor:
-        generator = options.pop("generator")
-        return torch.empty(shape, **options).bernoulli_(1 - self.p, generator=generator)
+    def kept(self, shape: Sequence[int], generator: torch.Generator, **options: Any) -> Tensor:
+        return torch.empty(shape, **options).bernoulli_(1 - self.rate, generator=generator)
 
 
 def mlp(width: int, hidden: int, out: int, p: float, draw: Draw) -> nn.Sequential:

@@ -40,17 +40,13 @@ def locate(encoder: str) -> str:
 
 
 def transformer(encoder: str) -> nn.Module:
-    """The encoder in float32, without dropout of its attention, whose random numbers could not be seeded apart."""
-    from transformers import AutoConfig, AutoModel
+    """The encoder in float32; eager attention of most leaves its dropout to a module, which can be seeded."""
+    from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        settings = AutoConfig.from_pretrained(locate(encoder))
-        for name in ("attention_probs_dropout_prob", "attention_dropout"):
-            if hasattr(settings, name):
-                setattr(settings, name, 0.0)
-        model = AutoModel.from_pretrained(locate(encoder), config=settings, dtype=torch.float32)
+        model = AutoModel.from_pretrained(locate(encoder), dtype=torch.float32, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise ValueError(
             "`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. "
