@@ -102,8 +102,15 @@ def small(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path / "cache"))
     folder = samples.encoder(tmp_path / "encoder", sorted({word for words in corpus.words for word in words}))
     return {
-        **{"data": "simulated:40", "text": "top", "text_layers": 1, "text_encoder": folder, "batch_size": 8},
-        **{"epochs": 1, "hidden": 8, "fused": 8, "draws": 2},
+        "data": "simulated:40",
+        "text": "top",
+        "text_layers": 1,
+        "text_encoder": folder,
+        "batch_size": 8,
+        "epochs": 1,
+        "hidden": 8,
+        "fused": 8,
+        "draws": 2,
     }
 
 
