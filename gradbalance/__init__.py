@@ -1,12 +1,29 @@
-"""Gradient balancing between the branches of a model, for any PyTorch optimizer."""
+"""Gradient balancing between the branches of a model, for any PyTorch optimizer, in two lines.
 
-from gradbalance._groups import groups_by_name
-from gradbalance._memory import Balance
+One step, and where it happens::
+
+    optimizer.step()
+      _torch/hooks           once the gradients are there, and however step is called
+      _engine/engine         measure, ask, act:
+        _gradients/meter       reads norms and coherence of each branch, over all devices and ranks
+        _engine/ask            turns them into running means, and asks the rule
+        rules/                 what was measured in, a coefficient for each branch out: yours, or one of these
+        _gradients/write       scales the gradients, clips and adds noise, or
+        _torch/learning_rates  scales the step by the learning rate, or
+        _torch/displacement    after the fact, where the step does not follow one
+      _record/recorder       hears of the balance
+
+``_moments`` holds the other half, the loss that aligns statistics.
+"""
+
+from gradbalance import rules
+from gradbalance._engine.by_name import groups_by_name
+from gradbalance._engine.optimizer import ConflictAwarePenalty
+from gradbalance._engine.options import PAPER
+from gradbalance._engine.penalty import Penalty, attach
+from gradbalance._engine.state import Balance
 from gradbalance._moments import Moments, moments
-from gradbalance._optimizer import ConflictAwarePenalty
-from gradbalance._penalty import attach
 from gradbalance._recorder import Recorder
-from gradbalance._settings import PAPER
 from gradbalance._statistical import StatisticalLoss, statistical_loss
 
 __all__ = [
@@ -14,10 +31,12 @@ __all__ = [
     "Balance",
     "ConflictAwarePenalty",
     "Moments",
+    "Penalty",
     "Recorder",
     "StatisticalLoss",
     "attach",
     "groups_by_name",
     "moments",
+    "rules",
     "statistical_loss",
 ]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbalance._memory import Balance
-from gradbalance._optimizer import ConflictAwarePenalty
-from gradbalance._penalty import Penalty, penalty_of
+from gradbalance._engine.optimizer import ConflictAwarePenalty
+from gradbalance._engine.penalty import Penalty, penalty_of
+from gradbalance._engine.state import Balance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,9 +70,11 @@ class Recorder:
         RuntimeError: If asked for a summary or a figure before a step.
 
     Example:
+        >>> from gradbalance.rules import ConflictAware
+        >>> from gradbalance.rules import ConflictAware
         >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), eta=0.5, agreement=None)
+        >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=ConflictAware())
         >>> with Recorder(optimizer) as recorder:
         ...     for _ in range(3):
         ...         optimizer.zero_grad()
@@ -80,8 +82,8 @@ class Recorder:
         ...         optimizer.step()
         >>> print(recorder.summary())
                    mean norm  coefficient  in conflict
-        text            22.4        1.000       100.0%
-        audio           2.24        2.000         0.0%
+        text            22.4        0.500       100.0%
+        audio           2.24        1.000         0.0%
         dominance  10 before, 5 after; steps: 3
     """
 
@@ -100,7 +102,7 @@ class Recorder:
         self._waiting: list[Tensor] = []
         self._read: list[np.ndarray] = []
         self._logged = 0
-        self._listeners = penalty._listeners
+        self._listeners = penalty._engine.listeners
         self._listeners.append(self._record)
 
     def close(self) -> None:
@@ -145,15 +147,15 @@ class Recorder:
         self._flush()
         n = len(self.names)
         rows = np.concatenate([np.empty((0, n * (n + 5) + 1)), *self._read])
-        ends = np.cumsum([n, n, n, n, n * n, n])
-        norms, shares, errors, coefficients, conflicts, agreements, step = np.split(rows, ends, 1)
+        ends = np.cumsum([n, n, n, n, n, n * n])
+        norms, shares, coherences, errors, coefficients, conflicts, step = np.split(rows, ends, 1)
         return {
             "norms": norms,
             "shares": shares,
             "errors": errors,
             "coefficients": coefficients,
             "conflicts": conflicts.reshape(-1, n, n) > 0,
-            "agreements": agreements,
+            "coherences": coherences,
             "step": step[:, 0].astype(int),
             "names": np.array(self.names),
         }
@@ -203,7 +205,7 @@ class Recorder:
         record = self.to_dict()
         new = slice(self._logged, None)
         steps = record["step"][new].tolist()
-        for key in ("norms", "coefficients", "errors", "agreements"):
+        for key in ("norms", "coefficients", "errors", "coherences"):
             for name, values in zip(self.names, record[key][new].T.tolist(), strict=True):
                 for value, step in zip(values, steps, strict=True):
                     if math.isfinite(value):  # an error is NaN where none was observed

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 class StepHooks:
     """Calls ``before`` once the gradients are there, if need be after the closure, and ``after`` even if a step raises.
 
+    Both stand next to the step itself: hooks of others that set a learning rate do so before the one and after the
+    other, whenever they were registered.
+
     Args:
         optimizer: Whose steps.
         owner: Whose hooks these are, for :func:`owner_of`.
@@ -23,10 +26,14 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, owner: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
         self.owner = owner
         self._optimizer, self._before, self._after = optimizer, before, after
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._began = False
+        try:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+        except AttributeError as error:
+            raise ValueError(_UNHOOKED.format(type(optimizer).__name__)) from error
         # On the instance, since the class is the user's; frameworks and schedulers patch `step` in the same place.
         self._patched_step = vars(optimizer).get("step")
         self._step = MethodType(self._guarded(optimizer.step), optimizer)
@@ -43,6 +50,7 @@ class StepHooks:
 
     @_disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._began = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):  # some steps take something else there
             self._before()
@@ -62,20 +70,46 @@ class StepHooks:
     def _after_step(self, *_: Any) -> None:
         self._after()
 
+    @_disable_dynamo
+    def _begin(self) -> None:
+        self._began = False
+        for handle, last in zip(self._handles, (True, False), strict=True):
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and handle.id in hooks and next(reversed(hooks) if last else iter(hooks)) != handle.id:
+                hooks.move_to_end(handle.id, last=last)
+
+    @_disable_dynamo
+    def _finish(self, raised: bool) -> None:
+        self._after()
+        hooked = self._handles[0].id in (self._handles[0].hooks_dict_ref() or ())
+        if hooked and not self._began and not raised:
+            raise RuntimeError(_UNHOOKED.format(type(self._optimizer).__name__))
+
     def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """``step`` with an end that is reached even if it raises: then post-hooks do not run."""
 
         @wraps(step)
         def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._begin()
+            raised = True
             try:
-                return step(*args, **kwargs)
+                result = step(*args, **kwargs)
+                raised = False
             finally:
-                self._after_step()
+                self._finish(raised)
+            return result
 
         return guarded
 
 
+_UNHOOKED = (
+    "`optimizer` must run its step hooks. Got {}, whose `step` does not: its `__init__` does not call that of "
+    "torch.optim.Optimizer. Wrap the optimizer inside it, or call `super().__init__`."
+)
+
+
 def owner_of(optimizer: Optimizer) -> Any:
     """Who hooked the steps of the optimizer with :class:`StepHooks`, or None."""
-    hooks = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
-    return next((hook.owner for hook in hooks if isinstance(hook, StepHooks)), None)
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((hook.owner for hook in owners if isinstance(hook, StepHooks)), None)

@@ -1,4 +1,4 @@
-"""What a step writes into the gradients: factors, clipping and noise."""
+"""What is written into the gradients: factors, clipping and noise."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, compress, islice, repeat
@@ -7,41 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._buckets import Gathered, by_group
-from gradbalance._settings import Settings
+from gradbalance._gradients.layout import Gathered, by_group
 
 
 def write_(
     gathered: Iterable[Gathered],
-    n_groups: int,
-    norms: Tensor,
+    norms: Tensor | None,
     coefficients: Tensor | None,
-    due: Tensor,
-    settings: Settings,
-) -> None:
-    """Scale, clip and add noise to the tensors, in place, as the settings ask.
+    max_norm: float | None,
+) -> Tensor | None:
+    """Scale the gradients of the groups, and clip those of all parameters, in place.
 
     Args:
-        gathered: The tensors, see :func:`gather`.
-        n_groups: How many groups take part; the tensors after theirs are clipped alone.
-        norms: Of each group and of those after them, shape ``[G]``.
-        coefficients: Factor of each group, shape ``[N]``, or None where it does not go into the tensors.
-        due: Whether there is to be noise in this step, bool, shape ``[]``.
-        settings: The options.
+        gathered: The gradients, see :meth:`Layout.gather`.
+        norms: Of each group and of the parameters of no group, shape ``[G]``; needed to clip.
+        coefficients: Factor of each group, shape ``[N]``, or None where it does not go into the gradients.
+        max_norm: Of all gradients together, or None.
+
+    Returns:
+        By what they were multiplied, shape ``[G]`` or ``[]``; None for nothing.
     """
-    stds = spreads(gathered, n_groups) if settings.noise else None  # before the scaling
-    factors = coefficients if settings.max_norm is None else clipped(norms, coefficients, settings.max_norm)
+    factors = coefficients if max_norm is None or norms is None else clipped(norms, coefficients, max_norm)
     if factors is not None:
         scale_(gathered, factors)
-    if stds is not None:
-        add_noise_(gathered, n_groups, stds, settings.noise * due, settings.generator)
+    return factors
 
 
 def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
-    """Multiply the tensors of each group by its factor, in place, without a host read of a device tensor.
+    """Multiply the gradients of each group by its factor, in place, without a host read of a device tensor.
 
     Args:
-        gathered: The tensors, see :func:`gather`.
+        gathered: The gradients, see :meth:`Layout.gather`.
         factors: Shape ``[G]``, or ``[]`` for one that all share.
     """
     for bucket, counts, _, write in gathered:
@@ -85,15 +81,16 @@ def add_noise_(
     gathered: Iterable[Gathered],
     n_groups: int,
     stds: Iterable[Tensor | None],
-    amount: Tensor,
+    amount: float,
+    due: Tensor | bool,
     generator: torch.Generator | None,
 ) -> None:
-    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place."""
+    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place, if due."""
     for t, std in zip(_of(gathered, n_groups), stds, strict=True):
         if std is not None:
             noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
             # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
-            t.add_(torch.where(amount.to(t.device) > 0, noise.mul_(amount.to(t)), 0.0))
+            t.add_(torch.where(torch.as_tensor(due, device=t.device), noise.mul_(amount), 0.0))
 
 
 def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._buckets import on_host, wide
-from gradbalance._rule import UNSEEN
+from gradbalance._gradients.layout import on_host, wide
 
 
 class Observed:
@@ -32,12 +31,12 @@ class Observed:
             self._sums[name] = (total + value.to(total.device), count + 1)
 
     def take(self, home: torch.device) -> Tensor | None:
-        """The mean of each group's errors since the last call, shape ``[N]``, UNSEEN without one; None without any."""
+        """The mean of each group's errors since the last call, shape ``[N]``, -1 without one; None without any."""
         if not self._sums:
             return None
         means = {name: (total / count).to(home, wide(home)) for name, (total, count) in self._sums.items()}
         self._sums = {}
-        unseen = torch.full((), UNSEEN, dtype=wide(home), device=home)
+        unseen = torch.full((), -1.0, dtype=wide(home), device=home)
         return torch.stack([means.get(name, unseen) for name in self._names])
 
 

@@ -1,10 +1,9 @@
 """From names to parameters: which parameter belongs to which group, and every error of the construction."""
 
-import difflib
-import fnmatch
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -14,101 +13,32 @@ Groups = Mapping[str, nn.Module | Iterable[Tensor]]
 ParamGroups = Sequence[Mapping[str, Any]]
 
 
-def groups_by_name(model: nn.Module, **patterns: str | Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """The parameters of ``model`` under each group's patterns: a dict from group name to parameters.
-
-    ``print`` it to see how many entries and which modules are in each group, and which are in none.
-
-    Args:
-        model: The module whose ``named_parameters()`` and ``named_modules()`` are searched.
-        **patterns: For each group the name of a module (all its parameters), the name of a parameter, a glob over
-            parameter names (``*``, ``?``, ``[av]``), or a list of these.
-
-    Raises:
-        ValueError: If a pattern matches nothing; the message lists the closest names.
-        TypeError: If ``model`` is not a module or a pattern is not a string.
-
-    Example:
-        >>> model = nn.ModuleDict({"text": nn.Linear(2, 2), "audio": nn.Linear(3, 2), "video": nn.Linear(4, 2)})
-        >>> groups = groups_by_name(model, text="text", av=["audio.weight", "v*"])
-        >>> {name: len(parameters) for name, parameters in groups.items()}
-        {'text': 2, 'av': 3}
-        >>> print(groups)
-        text         6  text
-        av          16  audio.weight, video
-        (no group)   2  audio.bias
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module. Got {type(model).__name__}. Pass the module itself.")
-    named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several names
-    groups = {}
-    for group, names in patterns.items():
-        found: dict[str, nn.Parameter] = {}
-        for pattern in [names] if isinstance(names, str) else names:
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    f"`{group}` must be a name, a glob or a list of them. Got {pattern!r}. "
-                    "Pass modules and parameters to the optimizer wrapper directly."
-                )
-            matches = {name: p for name, p in named.items() if _matches(name, pattern)}
-            if not matches:
-                modules = [name for name, _ in model.named_modules() if name]
-                close = difflib.get_close_matches(pattern, [*modules, *named], n=3, cutoff=0.4)
-                top = ", ".join(name for name, _ in model.named_children())
-                raise ValueError(
-                    f"`{group}` must match a module or parameter. Got {pattern!r}, which matches nothing. "
-                    + (f"Closest: {', '.join(close)}. " if close else "")
-                    + f"Top-level modules: {top or 'none'}."
-                )
-            found |= matches
-        groups[group] = list({id(p): p for p in found.values()}.values())
-    return NamedGroups(groups, named)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return _is_within(name, pattern) or fnmatch.fnmatchcase(name, pattern)
-
-
-def _is_within(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + ".")
-
-
-class NamedGroups(dict[str, list[nn.Parameter]]):
-    """Groups that print as an overview: what is in which group, and what is in none."""
-
-    def __init__(self, groups: Mapping[str, list[nn.Parameter]], named: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(groups)
-        self._named = named
-
-    def __str__(self) -> str:
-        group_of = {id(p): group for group, parameters in self.items() for p in parameters}
-        rows = []
-        for group in [*self, "(no group)"]:
-            own = {name: p for name, p in self._named.items() if group_of.get(id(p), "(no group)") == group}
-            size = sum(p.numel() for p in {id(p): p for p in own.values()}.values())
-            rows.append((group, f"{size:,}", ", ".join(_condensed(own, self._named)) or "nothing"))
-        left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{group:{left}}  {size:>{right}}  {names}" for group, size, names in rows)
-
-
-def _condensed(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """``names``, with a module in place of its parameters wherever they are all there."""
-    others = set(among) - set(names)
-    chosen: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
-        chosen[next(path for path in paths if not any(_is_within(other, path) for other in others))] = None
-    return list(chosen)
-
-
 class Assignment(NamedTuple):
     """Which group each parameter of the optimizer belongs to."""
 
     names: tuple[str, ...]
-    members: dict[int, tuple[int, Tensor]]  # id of a parameter -> its group, and the parameter itself
+    # id of a parameter -> its group, and the parameter itself: held weakly, since sharding replaces parameters and the
+    # old ones must not stay in memory.
+    members: dict[int, tuple[int, ref[Tensor]]]
     of: list[list[int]]  # the group of each position of each param_group, or UNGROUPED
     shapes: list[list[Any]]  # the shape of the parameter at each position
+
+    def group_of(self, param_groups: ParamGroups) -> dict[int, int]:
+        """The group of each grouped parameter that the optimizer holds, by ``id``."""
+        pairs = zip(param_groups, self.of, strict=True)
+        return {id(p): m for group, of in pairs for p, m in zip(group["params"], of, strict=True) if m != UNGROUPED}
+
+    def parameters(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
+        """The parameters of each group: those that the optimizer holds now, and frozen ones that it does not hold."""
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
+        for group, of in zip(param_groups, self.of, strict=False):
+            for p, m in zip(group["params"], of, strict=False):
+                if m != UNGROUPED:
+                    found[self.names[m]][id(p)] = p
+        for m, member in self.members.values():
+            if (p := member()) is not None and not p.requires_grad:
+                found[self.names[m]].setdefault(id(p), p)
+        return {name: list(parameters.values()) for name, parameters in found.items()}
 
 
 def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
@@ -122,6 +52,10 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
     Warns:
         UserWarning: If no parameter of a group requires a gradient.
     """
+    if not any(group["params"] for group in param_groups):
+        raise ValueError(
+            "`optimizer` must hold parameters. Got empty `param_groups`. Build it from the parameters of the model."
+        )
     members = _members(groups)
     present = {id(p) for group in param_groups for p in group["params"]}
     for index, name in enumerate(groups):
@@ -131,7 +65,7 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
             warnings.warn(
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and takes no part.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         missing = [i for i, p in enumerate(own) if p.requires_grad and id(p) not in present]
         if missing:
@@ -147,7 +81,7 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
         )
     return Assignment(
         tuple(groups),
-        members,
+        {key: (m, ref(p)) for key, (m, p) in members.items()},
         [[members[id(p)][0] if id(p) in members else UNGROUPED for p in g["params"]] for g in param_groups],
         [[p.shape for p in g["params"]] for g in param_groups],
     )
@@ -173,8 +107,7 @@ def reassign(assignment: Assignment, param_groups: ParamGroups) -> Assignment:
                 "The optimizer must hold the parameters of the groups at every step. Got other parameters than at "
                 f"construction. {FLATTENED}"
             )
-        new = [assignment.members.get(id(p), (UNGROUPED,))[0] for p in parameters[len(known) :]]
-        of.append([*known, *new])
+        of.append([*known, *(_group_of(p, assignment) for p in parameters[len(known) :])])
         shapes.append([p.shape for p in parameters])
     if not any(m != UNGROUPED for group_of in of for m in group_of):
         raise RuntimeError(
@@ -183,9 +116,14 @@ def reassign(assignment: Assignment, param_groups: ParamGroups) -> Assignment:
     return assignment._replace(of=of, shapes=shapes)
 
 
+def _group_of(p: Tensor, assignment: Assignment) -> int:
+    m, member = assignment.members.get(id(p), (UNGROUPED, None))
+    return m if member is not None and member() is p else UNGROUPED
+
+
 FLATTENED = (
     "DeepSpeed ZeRO and FSDP1 replace parameters by flat ones that keep no gradient per parameter: use FSDP2 "
-    "(fully_shard), or call `Penalty.coefficients_for` between backward and step."
+    "(fully_shard), or call `coefficients_for` of the object that `attach` returns between backward and step."
 )
 
 

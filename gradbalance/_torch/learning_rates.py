@@ -1,4 +1,4 @@
-"""Learning rates scaled for the time of one step, whatever mix of groups a param_group holds."""
+"""Steps of some parameters made shorter or longer by their learning rate, whatever mix a param_group holds."""
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from gradbalance._groups import UNGROUPED
 
 # Where bitsandbytes keeps settings of single parameters: by id, by position, and those not yet looked up.
 OVERRIDES = ("pid2config", "index2config", "module_weight_config_triple")
@@ -21,6 +19,8 @@ class LearningRates:
     checkpoints and loggers see what they would see without the penalty.
     """
 
+    name = "learning rate"
+
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._parts: list[dict[int, list[Tensor]]] = []
@@ -31,17 +31,17 @@ class LearningRates:
         """Divide the parameters of each of the ``param_groups`` by their group.
 
         Args:
-            group_of: The group of each parameter, by ``id``.
+            group_of: The group of each parameter by ``id``, those of no group left out.
         """
         self._parts = []
         for group in self._optimizer.param_groups:
             parts: dict[int, list[Tensor]] = {}
             for p in group["params"]:
-                parts.setdefault(group_of.get(id(p), UNGROUPED), []).append(p)
+                parts.setdefault(group_of.get(id(p), -1), []).append(p)
             # The ungrouped last: of what the step writes into several stand-ins, theirs stays among equals.
-            self._parts.append(dict(sorted(parts.items(), key=lambda part: (part[0] == UNGROUPED, part[0]))))
+            self._parts.append(dict(sorted(parts.items(), key=lambda part: (part[0] < 0, part[0]))))
 
-    def scale(self, coefficients: Tensor) -> None:
+    def begin(self, coefficients: Tensor) -> None:
         """Put the stand-ins in place; one host read where a learning rate is a float, none where all are tensors.
 
         Args:
@@ -69,18 +69,24 @@ class LearningRates:
         for group, parts in zip(true, self._parts, strict=True):
             mine = []
             for index, params in parts.items():
-                lr = group["lr"] if index == UNGROUPED else group["lr"] * factors[index]
-                mine.append({**group, "params": params, "lr": lr})
+                # A tensor that the step counts in must count once, not once for each stand-in.
+                own = {k: v.clone() for k, v in group.items() if isinstance(v, Tensor) and k != "lr"}
+                lr = group["lr"] if index < 0 else group["lr"] * factors[index]
+                mine.append({**group, **own, "params": params, "lr": lr})
             stand_ins += mine
             # What the step writes there stays as the least damped one wrote it: schedule-free weights its averages by
             # the learning rate, and those of an undamped group must not change.
             self._written.append(mine[-1] if on_device else max(reversed(mine), key=itemgetter("lr")))
         self._true, self._optimizer.param_groups = true, stand_ins
 
-    def restore(self) -> None:
-        """Put the true ``param_groups`` back, with what the step wrote."""
+    def end(self) -> None:
+        """Put the true ``param_groups`` back, with what the step wrote; nothing if they are there."""
         if self._true is not None:
             self._optimizer.param_groups = self._true
             for group, stand_in in zip(self._true, self._written, strict=True):
-                group.update({key: value for key, value in stand_in.items() if key not in ("params", "lr")})
+                for key, value in stand_in.items():
+                    if isinstance(value, Tensor) and key != "lr":
+                        group[key].copy_(value)
+                    elif key not in ("params", "lr"):
+                        group[key] = value
             self._true, self._written = None, []

@@ -1,0 +1,1 @@
+"""The penalty: measure the branches, ask the rule, act."""

@@ -1,0 +1,127 @@
+"""Asking the rule: what was read becomes running means, these a decision, if the step counts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradbalance._engine.state import State, Window
+from gradbalance._gradients.layout import on_host
+from gradbalance._gradients.meter import Reading
+from gradbalance.rules import Measured, Rule
+
+Flag = Tensor | bool  # a bool on the host, where looking costs nothing; on an accelerator a tensor, never looked at
+
+
+def ask_rule(
+    rule: Rule,
+    state: State,
+    reading: Reading,
+    *,
+    smoothing: float,
+    window: Window,
+    scale_free: bool,
+    fresh: Flag = True,
+) -> tuple[Flag, Flag]:
+    """One decision, written into the state.
+
+    A step with a non-finite norm or error, or with fewer than two active groups, does not count: every coefficient is
+    1 and nothing is remembered. The same holds for coefficients that are not finite and >= 0 where to look at them
+    would be a host read; elsewhere these are an error.
+
+    Args:
+        rule: Is given what was measured.
+        state: Is changed in place.
+        reading: Of this step.
+        smoothing: Weight of the past in the running means.
+        window: Counted steps between which the coefficients are applied.
+        scale_free: See :class:`Measured`.
+        fresh: Whether the gradients are new.
+
+    Returns:
+        Whether the step counts, and whether it also lies inside the window.
+
+    Raises:
+        ValueError: If the rule gives coefficients that are not finite, negative or of another shape than ``[N]``.
+        TypeError: If it gives no tensor.
+    """
+    norms, cosines, observed = reading
+    norms = norms[: len(state.names)] if len(norms) > len(state.names) else norms
+    shares = norms / norms.sum()
+    host = on_host(norms.device)
+    complete = False  # whether every group has a value of everything, and a mean of it
+    counts: Flag
+    if host:
+        seen = shares.tolist()
+        counts = bool(fresh) and all(s == s for s in seen) and sum(s > 0 for s in seen) >= 2
+        complete = counts and 0.0 not in seen and (cosines is None or all(c == c for c in cosines.tolist()))
+    else:
+        counts = shares.isfinite().all() & ((norms > 0).sum() >= 2) & fresh
+    active = state.everyone if complete else norms > 0
+    errors = state.errors
+    if observed is not None:
+        state.has_errors = True
+        known = ~(observed < 0)
+        finite = observed.sum().abs() < torch.inf
+        counts = counts and bool(finite) if isinstance(counts, bool) else counts & finite
+        # Who was left out of the last call is not observed any more.
+        errors = torch.where(known, running_mean(errors, observed, smoothing), torch.nan)
+    if not complete:
+        shares = torch.where(active, shares, torch.nan)
+    plain = complete and state.complete
+    shares = running_mean(state.shares, shares, smoothing, plain)
+    coherences = None if cosines is None else running_mean(state.coherences, cosines, smoothing, plain)
+
+    state.norms, state.conflicts, state.coefficients = norms, None, state.ones
+    if not isinstance(counts, bool) and hasattr(rule, "state_dict"):
+        counts = bool(counts)  # what the rule itself keeps must not change either
+    if counts is False:
+        return False, False
+    seen_errors = errors if state.has_errors else None
+    measured = Measured(
+        state.names, norms, shares, coherences, seen_errors, active, scale_free, state.decided, state.step
+    )
+    coefficients, conflicts = _checked(rule, rule(measured), norms)
+    if not host:
+        counts = counts & ((coefficients >= 0) & (coefficients < torch.inf)).all()
+    due = state.inside(window, counts)
+    if due is not False:
+        applies = active if isinstance(due, bool) else active & due
+        state.coefficients = coefficients if complete else torch.where(applies, coefficients, 1.0)
+        state.conflicts = None if conflicts is None else conflicts & due
+    state.complete = state.complete or complete
+    state.remember(counts, shares=shares, coherences=coherences, errors=seen_errors, decided=coefficients)
+    return counts, due
+
+
+def running_mean(mean: Tensor, value: Tensor, smoothing: float, known: bool = False) -> Tensor:
+    """The exponential running mean after one more value, starting at the first; a NaN leaves it as it is, ``[N]``.
+
+    Args:
+        mean: NaN where there is none yet, shape ``[N]``.
+        value: NaN where there is none, shape ``[N]``.
+        smoothing: Weight of the past, in [0, 1).
+        known: Whether there is no NaN in either.
+    """
+    new = torch.lerp(value, mean, smoothing)
+    return new if known else torch.where(value.isnan(), mean, torch.where(mean.isnan(), value, new))
+
+
+def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The coefficients, and the conflicts if the rule tells them."""
+    coefficients, conflicts = answer if isinstance(answer, tuple) else (answer, None)
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"{name_of(rule)} must give a tensor. Got {type(coefficients).__name__}. Return shape [N].")
+    shown = coefficients.tolist() if on_host(norms.device) and coefficients.dim() == 1 else []
+    if coefficients.shape != norms.shape or not all(0 <= c < float("inf") for c in shown):
+        raise ValueError(
+            f"{name_of(rule)} must give finite coefficients >= 0 of shape {tuple(norms.shape)}. "
+            f"Got {shown or tuple(coefficients.shape)}. Mind the NaN before a mean is known."
+        )
+    return coefficients.to(norms), conflicts
+
+
+def name_of(rule: Rule) -> str:
+    """What a rule is called in messages and checkpoints."""
+    name: str = getattr(rule, "__qualname__", type(rule).__qualname__)
+    return f"`{name}`"

@@ -1,0 +1,82 @@
+"""One reading of the gradients: norms and coherence of the groups, and the errors that travel with them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradbalance._gradients.coherence import Sketch
+from gradbalance._gradients.layout import Gathered, Layout
+from gradbalance._gradients.norms import reduce_norms
+
+
+class Reading(NamedTuple):
+    """What a step is decided on, the same on all ranks.
+
+    Attributes:
+        norms: Of each group, and of the parameters of no group where these are laid out, shape ``[G]``.
+        cosines: Between this gradient of each group and its last one, NaN where undefined, shape ``[N]``; or None.
+        errors: Observed since the last step, negative where there is none, shape ``[N]``; or None.
+    """
+
+    norms: Tensor
+    cosines: Tensor | None = None
+    errors: Tensor | None = None
+
+
+class Meter:
+    """Reads the gradients of a layout and, if asked to, remembers a sketch of them.
+
+    Args:
+        layout: Of the parameters.
+        with_coherence: Whether to measure it.
+        before: The meter of the layout before this one, whose sketch goes on where the layouts agree.
+    """
+
+    def __init__(self, layout: Layout, with_coherence: bool, before: "Meter | None" = None) -> None:
+        self.layout = layout
+        self._sketch = Sketch(layout.readable, layout.home) if with_coherence else None
+        if self._sketch is not None and before is not None and before._sketch is not None:
+            self._sketch.continue_from(before._sketch)
+
+    def norms(self, gathered: list[Gathered], scaler: Any = None) -> Tensor:
+        """The norms alone, shape ``[G]``; the arguments are those of :meth:`read`."""
+        norms, *_ = reduce_norms(gathered, self.layout.rows, self.layout.home)
+        return _unscaled(norms, scaler)
+
+    def read(self, gathered: list[Gathered], errors: Tensor | None, scaler: Any, process_group: Any) -> Reading:
+        """Take norms and, if asked to, coherence.
+
+        Args:
+            gathered: The gradients.
+            errors: Observed on this rank, shape ``[N]``, negative where there is none; or None.
+            scaler: Where GradScaler leaves its ``grad_scale`` and ``found_inf`` for fused optimizers.
+            process_group: The ranks over which errors are averaged.
+        """
+        layout, sketch = self.layout, self._sketch
+        entries = None if sketch is None else sketch.take()
+        norms, errors, total = reduce_norms(gathered, layout.rows, layout.home, errors, entries, process_group)
+        cosines = None if sketch is None or total is None else sketch.cosines(total)
+        return Reading(_unscaled(norms, scaler), cosines, errors)
+
+    def keep(self, counts: Tensor | bool) -> None:
+        """Remember the gradients just read as the last ones, if the step counts."""
+        if self._sketch is not None:
+            self._sketch.keep(counts)
+
+    def numbers(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """The last entries of the sketch of each group; a host read."""
+        return {} if self._sketch is None else self._sketch.numbers(names)
+
+    def load(self, names: Sequence[str], numbers: Mapping[str, list[float]]) -> None:
+        """Take what :meth:`numbers` gave."""
+        if self._sketch is not None and numbers:
+            self._sketch.load(names, numbers)
+
+
+def _unscaled(norms: Tensor, scaler: Any) -> Tensor:
+    """The norms without the scale of the loss, NaN where GradScaler will skip the step."""
+    scale, found_inf = (getattr(scaler, name, None) for name in ("grad_scale", "found_inf"))
+    norms = norms if scale is None else norms / scale.to(norms)
+    return norms if found_inf is None else torch.where(found_inf.to(norms) > 0, torch.nan, norms)
