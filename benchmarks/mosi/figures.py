@@ -86,16 +86,16 @@ def courses(runs: Runs, title: str, curves: Curves, log: bool = False) -> Figure
 
 
 def histograms(runs: Runs) -> Figure:
-    """How often each coefficient was where, over all steps and seeds."""
+    """How often each coefficient was where, over all steps and seeds: bars of a fifth of a unit."""
     shown = [row for row in ("A5", FULL, "U", "Z", "L", "E") if row in runs]
     figure = Figure(figsize=(2.2 * max(len(shown), 1) + 1, 3), layout="constrained")
     for axes, row in zip(figure.subplots(1, max(len(shown), 1), sharey=True, squeeze=False)[0], shown, strict=False):
         names = list(next(iter(runs[row].values()))["history"][0]["histogram"])
         for place, name in enumerate(names):
             counts = np.sum([epoch["histogram"][name] for line in runs[row].values() for epoch in line["history"]], 0)
-            left = np.arange(10) / 10 + place * 0.1 / len(names)
-            axes.bar(left, counts / counts.sum(), 0.09 / len(names), align="edge", label=name, color=COLOURS.get(name))
-        axes.set(title=row, xlabel="coefficient", xlim=(0, 1))
+            left = np.arange(len(counts)) / 5 + place * 0.2 / len(names)
+            axes.bar(left, counts / counts.sum(), 0.18 / len(names), align="edge", label=name, color=COLOURS.get(name))
+        axes.set(title=row, xlabel="coefficient", xlim=(0, 4))
     figure.axes[0].set_ylabel("share of the steps")
     figure.axes[-1].legend(fontsize=8)
     return figure

@@ -1,14 +1,12 @@
-"""The model of arXiv 2605.28575 for any set of named non-text modalities, and its losses.
+"""The model of arXiv 2605.28575 for any set of named non-text modalities.
 
 [P] marks what the paper states, [R] what it leaves open and is chosen here. Shapes: B utterances, L sub-words, T steps
 of a modality (L, or 1 for one vector an utterance), D its features, Z its latent width, K the width of the fusion,
 W that of the text.
 """
 
-import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from examples.mosi.config import Config
 from examples.mosi.data import Batch
-from gradbalance import statistical_loss
+from examples.mosi.draw import Draw, Dropout, own_noise
 
 
 class Latent(NamedTuple):
@@ -32,40 +30,6 @@ class Output(NamedTuple):
     reconstructions: dict[str, Tensor]  # each [B, T, D]
     statistics: dict[str, tuple[Tensor, Tensor] | Tensor]  # what is compared with the inputs, each [B, T, D]
     pooled: dict[str, Tensor]  # output of each encoder, mean over its steps, each [B, Z] or [B, W]
-
-
-class Draw:
-    """Random numbers for a whole batch, of which a process keeps its own rows: one process or eight draw the same."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.generator = torch.Generator(device)
-        self.size, self.rows = 1, slice(None)
-
-    def begin(self, batch: Batch) -> None:
-        self.size, self.rows = batch.size, slice(batch.rank, None, batch.world)
-
-    def __call__(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
-        options = {"generator": self.generator, "device": like.device, "dtype": like.dtype}
-        each, rest = divmod(len(like), len(range(self.size)[self.rows]))  # rows of each utterance, as one a head
-        if rest:
-            return sampler(like.shape, **options)  # shared by all utterances, as positions are
-        return sampler((self.size, each, *like.shape[1:]), **options)[self.rows].reshape(like.shape)
-
-
-class Dropout(nn.Module):
-    p = 0.0  # what attention of transformers reads that drops by a function: its random numbers could not be shared
-
-    def __init__(self, rate: float, draw: Draw) -> None:
-        super().__init__()
-        self.rate, self.draw = rate, draw
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        return x * self.draw(self.kept, x) / (1 - self.rate)
-
-    def kept(self, shape: Sequence[int], generator: torch.Generator, **options: Any) -> Tensor:
-        return torch.empty(shape, **options).bernoulli_(1 - self.rate, generator=generator)
 
 
 def mlp(width: int, hidden: int, out: int, p: float, draw: Draw) -> nn.Sequential:
@@ -243,53 +207,6 @@ class Model(nn.Module):
         return linear(latent.mean), F.linear(latent.variance, linear.weight.square())
 
 
-def own_noise(name: str, batch: Batch, like: Tensor, draws: int) -> Tensor:
-    """Standard normal numbers [draws, B, T, Z] that depend on the modality and the number of the utterance alone."""
-    noise = torch.zeros(draws, *like.shape)
-    lengths = batch.mask.sum(1).clamp(max=like.shape[1]).tolist()
-    for row, (index, length) in enumerate(zip(batch.index.tolist(), lengths, strict=True)):
-        # 32 bits are all that the generator keeps of a seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {index}".encode()))
-        noise[:, row, :length] = torch.randn(draws, length, like.shape[2], generator=generator)
-    return noise.to(like.device)
-
-
-def losses(output: Output, batch: Batch, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms of the objective, unweighted, and the error of each head: means over the whole batch.
-
-    A process of several divides its sums by its fair share of the batch, so that the average over the processes (of
-    gradients and of errors) is exact for uneven shares too.
-    """
-    share = batch.size / batch.world
-    regression = F.l1_loss if config.task == "l1" else F.mse_loss
-    terms = {"task": regression(output.prediction, batch.labels, reduction="sum") / share}
-    if output.heads:
-        terms["uni"] = sum(regression(y, batch.labels, reduction="sum") for y in output.heads.values()) / share
-    if output.reconstructions:
-        errors = [
-            pool((x - batch.features[name]).square(), batch.masks[name]) for name, x in output.reconstructions.items()
-        ]
-        terms["recon"] = sum(error.mean(-1).sum() for error in errors) / (2 * share)
-    if output.latents and config.div:
-        pooled = [pool(latent.z, batch.masks[name]) for name, latent in output.latents.items()]
-        terms["div"] = -sum(entropy(z).sum() for z in pooled) / (len(pooled) * share)
-    if output.statistics:
-        group = torch.distributed.group.WORLD if batch.world > 1 else None
-        terms["stat"] = sum(
-            statistical_loss(predicted, batch.features[name], batch.masks[name], batch.masks[name], process_group=group)
-            for name, predicted in output.statistics.items()
-        ) / len(output.statistics)
-    with torch.no_grad():
-        errors = {name: (y - batch.labels).abs().sum() / share for name, y in output.heads.items()}
-    return terms, errors
-
-
 def pool(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the steps that exist, [B, T, D] -> [B, D]; 0 where none does."""
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def entropy(z: Tensor) -> Tensor:
-    """Entropy of softmax(z) as a share of its maximum, [B, Z] -> [B] in [0, 1]."""
-    logs = z.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1) / math.log(z.shape[-1])

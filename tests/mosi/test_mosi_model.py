@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from examples.mosi.config import Config
-from examples.mosi.model import AME, Adapter, Draw, GatedFusion, Latent, Model, entropy, losses, own_noise, pool
+from examples.mosi.draw import Draw, own_noise
+from examples.mosi.losses import entropy, losses
+from examples.mosi.model import AME, Adapter, GatedFusion, Latent, Model, pool
 from examples.mosi.simulated import simulate
 
 WIDTHS = {"audio": 20, "timing": 6}

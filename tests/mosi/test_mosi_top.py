@@ -9,9 +9,11 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
 from examples.mosi import text, train
+from examples.mosi.build import build
 from examples.mosi.config import Config
 from examples.mosi.data import Ragged
-from examples.mosi.model import Draw, Transformer
+from examples.mosi.draw import Draw
+from examples.mosi.model import Transformer
 from examples.mosi.simulated import simulate
 from examples.mosi.top import check_split, top
 
@@ -175,7 +177,7 @@ def test_states_of_another_width_are_refused(small, corpus):
 def test_only_the_top_layers_are_trained(small):
     config = Config(**small)
     data = train.prepare(config)
-    before = train.build(config, data, [], Draw(torch.device("cpu"))).text
+    before = build(config, data, [], Draw(torch.device("cpu"))).text
     numbers = [int(name.split(".")[3]) for name, p in before.named_parameters() if p.requires_grad]
     assert set(numbers) == {0}
     assert not any(p.requires_grad for name, p in before.named_parameters() if ".layer." not in name)
@@ -211,7 +213,7 @@ def test_dropout_draws_for_the_whole_batch_on_every_process(small):
     config = Config(**small)
     data = train.prepare(config)
     draw = Draw(torch.device("cpu"))
-    model = train.build(config, data, ["audio", "timing"], draw).train()
+    model = build(config, data, ["audio", "timing"], draw).train()
     batch = data.batch(torch.arange(5), ["audio", "timing"])
     outputs = []
     for part in (batch, batch.shard(0, 2), batch.shard(1, 2)):

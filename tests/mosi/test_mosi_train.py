@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from examples.mosi import __main__ as command
-from examples.mosi import run, train
+from examples.mosi import build, run, train
 from examples.mosi.config import Config
-from examples.mosi.model import Draw
+from examples.mosi.draw import Draw
 from examples.mosi.simulated import simulate
 from gradbalance import PAPER, ConflictAwarePenalty
 
@@ -55,7 +56,7 @@ def assert_same_run(one: Path, other: Path):
 def flat(state):
     """Nested containers and tensors as something that compares with ==, bit for bit."""
     if isinstance(state, torch.Tensor):
-        return state.dtype, state.tolist()
+        return state.dtype, state.shape, state.numpy().tobytes()  # NaN is what was not measured, and equals itself
     if isinstance(state, dict):
         return {key: flat(value) for key, value in state.items()}
     return [flat(value) for value in state] if isinstance(state, list | tuple) else state
@@ -108,7 +109,7 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     assert test["best_epoch"] == min(range(3), key=lambda epoch: history[epoch]["valid"]["mae"])
 
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    model = train.build(config, data, ["audio", "timing"], Draw(torch.device("cpu")))
+    model = build.build(config, data, ["audio", "timing"], Draw(torch.device("cpu")))
     model.load_state_dict(state["best"])
     valid = train.predict(model, data, "valid", ["audio", "timing"])
     best = history[test["best_epoch"]]["valid"]["mae"]
@@ -152,7 +153,13 @@ def test_paper_observes_all_but_text_inside_its_window(data, monkeypatch):
     for balance in ("paper", "errors", "default", "off"):
         train.train(Config(**SMALL | {"epochs": 1}, balance=balance), data)
     assert seen == [{"audio", "timing"}] * 6 + [{"text", "audio", "timing"}] * 6
-    assert train.paper(Config(epochs=30), steps=10) == PAPER | {"window": (0, 250)}
+    assert build.balancing(Config(epochs=30, balance="paper"), steps=10) == PAPER | {"window": (0, 250)}
+
+
+def test_further_options_go_to_the_rule_or_to_the_penalty():
+    options = build.balancing(Config(balance="paper", penalty={"eta": 1.0, "noise": 0.0}), steps=10)
+    assert options["rule"] == replace(PAPER["rule"], eta=1.0)
+    assert options["noise"] == 0
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("audio",), ("text", "timing"), ("audio", "timing")])
@@ -175,7 +182,7 @@ def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatc
         train.train(config, data, out=tmp_path / "killed")
     train.train(config, data, out=tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    first = train.build(config, data, ["audio", "timing"], Draw(torch.device("cpu"))).text.state_dict()
+    first = build.build(config, data, ["audio", "timing"], Draw(torch.device("cpu"))).text.state_dict()
     last = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)["model"]
     assert all(not torch.equal(first[name], last[f"text.{name}"]) for name in first if "query.weight" in name)
 
