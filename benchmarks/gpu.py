@@ -16,11 +16,13 @@ from time import perf_counter
 
 import torch
 
-from benchmarks import moments, overhead
 from benchmarks._markdown import GPU, gpu_results
-from benchmarks._overhead_rivals import Branches, clipping
 from benchmarks._timing import Call, environment, interleaved, launches, ratios
-from gradbalance import attach
+from benchmarks.moments import measure as moments
+from benchmarks.moments import report as moments_report
+from benchmarks.overhead import measure as overhead
+from benchmarks.overhead import report as overhead_report
+from benchmarks.overhead.rivals import Branches, clipping
 
 MODES = ("update", "gradient", "gradient + max_norm")
 
@@ -52,7 +54,7 @@ def steps(device: str) -> tuple[dict[str, Call], Call]:
     found = {name: overhead.penalty(groups, overhead.MODES[name]) for name in MODES}
     lr = torch.tensor(1e-5, device=device)
     optimizer = torch.optim.AdamW([p for group in groups.values() for p in group], lr=lr, capturable=device != "cpu")
-    attach(optimizer, groups, **overhead.MODES["update"])
+    overhead.balance(optimizer, groups, overhead.MODES["update"])
     found["update, AdamW with tensor lr"] = optimizer.step
     renew = overhead.renewal(groups)
     interleaved(found, 1, device, prepare=renew)
@@ -80,7 +82,7 @@ def trained(device: str, run: Callable[[Call], Call], n_steps: int = 4) -> list[
     torch.manual_seed(0)
     model = Branches("MLP", 10).move(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=device != "cpu")
-    attach(optimizer, model.groups(), apply_to="gradient", threshold=1.0, max_norm=1.0, agreement=None)
+    overhead.balance(optimizer, model.groups(), {**overhead.MODES["gradient"], "max_norm": 1.0})
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -172,6 +174,6 @@ if __name__ == "__main__":
         sys.exit("benchmarks.gpu must run where torch sees a CUDA device. Got none. Run it on a machine with a GPU.")
     calls = parts()
     measure({name: calls[name] for name in chosen or calls}, GPU)
-    for path, report in ((moments.JSON, moments.report), (overhead.JSON, overhead.report)):
+    for path, report in ((moments_report.JSON, moments_report.report), (overhead_report.JSON, overhead_report.report)):
         path.with_suffix(".md").write_text(report(json.loads(path.read_text()), gpu_results()))
     print(GPU.read_text())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbalance._gradients.layout import copies, local, reduced, wide
 
-ENTRIES = 1 << 15  # of all groups together: 128 KiB
+ENTRIES = 1 << 13  # of all groups together: 32 KiB
 TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
 

@@ -1,4 +1,4 @@
-"""Mean, variance, skewness, kurtosis and covariance of masked samples, and the merging of batches."""
+"""Mean, variance, skewness, kurtosis and covariance of masked samples: the checks, the axes, the way for each size."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradbalance import _central_moments as kernel
+from gradbalance._moments import plain
+from gradbalance._moments.one_pass import CentralMoments
 
 
 class Moments(NamedTuple):
@@ -34,19 +35,21 @@ class Moments(NamedTuple):
 
 
 class Central(NamedTuple):
-    """Moments about the mean, with the mean in two parts; ``S`` as in `Moments`.
+    """Moments about the mean; ``S`` as in `Moments`.
 
     Attributes:
         count: Valid samples, shape ``S`` without the feature axis.
-        shift: A constant near the mean, shape ``S``. Adding the rest to it would round away what is small beside it.
-        powers: mean - shift, then the central moments of order 2, 3, ..., shape ``[order, *S]``.
+        shift: The mean, shape ``S``; or, with a remainder, a constant near it.
+        remainder: mean - shift, shape ``S``: adding it to the shift would round away what is small beside that.
+        powers: The central moments of order 2, 3, ..., each of shape ``S``.
         covariance: Population covariance of the features, shape ``[*S, D]``, or None.
     """
 
     count: Tensor  # type: ignore[assignment]
     shift: Tensor
-    powers: Tensor
-    covariance: Tensor | None = None
+    remainder: Tensor | None
+    powers: Sequence[Tensor]
+    covariance: Tensor | None
 
 
 def moments(
@@ -54,16 +57,16 @@ def moments(
 ) -> Moments:
     """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis :math:`m_4/m_2^2` of ``x``.
 
-    Accurate far from the origin, since the sums are taken about a pilot mean, and cheap: on the CPU, and on CUDA with
-    Triton, neither direction keeps a temporary of the size of ``x``, but for one copy where reduced axes lie between
-    kept ones in memory. Works under `torch.compile` without a graph break, under `torch.func.vmap` and for second
-    derivatives. Not for data whose fourth power leaves the range of float32.
+    Accurate far from the origin, since the sums are taken about a mean, and cheap: few operations where ``x`` is small;
+    where it is large, on the CPU, neither direction keeps a temporary of its size, but for one copy where reduced axes
+    lie between kept ones in memory. Works under `torch.compile` without a graph break, under `torch.func.vmap` and for
+    second derivatives. Not for data whose fourth power leaves the range of float32.
 
     Args:
         x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a gradient beyond the
             range of float16 becomes its largest number.
         mask: True where a sample counts; None counts all. What is masked may be NaN.
-        dim: Axes to reduce. Default: all but the last one, which holds the features.
+        dim: Axes to reduce. Default: all but the last one, which holds the features; ``[N]`` counts as ``[N, 1]``.
         order: The highest moment wanted, 1 to 4.
 
     Shape:
@@ -71,7 +74,7 @@ def moments(
         is valid every moment is 0.
 
     Raises:
-        TypeError: ``x`` is not floating point, or ``mask`` is not boolean.
+        TypeError: ``x`` is not floating point or not dense, or ``mask`` is not boolean.
         ValueError: A shape, an axis or the order is out of range.
 
     Example:
@@ -94,12 +97,18 @@ def central_moments(
     dim: int | Sequence[int] | None = None,
     order: int = 2,
     covariance: bool = False,
+    in_two_parts: bool = False,
     name: str = "x",
 ) -> Central:
-    """Central moments of ``x`` up to ``order``, the rest as in `moments`; ``name`` is what errors call ``x``."""
+    """Central moments of ``x`` up to ``order``, the rest as in `moments`.
+
+    ``in_two_parts`` asks for the mean as shift and remainder; ``name`` is what errors call ``x``.
+    """
     _check(x, mask, order, name)
     reduced = _axes(x, dim)
     kept = [axis for axis in range(x.dim()) if axis not in reduced]
+    if x.dim() == 1:  # one feature
+        x, kept = x[:, None], [*kept, 1]
     scalars = not kept or kept[-1] < x.dim() - 1  # the features are reduced too: every number is a sample
     if scalars:
         if covariance:
@@ -108,13 +117,21 @@ def central_moments(
         x = x[..., None]
     else:
         kept.pop()
+    small = bool(reduced) and not in_two_parts and plain.suits(x)
     if kept:
-        axes = kept + reduced
+        axes = reduced + kept if small else kept + reduced
         x, mask = x.permute(*axes, -1), None if mask is None else mask.permute(axes)
-    found = kernel.CentralMoments.apply(x.contiguous(), mask, len(kept), order, covariance)  # type: ignore[no-untyped-call]
+    if small:
+        found = Central(*plain.central_moments(x, mask, len(reduced), order, covariance))
+    else:
+        fields = CentralMoments.apply(x.contiguous(), mask, len(kept), order, covariance)  # type: ignore[no-untyped-call]
+        count, shift, (remainder, *powers), *products = fields
+        found = Central(count, shift, remainder, powers, products[0] if products else None)
     if scalars:
-        found = found[0], found[1].squeeze(-1), found[2].squeeze(-1)
-    return Central(*found)
+        count, shift, remainder, powers, _ = found
+        remainder = None if remainder is None else remainder.squeeze(-1)
+        found = Central(count, shift.squeeze(-1), remainder, [power.squeeze(-1) for power in powers], None)
+    return found
 
 
 def standardise(central: Central) -> Moments:
@@ -122,8 +139,8 @@ def standardise(central: Central) -> Moments:
 
     It counts as 0 below the rounding error of the mean, and where its square would leave the range of the dtype.
     """
-    remainder, variance, skewness, kurtosis, *_ = [*central.powers.unbind(), None, None, None]
-    mean = central.shift + remainder
+    variance, skewness, kurtosis, *_ = [*central.powers, None, None, None]
+    mean = central.shift if central.remainder is None else central.shift + central.remainder
     if skewness is not None:
         limits = torch.finfo(mean.dtype)
         varies = variance > (limits.eps * mean.detach()).square().clamp(min=math.sqrt(limits.tiny))
@@ -133,37 +150,30 @@ def standardise(central: Central) -> Moments:
     return Moments(central.count, mean, variance, skewness, kurtosis)
 
 
-def merge(parts: Central) -> Central:
-    """The moments of the union of disjoint batches, exactly; every field of ``parts`` has their axis in front."""
-    count = parts.count.sum(0)
-    weight = parts.count.to(parts.shift.dtype) / count.clamp(min=1)
-    weight = weight.reshape(weight.shape + (1,) * (parts.shift.dim() - weight.dim()))
-    shift = (weight * parts.shift).sum(0)
-    means = parts.shift - shift + parts.powers[:, 0]
-    remainder = (weight * means).sum(0)
-    distance = means - remainder
-    about = [distance * 0, *parts.powers[:, 1:].unbind(1)]
-    powers = torch.stack([remainder, *((weight * power).sum(0) for power in kernel.recentre(about, distance))])
-    covariance = None
-    if parts.covariance is not None:
-        between = distance[..., None] * distance[..., None, :]
-        covariance = (weight[..., None] * (parts.covariance + between)).sum(0)
-    return Central(count, shift, powers, covariance)
-
-
 def _check(x: Tensor, mask: Tensor | None, order: int, name: str) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"`{name}` must be a floating-point tensor. Got {kind}. Convert it, for example with .float().")
+    if x.layout is not torch.strided or x.is_nested:
+        found = "a nested one" if x.is_nested else x.layout
+        raise TypeError(
+            f"`{name}` must be a dense tensor. Got {found}. Pass x.values() for the moments of all samples, or pad it "
+            "and give the mask."
+        )
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"`{name}` must have the shape [..., D], D >= 1. Got {list(x.shape)}. Add a feature axis.")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"`mask` must be boolean. Got {mask.dtype}. Write mask.bool(), or compare it with 0.")
-    if mask is not None and mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"`mask` must have the shape of its samples without the last axis, {list(x.shape[:-1])} for samples of "
-            f"shape {list(x.shape)}. Got {list(mask.shape)}. Give one flag per sample."
-        )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"`mask` must be a boolean tensor. Got {kind}. Write mask.bool(), or compare it with 0.")
+        if mask.is_nested:
+            raise TypeError("`mask` must be a dense tensor. Got a nested one. Pad it with False.")
+        samples = x.shape[:-1] or x.shape
+        if mask.shape != samples:
+            raise ValueError(
+                f"`mask` must hold one flag per sample, {list(samples)} for samples of shape {list(x.shape)}. "
+                f"Got {list(mask.shape)}. Leave out the axis of the features."
+            )
     if order not in (1, 2, 3, 4):
         raise ValueError(f"`order` must be 1, 2, 3 or 4. Got {order!r}. Higher moments are not offered.")
 
@@ -171,7 +181,7 @@ def _check(x: Tensor, mask: Tensor | None, order: int, name: str) -> None:
 def _axes(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
     """The reduced axes, sorted, none negative."""
     if dim is None:
-        return list(range(x.dim() - 1))
+        return list(range(x.dim() - 1)) or [0]
     axes = [dim] if isinstance(dim, int) else list(dim)
     if any(not -x.dim() <= axis < x.dim() for axis in axes) or len({axis % x.dim() for axis in axes}) < len(axes):
         raise ValueError(

@@ -1,5 +1,4 @@
 import pytest
-import reference_moments as reference
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -9,7 +8,9 @@ from strategies import moment_inputs, samples
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from gradbalance._statistical import StatisticalLoss, statistical_loss
+from gradbalance import StatisticalLoss, statistical_loss
+
+from . import reference
 
 NAMES = ("mean", "variance", "skewness", "kurtosis", "covariance")
 
@@ -44,6 +45,15 @@ def test_the_loss_of_samples_is_the_squared_difference_of_their_moments(inputs, 
     scale = actual[2] + 0.5 if normalise else torch.ones_like(actual[2])
     powers = torch.stack([scale, scale**2, torch.ones_like(scale), torch.ones_like(scale)])
     assert_close(found, ((predicted - actual)[1:].square() / powers).mean(0), rtol=1e-7, atol=1e-7)
+
+
+@given(inputs=batches(), normalise=st.booleans(), reduction=st.sampled_from(["mean", "none"]))
+def test_tensors_of_one_axis_hold_the_samples_of_one_feature(inputs, normalise, reduction):
+    prediction, target, variance, mask = (x[0] if x.dim() == 2 else x[0, :, 0] for x in inputs)
+    for guess, names in ((prediction, NAMES), ((prediction, variance), NAMES[:2])):
+        loss = StatisticalLoss(names, normalise=normalise, reduction=reduction)
+        column = guess[:, None] if guess is prediction else tuple(x[:, None] for x in guess)
+        assert_close(loss(guess, target, mask), loss(column, target[:, None], mask))
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -219,10 +229,14 @@ PAIR = (torch.zeros(4, 5, 3), torch.ones(4, 5, 3))
         (
             lambda x: statistical_loss(x, x, torch.ones(4, 4) > 0),
             ValueError,
-            r"`mask` must have the shape .* Got \[4, 4\]",
+            r"`mask` must hold one flag per sample, .* Got \[4, 4\]",
         ),
-        (lambda x: statistical_loss(PAIR, x, torch.ones(4, 4) > 0), ValueError, r"`mask` must have the shape"),
-        (lambda x: statistical_loss(x, x, torch.ones(4, 5)), TypeError, r"`mask` must be boolean"),
+        (
+            lambda x: statistical_loss(PAIR, x, torch.ones(4, 4) > 0),
+            ValueError,
+            r"`mask` must hold one flag",
+        ),
+        (lambda x: statistical_loss(x, x, torch.ones(4, 5)), TypeError, r"`mask` must be a boolean tensor"),
         (lambda x: statistical_loss(x.int(), x), TypeError, r"`prediction` must be .* Got torch\.int32"),
         (lambda x: statistical_loss(x, x.int()), TypeError, r"`target` must be .* Got torch\.int32"),
         (
@@ -256,6 +270,10 @@ def test_a_negative_predicted_variance_is_counted_and_located_unless_it_is_maske
         statistical_loss((mean, variance), mean, mask)
     mask[1, 2] = mask[0, 0] = False
     assert statistical_loss((mean, variance), mean, mask) == 0.5
+    mask = torch.tensor([True, False])
+    assert statistical_loss((torch.zeros(2), torch.tensor([1.0, -1.0])), torch.zeros(2), mask) == 0.5
+    with pytest.raises(ValueError, match=r"Got 1 below 0 of 2, the first at \[0\]: -1\."):
+        statistical_loss((torch.zeros(2), torch.tensor([-1.0, 1.0])), torch.zeros(2), mask)
 
 
 def test_repr_shows_the_options():

@@ -1,11 +1,13 @@
-"""The measurements of ``benchmarks.overhead`` as Markdown and as a figure."""
+"""The measurements of the overhead as Markdown and as a figure."""
 
 from functools import partial
 from pathlib import Path
 
 from benchmarks._markdown import FAILED, cell, span, table, text
 
+JSON = Path(__file__).parents[1] / "results" / "overhead.json"
 CLIP = "clip_grad_norm_"
+SMALL = ("clip_grad_norm_", "default", "every=4", "gradient")
 WHOLE = (
     "Forward, backward, balance, update, against the plain optimizer; 3 encoders, batches of 64 rows for the MLP and "
     "of 8 sequences of 16 for the transformer. The larger the batch, the nearer all ratios are to 1."
@@ -15,12 +17,12 @@ WHY = (
     "",
     "- Update mode only takes the norms of the gradients, and that is half of clipping. On the CPU the norm is limited "
     "by its kernel rather than by memory: it is further from its floor than scaling.",
-    "- The rule is some forty operators on vectors of length N, a tenth of a millisecond whatever the model: more than "
+    "- The rule is some twenty operators on small vectors, a tenth of a millisecond whatever the model: more than "
     "clipping takes on a few dozen small tensors, nothing beside large ones.",
     "- With hundreds of groups of two tensors each, what is done once a group (a factor, the check that the gradient "
     "is new, a stand-in of a param_group) counts as much as what is done once a tensor; clipping has one factor for "
-    "all. The default `agreement` also reads entries of at least one tensor of each group; `agreement=None` spares "
-    "that.",
+    "all. The default rule also reads entries of at least one tensor of each group; a rule with "
+    "`needs_coherence = False` spares that.",
     "- On the CPU the norm of a tensor of more than 262,144 entries is taken in parts, each a call of some "
     "microseconds: taken whole, as clipping takes it, it is wrong by 2e-4 at 8 M entries. The bytes read and written "
     "are the same.",
@@ -28,8 +30,8 @@ WHY = (
 )
 # What is asked for: title, where the ratio is found, target on the CPU, target on an H200.
 OPERATION_TARGETS = [
-    ("gradient mode / `clip_grad_norm_`", "gradient", 0.95, 1.0),
     ("update mode / `clip_grad_norm_`", "update", 0.50, 0.6),
+    ("gradient mode / `clip_grad_norm_`", "gradient", 0.85, 1.0),
     ("update + `max_norm` / `clip_grad_norm_`", "update + max_norm", 1.02, 1.1),
     ("gradient + `max_norm` / `clip_grad_norm_`", "gradient + max_norm", 1.02, 1.1),
 ]
@@ -47,6 +49,7 @@ def report(found: dict, gpu: dict) -> str:
         "costs caches and memory bandwidth). Milliseconds are computing time of the process; ratios are medians "
         "[quartiles] of the rounds.",
         "",
+        *small(found["small"]),
         "## Targets",
         "",
         *targets(found, gpu),
@@ -55,7 +58,7 @@ def report(found: dict, gpu: dict) -> str:
         f"## The operation alone, {operations['parameters'] / 1e6:.0f} M parameters, {operations['tensors']} tensors, "
         f"{operations['groups']} groups",
         "",
-        "The rule at its busiest, all groups but the smallest scaled, `agreement=None`; `max_norm` and the clipping "
+        "A rule that needs no coherence and scales all groups but one; `max_norm` and the clipping "
         "rivals but ZClip, which waits for outliers, always clip. The floor: the bytes that have to be read and "
         "written, at the speed of an operation in place on as many bytes in the same rounds "
         f"({speeds['negation in place']:.1f} GB/s read and written; a copy reaches {speeds['copy']:.1f}, since the CPU "
@@ -98,13 +101,33 @@ def report(found: dict, gpu: dict) -> str:
     return "\n".join(lines + (sharded(found["fsdp2"]) if found["fsdp2"] else []))
 
 
+def small(found: dict) -> list[str]:
+    """Two branches of a few layers: what a newcomer will see first."""
+    rows = []
+    for row in found["rows"]:
+        shown = [text(row["ratios"][name]) if name in row["ratios"] else "" for name in SMALL]
+        rows.append([row["optimizer"], str(row["width"]), f"{row['plain_us'][1]:.0f}", *shown])
+    counts = ", ".join(f"{len(names)} in {mode} mode" for mode, names in found["operators"].items())
+    return [
+        "## Small models",
+        "",
+        "A whole training step of two branches of two layers, batch 64, against the plain optimizer's. Targets at "
+        "width 128: default ≤ 1.20 under SGD and ≤ 1.15 under AdamW, `every=4` ≤ 1.06.",
+        "",
+        *table(["optimizer", "width", "plain, us", *SMALL], rows),
+        f"Operators that a counted step of the default rule dispatches: {counts}.",
+        "",
+    ]
+
+
 def targets(found: dict, gpu: dict) -> list[str]:
     """The table of what is asked for."""
     rows = []
     for mode in ("update", "gradient"):
         title = f"whole step / plain optimizer, {mode}"
         on_gpu = cell(gpu, ("overhead", "steps"), partial(_whole, mode))
-        rows.append([title, "≤ 1.03", _whole(mode, found["steps"]), "≤ 1.02", on_gpu])
+        allowed = "≤ 1.02" if mode == "update" else "≤ 1.03"
+        rows.append([title, allowed, _whole(mode, found["steps"]), "≤ 1.02", on_gpu])
     operations = ("overhead", "operations")
     for title, name, cpu, allowed in OPERATION_TARGETS:
         on_gpu = cell(gpu, (*operations, "ratios", name), text)

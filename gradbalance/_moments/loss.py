@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradbalance._moments import Central, central_moments, merge, standardise
+from gradbalance._moments.ranks import gathered, merge
+from gradbalance._moments.statistics import central_moments, standardise
 
 _ORDERS = {"mean": 1, "covariance": 1, "variance": 2, "skewness": 3, "kurtosis": 4}
 
@@ -164,9 +165,9 @@ def _statistics(
     x: Tensor, mask: Tensor | None, *, process_group: dist.ProcessGroup | None, **options: Any
 ) -> dict[str, Tensor]:
     """The statistics of ``x`` by name, over all ranks of ``process_group``; the options of `central_moments`."""
-    central = central_moments(x, mask, **options)
+    central = central_moments(x, mask, in_two_parts=process_group is not None, **options)
     if process_group is not None:
-        central = merge(_gathered(central, process_group))
+        central = merge(gathered(central, process_group))
     found = {**standardise(central)._asdict(), "covariance": central.covariance}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -179,31 +180,6 @@ def _error(name: str, predicted: Tensor, actual: Tensor, scale: Tensor | None) -
     if name == "covariance":  # the mean of these rows is the squared Frobenius norm over 4 D^2
         error = (error if scale is None else error / (scale[..., None] * scale[..., None, :])).mean(-1) / 4
     return error
-
-
-def _gathered(central: Central, group: dist.ProcessGroup) -> Central:
-    """``central`` of every rank, stacked along a new first axis: one message."""
-    fields = [field for field in central if field is not None]
-    message = torch.cat([field.to(central.powers.dtype).flatten() for field in fields])
-    replies = _AllGather.apply(message, group).split([field.numel() for field in fields], dim=1)  # type: ignore[no-untyped-call]
-    return Central(*(reply.reshape(-1, *field.shape) for reply, field in zip(replies, fields, strict=True)))
-
-
-class _AllGather(torch.autograd.Function):
-    """A vector of each rank -> ``[ranks, n]``; backward sums the gradients of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, message: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        replies = message.new_empty(group.size(), len(message))
-        dist.all_gather(list(replies.unbind()), message, group=group)
-        return replies
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[ctx.group.rank()], None
 
 
 def _pair(pair: tuple[Tensor, Tensor], moments: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -228,7 +204,9 @@ def _pair(pair: tuple[Tensor, Tensor], moments: Sequence[str]) -> tuple[Tensor, 
 
 def _check_sign(variance: Tensor, mask: Tensor | None) -> None:
     if variance.device.type == "cpu" and not torch.compiler.is_compiling():
-        negative = variance < 0 if mask is None else (variance < 0) & mask[..., None]
+        negative = variance < 0
+        if mask is not None:
+            negative &= mask if variance.dim() == 1 else mask[..., None]
         if negative.any():
             first = negative.nonzero()[0].tolist()
             raise ValueError(

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,18 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gradbalance import Balance, ConflictAwarePenalty, Recorder, attach
-from gradbalance._recorder import _BATCH, dominance
+from gradbalance import Balance, ConflictAwarePenalty, Recorder, attach, rules
+from gradbalance._record.recorder import _BATCH
+from gradbalance._record.summary import dominance
 
-FIELDS = ("norms", "shares", "errors", "coefficients", "conflicts")
+FIELDS = ("norms", "shares", "coherences", "errors", "coefficients", "conflicts")
 
 
-def make_penalty(gains=(10.0, 1.0), **options):
+NORMS_ALONE = rules.ConflictAware(eta=0.1)
+
+
+def make_penalty(gains=(10.0, 1.0), rule=NORMS_ALONE, **options):
     """A penalty on SGD over one linear layer per gain, and a function that steps it."""
     names = ["text", "audio", "visual", "depth", "touch", "radar"][: len(gains)]
     model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
-    options = {"eta": 0.1, "agreement": None, "max_coefficient": 1.0} | options
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.01), dict(model.items()), **options)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule, **options)
 
     def step(scale=1.0):
         optimizer.zero_grad()
@@ -35,7 +41,7 @@ def assert_same(record, balances):
 
 
 def test_the_record_holds_the_balance_of_every_step():
-    optimizer, step = make_penalty((5.0, 1.0, 3.0))
+    optimizer, step = make_penalty((5.0, 1.0, 3.0), rules.Coherence())
     recorder = Recorder(optimizer)
     balances = []
     for i in range(5):
@@ -59,14 +65,15 @@ def test_reading_in_batches_keeps_every_step_in_order(steps):
 
 
 def test_the_device_is_read_once_a_batch_and_not_at_every_step(monkeypatch):
-    optimizer, step = make_penalty(eta=1, alpha=0)  # which itself reads nothing
+    optimizer, step = make_penalty(rule=rules.Watch())
+    step()
+    recorder = Recorder(optimizer)
     reads = []
     for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *a, f=original, n=name: (reads.append(n), f(*a))[1])
-    recorder = Recorder(optimizer)
     for _ in range(20):
-        step()
+        recorder._record(optimizer.balance)  # not a step, for which the engine itself reads a tensor of the host
     assert reads == []
     recorder.to_dict()
     assert reads == ["cpu", "numpy"]
@@ -100,7 +107,7 @@ def test_leaving_the_context_stops_recording_and_keeps_the_record():
     step()
     recorder.close()
     assert recorder.to_dict()["step"].tolist() == [1]
-    assert optimizer.penalty._listeners == []
+    assert optimizer.penalty._engine.listeners == []
 
 
 def test_recording_does_not_change_the_training():
@@ -119,7 +126,7 @@ def test_recording_does_not_change_the_training():
 def test_the_record_goes_on_when_the_device_or_precision_changes():
     optimizer, _ = make_penalty()
     recorder = Recorder(optimizer)
-    row = Balance(*torch.ones(4, 2), torch.ones(2, 2) > 0, torch.ones(2), torch.tensor(1.0), optimizer.penalty.names)
+    row = Balance(*torch.ones(5, 2), torch.ones(2, 2) > 0, torch.tensor(1.0), optimizer.penalty.names)
     for moved in (row, Balance(*(t.to("meta") for t in row[:-1]), row.names)):
         waiting = len(recorder._waiting)
         recorder._record(moved)
@@ -128,25 +135,21 @@ def test_the_record_goes_on_when_the_device_or_precision_changes():
     assert len(recorder._read) == 1
 
 
-@given(
-    norms=st.lists(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5),
-    factor=st.floats(0.01, 1.0),
-)
-def test_dominance_is_what_the_largest_norm_has_left_over_the_mean_of_the_others(norms, factor):
-    coefficients = [[factor, 1.0, factor**2]] * len(norms)
+@given(norms=st.lists(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_dominance_is_the_largest_norm_over_the_mean_of_the_others(norms):
     expected = []
-    for row, cs in zip(norms, coefficients, strict=True):
-        m = max(range(3), key=row.__getitem__)
-        expected.append(cs[m] * row[m] / (sum(cs[k] * row[k] for k in range(3) if k != m) / 2))
-    np.testing.assert_allclose(dominance(np.array(norms), np.array(coefficients)), expected, rtol=1e-12)
+    for row in norms:
+        *others, largest = sorted(row)
+        expected.append(largest / (sum(others) / 2))
+    np.testing.assert_allclose(dominance(np.array(norms)), expected, rtol=1e-9)
 
 
-def test_dominance_over_nothing_is_infinite():
-    assert dominance(np.array([[2.0, 1.0]]), np.array([[1.0, 0.0]])).tolist() == [float("inf")]
+def test_dominance_over_nothing_is_infinite_and_that_of_nothing_unknown():
+    np.testing.assert_array_equal(dominance(np.array([[2.0, 0.0], [0.0, 0.0], [1e30, 1e-3]])), [np.inf, np.nan, 1e33])
 
 
 def test_the_summary_equals_the_figures_of_the_record():
-    optimizer, step = make_penalty((10.0, 1.0, 4.0), threshold=2.0, eta=0.25, smoothing=0.0)
+    optimizer, step = make_penalty((10.0, 1.0, 4.0), rules.ConflictAware(threshold=2.0, eta=0.25), smoothing=0.0)
     with Recorder(optimizer) as recorder:
         for scale in (1.0, 2.0, 3.0):
             step(scale)
@@ -154,6 +157,7 @@ def test_the_summary_equals_the_figures_of_the_record():
     unit = 2 * 5**0.5  # the norm of the gradient of a linear layer at two rows of ones
     assert summary.steps == 3
     assert summary.norms == pytest.approx({"text": 20 * unit, "audio": 2 * unit, "visual": 8 * unit})
+    assert all(np.isnan(coherence) for coherence in summary.coherences.values())
     assert summary.coefficients == pytest.approx({"text": 0.25, "audio": 1.0, "visual": 0.5})
     assert summary.conflicts == {"text": 1.0, "audio": 0.0, "visual": 1.0}
     assert summary.dominance == pytest.approx(10 / 2.5)
@@ -165,10 +169,19 @@ def test_the_summary_prints_a_row_for_each_group():
     recorder = Recorder(optimizer)
     step()
     header, text, audio, last = str(recorder.summary()).splitlines()
-    assert header.split() == ["mean", "norm", "coefficient", "in", "conflict"]
-    assert text.split() == ["text", "44.7", "0.100", "100.0%"]
-    assert audio.split() == ["audio", "4.47", "1.000", "0.0%"]
+    assert header.split() == ["mean", "norm", "coherence", "coefficient", "in", "conflict"]
+    assert text.split() == ["text", "44.7", "-", "0.100", "100.0%"]
+    assert audio.split() == ["audio", "4.47", "-", "1.000", "0.0%"]
     assert last == "dominance  10 before, 1 after; steps: 1"
+
+
+def test_the_mean_coherence_is_that_of_the_steps_in_which_it_was_known():
+    optimizer, step = make_penalty(rule=rules.Watch(), smoothing=0.5)
+    recorder = Recorder(optimizer)
+    for scale in (1.0, 1.0, -1.0):  # the cosines are 1 and -1, their running means 1 and 0
+        step(scale)
+    assert recorder.summary().coherences == pytest.approx({"text": 0.5, "audio": 0.5}, abs=1e-6)
+    assert str(recorder.summary()).splitlines()[1].split() == ["text", "44.7", "0.500", "1.000", "0.0%"]
 
 
 def test_steps_that_do_not_count_are_left_out_of_the_summary_and_the_figure(tmp_path):
@@ -237,7 +250,7 @@ def test_each_step_is_logged_once():
     recorder.log_to(writer)
     recorder.log_to(writer)
     assert {at for _, _, at in writer.scalars} == {2}
-    assert [scalar[:2] for scalar in writer.scalars[-2:]] == [
+    assert [scalar[:2] for scalar in writer.scalars[2:4]] == [
         ("gradbalance/errors/text", 2.0),
         ("gradbalance/errors/audio", 3.0),
     ]
@@ -257,42 +270,21 @@ def test_a_tensorboard_writer_takes_the_record(tmp_path):
     assert [event.step for event in events.Scalars("gradbalance/norms/text")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("groups", [2, 3, 6, 7])
-@pytest.mark.parametrize("steps", [1, 500])
-def test_the_figure_tells_what_was_recorded(groups, steps, tmp_path):
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_is_as_good_as_a_writer(kind, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    optimizer, step = make_penalty(rule=rules.Watch())
+    recorder = Recorder(optimizer)
+    for _ in range(2):
+        step()
+        recorder.log_to(kind(tmp_path / "runs" / "x"))
+    folder = accumulator.EventAccumulator(str(tmp_path / "runs" / "x")).Reload()
+    assert [event.step for event in folder.Scalars("gradbalance/norms/text")] == [1, 2]
+    assert [event.step for event in folder.Scalars("gradbalance/coherences/audio")] == [2]
+
+
+@pytest.mark.parametrize("writer", [3, None, []])
+def test_what_cannot_be_written_to_is_refused(writer):
     optimizer, _ = make_penalty()
-    recorder = Recorder(optimizer)
-    recorder.names = tuple("abcdefg"[:groups])
-    generator = torch.Generator().manual_seed(0)
-    norms = torch.rand(steps, groups, generator=generator) + 0.1
-    for i, row in enumerate(norms):
-        conflicts = row[:, None] > 3 * row[None, :]
-        coefficients = torch.where(conflicts.any(1), 0.5, 1.0)
-        shares = row / row.sum()
-        recorder._record(
-            Balance(row, shares, shares, coefficients, conflicts, shares, torch.tensor(i + 1.0), recorder.names)
-        )
-    figure = recorder.plot(tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").stat().st_size > 0
-
-    panels = figure.axes
-    titles = [axes.get_title(loc="left") for axes in panels]
-    assert titles == ["Gradient norm of each group", "Coefficient", "In conflict", "Dominance"]
-    raw = panels[0].lines[::2]
-    np.testing.assert_allclose([line.get_ydata() for line in raw], norms.T.double(), rtol=1e-6)
-    smooth = panels[0].lines[1].get_ydata()
-    assert smooth[0] == pytest.approx(norms[: 7 if steps == 500 else 1, 0].mean().item())
-    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == list(recorder.names)
-    assert [label.get_text() for label in panels[2].get_yticklabels()] == list(recorder.names)
-    bands = [mesh.get_array().mean() for mesh in panels[2].collections]
-    outweighed = (norms[:, :, None] > 3 * norms[:, None, :]).double().sum(2) / (groups - 1)
-    assert bands == pytest.approx(outweighed.mean(0).tolist())
-    assert [text.get_text() for text in panels[3].get_legend().get_texts()] == ["before", "after"]
-
-
-def test_a_figure_without_conflicts_says_so(tmp_path):
-    optimizer, step = make_penalty((1.0, 1.0))
-    recorder = Recorder(optimizer)
-    step()
-    figure = recorder.plot(tmp_path / "figure.pdf")
-    assert "never" in [text.get_text() for text in figure.axes[2].texts]
+    with pytest.raises(TypeError, match=r"^`writer` must be a folder, or have .* Got (int|NoneType|list)\. Pass a "):
+        Recorder(optimizer).log_to(writer)

@@ -1,9 +1,10 @@
-"""A record of every step's balance: kept on the device, read out in batches, told as numbers, a table and a figure."""
+"""A record of every step's balance: kept on the device, read out in batches."""
 
 import math
+import os
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from gradbalance._engine.optimizer import ConflictAwarePenalty
 from gradbalance._engine.penalty import Penalty, penalty_of
 from gradbalance._engine.state import Balance
+from gradbalance._record.summary import Summary, dominance, summarise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,43 +23,11 @@ if TYPE_CHECKING:
 _BATCH = 1024
 
 
-class Summary(NamedTuple):
-    """A record in a few figures; prints as a table.
-
-    Attributes:
-        steps: Recorded steps with finite gradients in two groups at least; the others are left out.
-        norms: Mean gradient norm of each group.
-        coefficients: Mean coefficient of each group.
-        conflicts: Fraction of the steps in which the group was in conflict with another, of each group.
-        dominance: The largest norm over the mean of the others, median over the steps.
-        dominance_after: The same ratio of the norms times the coefficients; below 1 the others lead.
-    """
-
-    steps: int
-    norms: dict[str, float]
-    coefficients: dict[str, float]
-    conflicts: dict[str, float]
-    dominance: float
-    dominance_after: float
-
-    def __str__(self) -> str:
-        width = max(len("dominance"), *map(len, self.norms))
-        lines = [f"{'':{width}}  mean norm  coefficient  in conflict"]
-        lines += [
-            f"{name:{width}}  {norm:9.3g}  {self.coefficients[name]:11.3f}  {self.conflicts[name]:11.1%}"
-            for name, norm in self.norms.items()
-        ]
-        lines.append(
-            f"{'dominance':{width}}  {self.dominance:.3g} before, {self.dominance_after:.3g} after; steps: {self.steps}"
-        )
-        return "\n".join(lines)
-
-
 class Recorder:
     """Records the :class:`Balance` of every step: to look first, and decide then.
 
     Each step packs it into one small tensor on the device; the host reads these in batches of about a thousand, and
-    when asked. To watch a model without touching its training, build the optimizer with ``eta=1, alpha=0``. In
+    when asked. To watch a model without touching its training, build the optimizer with ``rule=rules.Watch()``. In
     distributed training each rank holds the same record: print it on one.
 
     Args:
@@ -70,20 +40,19 @@ class Recorder:
         RuntimeError: If asked for a summary or a figure before a step.
 
     Example:
-        >>> from gradbalance.rules import ConflictAware
-        >>> from gradbalance.rules import ConflictAware
+        >>> from gradbalance import rules
         >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=ConflictAware())
+        >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=rules.ByHand(text=0.5))
         >>> with Recorder(optimizer) as recorder:
         ...     for _ in range(3):
         ...         optimizer.zero_grad()
         ...         (10 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()
         ...         optimizer.step()
         >>> print(recorder.summary())
-                   mean norm  coefficient  in conflict
-        text            22.4        0.500       100.0%
-        audio           2.24        1.000         0.0%
+                   mean norm  coherence  coefficient  in conflict
+        text            22.4          -        0.500       100.0%
+        audio           2.24          -        1.000         0.0%
         dominance  10 before, 5 after; steps: 3
     """
 
@@ -94,7 +63,7 @@ class Recorder:
         if penalty is None:
             raise ValueError(
                 f"`optimizer` must have a penalty on it. Got a plain {type(optimizer).__name__}. "
-                "Wrap it in ConflictAwarePenalty first; `eta=1, alpha=0` only watches."
+                "Wrap it in ConflictAwarePenalty first; `rule=rules.Watch()` only watches."
             )
         self.names = penalty.names
         self.every = every
@@ -139,7 +108,7 @@ class Recorder:
         """All that was recorded, S steps of N groups, as numpy arrays.
 
         Returns:
-            ``norms``, ``shares``, ``errors``, ``coefficients`` and ``agreements``, shape ``[S, N]``; ``conflicts``,
+            ``norms``, ``shares``, ``coherences``, ``errors`` and ``coefficients``, shape ``[S, N]``; ``conflicts``,
             bool, shape ``[S, N, N]``; ``step``, int, shape ``[S]``; ``names``, shape ``[N]``. See :class:`Balance`.
         """
         import numpy as np
@@ -147,41 +116,22 @@ class Recorder:
         self._flush()
         n = len(self.names)
         rows = np.concatenate([np.empty((0, n * (n + 5) + 1)), *self._read])
-        ends = np.cumsum([n, n, n, n, n, n * n])
-        norms, shares, coherences, errors, coefficients, conflicts, step = np.split(rows, ends, 1)
+        *means, conflicts, step = np.split(rows, np.cumsum([n, n, n, n, n, n * n]), 1)
         return {
-            "norms": norms,
-            "shares": shares,
-            "errors": errors,
-            "coefficients": coefficients,
+            **dict(zip(Balance._fields, means, strict=False)),
             "conflicts": conflicts.reshape(-1, n, n) > 0,
-            "coherences": coherences,
             "step": step[:, 0].astype(int),
             "names": np.array(self.names),
         }
 
     def summary(self) -> Summary:
         """The record in a few figures; ``print`` it for a table."""
-        import numpy as np
-
-        record = self._counted_steps()
-
-        def named(values: "np.ndarray") -> dict[str, float]:
-            return dict(zip(self.names, values.tolist(), strict=True))
-
-        return Summary(
-            len(record["step"]),
-            named(record["norms"].mean(0)),
-            named(record["coefficients"].mean(0)),
-            named(record["conflicts"].any(2).mean(0)),
-            float(np.median(dominance(record["norms"]))),
-            float(np.median(dominance(record["norms"], record["coefficients"]))),
-        )
+        return summarise(self._counted_steps())
 
     def plot(self, path: str | PathLike[str]) -> "Figure":
-        """Save a figure of the norms, coefficients, conflicts and the dominance over the steps.
+        """Save a figure of norms, coherences, coefficients and the dominance over the steps.
 
-        Needs matplotlib: ``pip install gradbalance[plot]``.
+        With a panel of the conflicts where the rule reports some. Needs matplotlib: ``pip install gradbalance[plot]``.
 
         Args:
             path: Where to save it; the suffix gives the format, such as ``.png``, ``.pdf`` or ``.svg``.
@@ -189,31 +139,46 @@ class Recorder:
         Returns:
             The figure, to be changed or shown.
         """
-        from gradbalance._figure import draw
+        from gradbalance._record.figure import draw
 
         record = self._counted_steps()
-        figure = draw(record, dominance(record["norms"]), dominance(record["norms"], record["coefficients"]))
+        figure = draw(record, dominance(record["norms"]), dominance(record["norms"] * record["coefficients"]))
         figure.savefig(path, dpi=150)
         return figure
 
     def log_to(self, writer: Any) -> None:
-        """Write what was recorded since the last call to a TensorBoard ``SummaryWriter``, at the end of an epoch say.
+        """Write what was recorded since the last call for TensorBoard, at the end of an epoch say.
 
         Args:
-            writer: Anything with ``add_scalar(tag, value, step)``.
+            writer: A ``SummaryWriter``, or anything with ``add_scalar(tag, value, step)``; or the folder of a run,
+                such as ``"runs/1"``, which gets one more file at each call and needs ``pip install tensorboard``.
+
+        Raises:
+            TypeError: If it is neither.
         """
+        if isinstance(writer, str | PathLike):
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(os.fspath(writer)) as writer:
+                self.log_to(writer)
+            return
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                "`writer` must be a folder, or have a method add_scalar(tag, value, step). "
+                f"Got {type(writer).__name__}. Pass a torch.utils.tensorboard.SummaryWriter, or a path."
+            )
         record = self.to_dict()
         new = slice(self._logged, None)
         steps = record["step"][new].tolist()
-        for key in ("norms", "coefficients", "errors", "coherences"):
+        for key in ("norms", "coherences", "errors", "coefficients"):
             for name, values in zip(self.names, record[key][new].T.tolist(), strict=True):
                 for value, step in zip(values, steps, strict=True):
-                    if math.isfinite(value):  # an error is NaN where none was observed
+                    if math.isfinite(value):  # NaN where it was not measured
                         writer.add_scalar(f"gradbalance/{key}/{name}", value, step)
         self._logged += len(steps)
 
     def _counted_steps(self) -> dict[str, "np.ndarray"]:
-        """The record of the steps that the rule counts: finite norms, two of them not 0."""
+        """The record of the steps that count: finite norms, two of them not 0."""
         import numpy as np
 
         record = self.to_dict()
@@ -224,30 +189,3 @@ class Recorder:
                 f"Got {len(counted)} steps, none such. Make it before the training loop, and ask it after a step."
             )
         return {key: value if key == "names" else value[counted] for key, value in record.items()}
-
-
-def dominance(norms: "np.ndarray", coefficients: "np.ndarray | float" = 1.0) -> "np.ndarray":
-    r"""How many times the group of the largest norm, m, outweighs the mean of the others.
-
-    :math:`c_m n_m / \mathrm{mean}_{k \ne m} c_k n_k`: what is left of the dominance; below 1 the others lead.
-
-    Args:
-        norms: Shape ``[S, N]``, N at least 2.
-        coefficients: Of the groups, shape ``[S, N]``.
-
-    Returns:
-        Infinite where the others are 0, shape ``[S]``.
-
-    Example:
-        >>> import numpy as np
-        >>> dominance(np.array([[6.0, 1.0, 2.0]]), np.array([[0.5, 1.0, 1.0]])).tolist()
-        [2.0]
-    """
-    import numpy as np
-
-    largest = np.arange(norms.shape[1]) == norms.argmax(1)[:, None]
-    scaled = norms * coefficients
-    others = np.where(largest, 0, scaled).sum(1) / (norms.shape[1] - 1)
-    with np.errstate(divide="ignore"):
-        ratio: np.ndarray = scaled[largest] / others
-    return ratio

@@ -1,40 +1,46 @@
-"""What does the penalty cost? ``python -m benchmarks.overhead`` writes ``results/overhead.*``.
+"""Time, memory and operators of the penalty.
 
 Every call is timed in turn with its rivals, so that a ratio compares neighbours in time; the tables have the median of
 the ratios of all rounds and their quartiles.
 """
 
-import argparse
-import json
+import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks._markdown import gpu_results
-from benchmarks._overhead_fsdp2 import measure_fsdp2
-from benchmarks._overhead_report import plot, report
-from benchmarks._overhead_rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
-from benchmarks._timing import Call, environment, interleaved, peak_memory, quartiles, ratios
+from benchmarks._timing import Call, interleaved, peak_memory, quartiles, ratios
+from benchmarks.overhead.fsdp2 import measure_fsdp2
+from benchmarks.overhead.rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
+from benchmarks.overhead.small import measure_small
 from gradbalance import attach
+from gradbalance.rules import Measured
 
-JSON = Path(__file__).parent / "results" / "overhead.json"
 CLIP = "clip_grad_norm_"
 IN_PLACE = "negation in place"
-# The rule at its busiest: every group but the smallest is scaled, by factors near 1 so that the same gradients can be
-# scaled a thousand times.
-BUSY: dict[str, Any] = {"threshold": 1.0, "eta": 0.999, "smoothing": 0.0, "agreement": None}
+
+
+class Busy:
+    """Scales every group but the last, by factors near 1 so that the same gradients can be scaled a thousand times."""
+
+    needs_coherence = False
+
+    def __call__(self, measured: Measured) -> Tensor:
+        coefficients = torch.full_like(measured.shares, 0.999)
+        coefficients[-1] = 1.0
+        return coefficients
+
+
 MODES: dict[str, dict[str, Any]] = {
-    "update": {**BUSY, "apply_to": "update"},
-    "gradient": {**BUSY, "apply_to": "gradient"},
-    "update + max_norm": {**BUSY, "apply_to": "update", "max_norm": MAX_NORM},
-    "gradient + max_norm": {**BUSY, "apply_to": "gradient", "max_norm": MAX_NORM},
+    "update": {"rule": Busy()},
+    "gradient": {"rule": Busy(), "apply_to": "gradient"},
+    "update + max_norm": {"rule": Busy(), "max_norm": MAX_NORM},
+    "gradient + max_norm": {"rule": Busy(), "apply_to": "gradient", "max_norm": MAX_NORM},
     "update, defaults": {},
-    "gradient, nothing to scale": {**BUSY, "apply_to": "gradient", "threshold": 1e6},
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW fused": partial(torch.optim.AdamW, lr=1e-5, fused=True),
@@ -57,8 +63,15 @@ def with_gradients(n_groups: int, n_tensors: int, numel: int, device: str) -> Gr
 def penalty(groups: Groups, options: dict[str, Any]) -> Call:
     """One step of the penalty on an optimizer that does nothing else."""
     optimizer = NoStep([p for group in groups.values() for p in group])
-    attach(optimizer, groups, **options)
+    balance(optimizer, groups, options)
     return optimizer.step
+
+
+def balance(optimizer: torch.optim.Optimizer, groups: Groups, options: dict[str, Any]) -> None:
+    """Attach a penalty; that AdamW would cancel the factors of the gradient is no matter here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attach(optimizer, groups, **options)
 
 
 def renewal(groups: Groups) -> Call:
@@ -115,20 +128,20 @@ def measure_step(kind: str, size: int, optimizer: str, device: str, rounds: int,
         other.state = plain.state
         return other
 
-    def whole(optimizer: torch.optim.Optimizer, balance: Call | None = None, backward: Call | None = None) -> None:
+    def whole(optimizer: torch.optim.Optimizer, act: Call | None = None, backward: Call | None = None) -> None:
         optimizer.zero_grad()
         if backward is None:
             model().backward()
         else:
             backward()
-        if balance is not None:
-            balance()
+        if act is not None:
+            act()
         optimizer.step()
 
     calls: dict[str, Call] = {"plain": partial(whole, plain)}
     for name in MODES if rivals else ("update", "gradient", "update, defaults"):
         balanced = twin()
-        attach(balanced, model.groups(), **MODES[name])
+        balance(balanced, model.groups(), MODES[name])
         calls[name] = partial(whole, balanced)
     others = clipping({**model.groups(), "head": list(model.head.parameters())})
     if rivals:
@@ -199,6 +212,7 @@ def measurements(device: str = "cpu", quick: bool = False) -> dict[str, Call]:
     """What measures each part, ready for JSON; ``quick`` for the smallest sizes alone, to see that it runs."""
     numel, largest, rounds = (3000, 10**6, 9) if quick else (220_000, 5 * 10**8, 25)
     return {
+        "small": lambda: measure_small(5 if quick else 60),
         "operations": lambda: measure_operations(3, 300, numel, device, rounds, True),
         "curves": lambda: {
             name: [measure_operations(*at, device, rounds_at(at), False) for at in points]
@@ -208,21 +222,3 @@ def measurements(device: str = "cpu", quick: bool = False) -> dict[str, Call]:
         "profile": lambda: measure_profile(device, 5 if quick else 100),
         "fsdp2": measure_fsdp2,
     }
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(measurements())}; default all")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing written")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    calls = measurements("cpu", arguments.quick)
-    measured = {"environment": environment("cpu"), **{part: calls[part]() for part in arguments.parts or calls}}
-    if arguments.parts:
-        measured = {**json.loads(JSON.read_text()), **measured}
-    shown = report(measured, gpu_results())
-    if not arguments.quick:
-        JSON.write_text(json.dumps(measured, indent=1) + "\n")
-        JSON.with_suffix(".md").write_text(shown)
-        plot(measured, JSON.with_suffix(".png"))
-    print(shown)

@@ -1,8 +1,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from gradbalance._moments import one_pass
 
 pytest.importorskip("triton")
 
@@ -11,10 +14,11 @@ EQUAL = """
 import itertools
 import torch
 from torch.testing import assert_close
-from gradbalance import _central_moments as kernel, _triton_moments as fused
-from gradbalance._central_moments import CentralMoments
-from gradbalance._moments import central_moments, moments
+from gradbalance._moments import one_pass as kernel, plain, triton_kernel as fused
+from gradbalance._moments.one_pass import CentralMoments
+from gradbalance._moments.statistics import central_moments, moments
 
+plain.LARGEST = 0
 fused._TILE, fused._COLUMNS = 64, 16
 generator = torch.Generator().manual_seed(0)
 shapes, kinds = ((1, 23, 5), (3, 9, 17), (2, 0, 3)), ("unmasked", "ragged", "late", "empty")
@@ -71,7 +75,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gradbalance import _triton_moments as fused
+from gradbalance._moments import triton_kernel as fused
 
 for dtype, wide, masked, order in (("fp16", "fp32", True, 4), ("bf16", "fp32", False, 2), ("fp64", "fp64", True, 3)):
     constants = {"MASKED": masked, "ORDER": order, "ROWS": 16, "PARTS": 4, "COLUMNS": 16, "LARGEST": 65504.0 * masked}
@@ -97,3 +101,13 @@ def test_the_fused_kernel_equals_the_eager_one_under_the_interpreter():
 
 def test_the_fused_kernel_compiles_for_a_hopper_gpu():
     run(COMPILE, TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_cuda", "taken"), [(None, True, False), ("0", True, False), ("1", True, True), ("1", False, False)]
+)
+def test_the_fused_kernel_is_taken_on_cuda_alone_and_only_if_asked_for(asked, is_cuda, taken, monkeypatch):
+    monkeypatch.delenv("GRADBALANCE_TRITON", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("GRADBALANCE_TRITON", asked)
+    assert (one_pass._fused(SimpleNamespace(is_cuda=is_cuda)) is not None) == taken

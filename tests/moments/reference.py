@@ -6,6 +6,12 @@ import math
 import torch
 
 
+def gamma(*shape, offset=0.0, seed=0):
+    """Skewed float32 samples of variance 2."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, *shape, generator=generator).square().sum(0) / 2**0.5 + offset
+
+
 def moments(x, mask=None, dim=None):
     """Count, mean, variance, skewness and kurtosis as nested-loop float64 tensors."""
     x = x.detach().double()

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks._overhead_rivals import MAX_NORM, Branches
 from benchmarks._timing import interleaved, quartiles, ratios
+from benchmarks.overhead.rivals import MAX_NORM, Branches
 from gradbalance import attach
 
 RANKS = 2

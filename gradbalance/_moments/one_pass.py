@@ -1,16 +1,19 @@
 """Central moments of ``[K, R, D]`` over ``R``: one pass over the data forward, one backward."""
 
 import functools
-import importlib.util
+import importlib
 import inspect
 import itertools
 import math
+import os
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradbalance._moments.plain import recentre
 
 # Elements of a block on the CPU: its temporaries stay in a cache of 1 MiB and are small beside a large input.
 _BLOCK = 100_000
@@ -22,7 +25,7 @@ class CentralMoments(torch.autograd.Function):
     """``(x, mask, kept, order, covariance)`` -> ``(count [*S], shift [*S, D], powers [order, *S, D])``.
 
     ``x [*S, *R, D]`` is contiguous, ``mask`` is ``[*S, *R]`` or None, and ``S`` has ``kept`` axes. With ``covariance``
-    also ``[*S, D, D]``. The fields are those of `gradbalance._moments.Central`.
+    also ``[*S, D, D]``. The fields are those of `gradbalance._moments.statistics.Central`.
     """
 
     @staticmethod
@@ -80,13 +83,13 @@ def _flat(x: Tensor, mask: Tensor | None, kept: int) -> tuple[Tensor, Tensor | N
 
 
 def _fused(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, for a CUDA tensor; a compiler had better fuse the plain operations itself."""
-    return _triton() if x.is_cuda and not torch.compiler.is_compiling() else None
+    """The Triton kernels, for a CUDA tensor, where ``GRADBALANCE_TRITON=1`` asks for them.
 
-
-@functools.cache
-def _triton() -> ModuleType | None:
-    return importlib.import_module("gradbalance._triton_moments") if importlib.util.find_spec("triton") else None
+    They are tested under Triton's interpreter alone and have never run on a GPU: whoever sets the variable tries them.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or os.environ.get("GRADBALANCE_TRITON") != "1":
+        return None
+    return importlib.import_module("gradbalance._moments.triton_kernel")
 
 
 def _in_blocks(x: Tensor) -> bool:
@@ -155,17 +158,6 @@ def _power_sums(x: Tensor, mask: Tensor | None, shift: Tensor, order: int, covar
         power = power * deviation if k < order else deviation.mul_(power)  # in place, to fit the cache
         sums.append(power.sum(1, keepdim=True))
     return sums + products
-
-
-def recentre(raw: Sequence[Tensor], distance: Tensor) -> list[Tensor]:
-    """Moments of order 2, 3, ... of ``d + distance`` out of those of ``d`` of order 1, 2, 3, ...: binomial theorem."""
-    moved = []
-    for k in range(2, len(raw) + 1):
-        value = torch.add(distance, raw[0], alpha=k)
-        for j in range(2, k + 1):
-            value = torch.addcmul(raw[j - 1] if j == k else math.comb(k, j) * raw[j - 1], value, distance)
-        moved.append(value)
-    return moved
 
 
 def _slopes(
