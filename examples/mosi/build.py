@@ -1,5 +1,6 @@
 """What is trained and by which optimizer: the model, AdamW, the penalty, the learning rate."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +66,10 @@ def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generato
     if len(groups) < 2:
         return optimizer  # nothing to balance
     options = balancing(config, steps) | {"max_norm": config.max_norm or None}
-    return ConflictAwarePenalty(optimizer, groups, generator=noise, **options)
+    with warnings.catch_warnings():
+        # The paper's penalty acts under AdamW through its noise and its changes alone, which is what is studied.
+        warnings.filterwarnings("ignore", '`apply_to="gradient"` does nothing lasting')
+        return ConflictAwarePenalty(optimizer, groups, generator=noise, **options)
 
 
 def balancing(config: Config, steps: int) -> dict[str, Any]:
