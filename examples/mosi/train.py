@@ -145,7 +145,17 @@ def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Confi
     for name, value in line["train"].items():
         if not math.isfinite(value):
             raise FloatingPointError(f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight.")
-    return line | ({"balance": recorder.summary()._asdict() | {"histogram": histogram(recorder)}} if watched else {})
+    return line | ({"balance": balance_of(recorder)} if watched else {})
+
+
+def balance_of(recorder: Recorder) -> dict[str, Any]:
+    """The summary of an epoch, without what was not measured, and the histogram of the coefficients."""
+    summary = {name: value for name, value in recorder.summary()._asdict().items() if not unmeasured(value)}
+    return summary | {"histogram": histogram(recorder)}
+
+
+def unmeasured(value: Any) -> bool:
+    return isinstance(value, dict) and any(math.isnan(each) for each in value.values())
 
 
 def histogram(recorder: Recorder) -> dict[str, list[int]]:

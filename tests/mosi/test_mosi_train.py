@@ -100,7 +100,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(data, tmp_path):
 
 
 def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
-    config = Config(**SMALL, lr=0.3)  # the last epoch is not the best
+    config = Config(**SMALL, lr=0.3, max_norm=0.0)  # the last epoch is not the best
     result = train.train(config, data, out=tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     test = json.loads((tmp_path / "run/test.json").read_text())
@@ -215,7 +215,7 @@ def test_a_folder_in_use_is_not_written_to(data, tmp_path):
         ({"modalities": ("visual",)}, r"use `--split poria`"),
         ({"modalities": ("text", "audio"), "balance": "paper"}, r"two beside text .* Got \['audio', 'text'\]"),
         ({"balance": "sometimes"}, r"`balance` must be one of .* Got 'sometimes'"),
-        ({"uni": 0.0}, r"`uni` must be positive"),
+        ({"uni": 0.0, "balance": "errors"}, r"`uni` must be positive"),
         ({"lr": -1.0}, r"`lr` must be finite and at least 0. Got -1.0"),
         ({"epochs": 0}, r"`epochs` must be at least 1"),
         ({"split": "mine"}, r"`split` must be one of"),
