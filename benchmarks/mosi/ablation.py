@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows, such as A0 A6; default: all")
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to this, this left out")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--out", type=Path, help="where the lines are appended (default: results/<split>-<text>.jsonl)")
+    parser.add_argument("--out", type=Path, help="where the lines are appended (default: in results)")
     parser.add_argument("--settings", type=Path, help="the record of --search (default: results/search-<text>.json)")
     parser.add_argument("--search", type=int, metavar="TRIALS", help="tune baseline and full model, then end")
     parser.add_argument("--smoke", action="store_true", help="2 rows, 2 seeds, simulated data, nothing left behind")
@@ -78,7 +78,8 @@ def main() -> None:
     jobs = [
         Job(name, config(rows[name], tuned, **common, seed=seed)) for seed in range(options.seeds) for name in names
     ]
-    out = options.out or RESULTS / f"{options.split}-{options.text}.jsonl"
+    prefix = "" if options.split == "standard" else f"{options.split}-"
+    out = options.out or RESULTS / f"{prefix}{options.text}.jsonl"
     run(jobs, out, options.workers)
     print(f"{len(read(out))} lines in {out}; now: python -m benchmarks.mosi.report {out}")
 

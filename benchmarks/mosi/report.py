@@ -8,70 +8,27 @@ from typing import Any
 import numpy as np
 
 from benchmarks.mosi.ablation import RESULTS, read
-from benchmarks.mosi.compare import (
-    BASELINE,
-    FULL,
-    Runs,
-    bounds,
-    by_row,
-    collapsed,
-    difference,
-    interval,
-    mean_over,
-    metric,
-    modalities,
-    over_epochs,
-    probe,
-    verdict,
-    whole_seeds,
-)
+from benchmarks.mosi.compare import BASELINE, TEXT, by_row, verdict
 from benchmarks.mosi.document import Block, Heading, Image, Paragraph, Table, markdown, page
 from benchmarks.mosi.figures import draw
 from benchmarks.mosi.rows import study
+from benchmarks.mosi.tables import at_mean, beside, differences, gradients, potentials, published, results, trained
 from examples.mosi.data import Corpus, load
 from examples.mosi.run import write_text
-
-METRICS = {
-    "mae": "MAE",
-    "corr": "Corr",
-    "acc2_nonzero": "Acc-2 (zeros dropped)",
-    "f1_nonzero": "F1",
-    "acc2_nonneg": "Acc-2 (≥ 0)",
-    "acc7": "Acc-7",
-}
-# Encoder, features, Acc-2 in % (zeros dropped), MAE, Corr, as quoted in Table 1 of arXiv 2605.28575.
-PUBLISHED = [
-    ("arXiv 2605.28575", "DeBERTa-v3-base, fine-tuned", "MAG-BERT pickle", 89.31, 0.638, 0.864),
-    ("ITHP", "DeBERTa-v3-base, fine-tuned", "MAG-BERT pickle", 88.7, 0.643, 0.852),
-    ("MAG", "BERT-base, fine-tuned", "MAG-BERT pickle", 84.2, 0.712, 0.796),
-    ("Self-MM", "BERT-base, fine-tuned", "MAG-BERT pickle", 84.0, 0.713, 0.798),
-    ("MMIM", "BERT-base, fine-tuned", "MAG-BERT pickle", 84.1, 0.700, 0.800),
-    ("UniMSE", "T5, fine-tuned", "not named", 85.9, 0.691, 0.809),
-    ("MIB", "not named", "not named", 85.3, 0.711, 0.798),
-]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.report", description=__doc__)
-    parser.add_argument("lines", type=Path, nargs="?", default=RESULTS / "standard.jsonl", help="those of the study")
+    parser.add_argument("lines", type=Path, nargs="?", default=RESULTS / "frozen.jsonl", help="those of the study")
     parser.add_argument("--data", default="auto", help="for the statistics of the data, where none are kept beside")
     options = parser.parse_args()
     lines = read(options.lines)
     if not lines:
         raise SystemExit(f"`lines` must hold runs. Got none in {options.lines}. Run python -m benchmarks.mosi.ablation")
-    if BASELINE not in by_row(lines):
-        raise SystemExit(
-            f"`lines` must hold row {BASELINE}. Got none in {options.lines}. Run it too: --rows {BASELINE}"
-        )
     if len(banners := {line["banner"] for line in lines}) > 1:
         raise SystemExit(f"`lines` must be of one data set and split. Got {sorted(banners)}. Give one study's file.")
-    whole = whole_seeds(lines)
-    if not whole:
-        raise SystemExit(
-            f"`lines` must hold a seed that every row has. Got none in {options.lines}. Let the study go on."
-        )
     facts = statistics(options.lines.with_suffix(".data.json"), options.data, lines[0])
-    blocks = report(whole, facts, options.lines)
+    blocks = report(lines, facts, options.lines)
     for suffix, text in ((".md", markdown(blocks)), (".html", page(blocks[0].text, blocks))):
         write_text(options.lines.with_suffix(suffix), text)
         print(options.lines.with_suffix(suffix))
@@ -118,8 +75,10 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Heading(f"The MOSI study, {lines[0]['data']} data, {own['split']} split", 1),
         Paragraph(f"**{lines[0]['banner']}**"),
         Paragraph(
-            f"{len(lines)} runs: {len(runs)} rows of {len(runs[BASELINE])} seeds, {own['epochs']} epochs each, over a "
-            f"{own['text']} `{own['text_encoder']}`. Tested is the epoch with the best validation MAE."
+            f"{len(lines)} runs: {len(runs)} rows of up to {max(map(len, runs.values()))} seeds, {own['epochs']} "
+            f"epochs each, over `{own['text_encoder']}`, {trained(own)}; "
+            f"{np.median([line['cpu_seconds'] for line in lines]):.0f} s of one core a run (median). Tested is the "
+            f"epoch with the best validation MAE, by the mean prediction over {own['draws']} draws of the latent noise."
         ),
         Heading("Verdict"),
         *map(Paragraph, verdict(runs, facts["constant_mae"])),
@@ -129,13 +88,21 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Image(
             images["rows"], "Every seed (grey), mean and 95 % interval of each row; a modality alone may lie outside."
         ),
-        Heading("Differences to the baseline, paired by seed"),
-        Paragraph(
-            f"Row minus {BASELINE} with the 95 % interval (Student) and Wilcoxon p. With n seeds "
-            "no p is below 2 / 2^n. Collapsed: Corr below 0.3, or MAE above "
-            f"{facts['constant_mae']:.3f}, that of the training mean."
+        *(
+            block
+            for reference, title in ((BASELINE, "the baseline"), (TEXT, "text alone"))
+            if reference in runs
+            for block in (
+                Heading(f"Differences to {title}, paired by seed"),
+                Paragraph(
+                    f"Row minus {reference} over the seeds that both have, with the 95 % interval (Student) and "
+                    "Wilcoxon p. With n seeds no p is below 2 / 2^n. Collapsed: Corr below 0.3, or MAE above "
+                    f"{facts['constant_mae']:.3f}, that of the training mean."
+                ),
+                differences(runs, rows, facts["constant_mae"], reference),
+            )
         ),
-        differences(runs, rows, facts["constant_mae"]),
+        *at_mean(runs, rows),
         Heading("The paper's rows beside ours"),
         Paragraph("The paper's are one run each, with another encoder and other features: only the signs compare."),
         beside(runs, rows),
@@ -173,80 +140,6 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         ),
     ]
     return blocks
-
-
-def results(runs: Runs, rows: dict) -> Table:
-    lines = []
-    for name, own in runs.items():
-        values = {key: np.array([line[key] for line in own.values()]) for key in METRICS}
-        low, high = interval(values["mae"])
-        cells = [f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.values()]
-        lines.append([name, rows[name].title, str(len(own)), cells[0], bounds(low, high), *cells[1:]])
-    return Table(["row", "", "seeds", "MAE", "95 % interval", *list(METRICS.values())[1:]], lines)
-
-
-def differences(runs: Runs, rows: dict, constant: float) -> Table:
-    lines = []
-    for name, own in runs.items():
-        falls = sum(collapsed(line, constant) for line in own.values())
-        cells = []
-        for key in ("mae", "corr", "acc2_nonzero"):
-            gap = difference(own, runs.get(BASELINE, {}), metric(key))
-            cells += [gap.told(), f"{gap.p:.3f}"]
-        lines.append([name, rows[name].title, *(["–"] * 6 if name == BASELINE else cells), f"{falls} of {len(own)}"])
-    return Table(["row", "", "MAE", "p", "Corr", "p", "Acc-2", "p", "collapsed"], lines)
-
-
-def beside(runs: Runs, rows: dict) -> Table:
-    lines = []
-    for name, row in rows.items():
-        if row.published and name in runs:
-            acc, f1, mae, corr = row.published
-            ours = [mean_over(runs[name], metric(key)) for key in ("acc2_nonzero", "f1_nonzero", "mae", "corr")]
-            cells = [f"{100 * ours[0]:.2f}", f"{100 * ours[1]:.2f}", f"{ours[2]:.4f}", f"{ours[3]:.4f}"]
-            lines.append([name, row.title, f"{acc:.2f}", f"{f1:.2f}", f"{mae:.4f}", f"{corr:.4f}", *cells])
-    ours = [f"our {title}" for title in ("Acc-2", "F1", "MAE", "Corr")]
-    return Table(["row", "", "paper Acc-2", "F1", "MAE", "Corr", *ours], lines)
-
-
-def published(runs: Runs, encoder: str, singles: tuple[str, ...]) -> Table:
-    lines = [
-        [name, encoder, features, f"{acc:.2f}", f"{mae:.3f}", f"{corr:.3f}"]
-        for name, encoder, features, acc, mae, corr in PUBLISHED
-    ]
-    for name in (BASELINE, FULL):
-        if name in runs:
-            acc, mae, corr = (mean_over(runs[name], metric(key)) for key in ("acc2_nonzero", "mae", "corr"))
-            cells = [f"{100 * acc:.2f}", f"{mae:.3f}", f"{corr:.3f}"]
-            frozen = next(iter(runs[name].values()))["settings"]["text"]
-            lines.append([f"ours, {name}", f"{encoder}, {frozen}", ", ".join(singles), *cells])
-    return Table(["system", "text encoder", "other features", "Acc-2", "MAE", "Corr"], lines)
-
-
-def gradients(runs: Runs, rows: dict) -> Table:
-    balanced = {name: own for name, own in runs.items() if "norms" in next(iter(own.values()))["history"][0]}
-    names = list(next(iter(next(iter(balanced.values())).values()))["history"][0]["norms"])
-    keys = [("norms", "norm"), ("coefficients", "coefficient"), ("conflicts", "in conflict")]
-    head = ["row", "", *(f"{title}: {name}" for _, title in keys for name in names), "dominance before", "after"]
-    lines = []
-    for row, own in balanced.items():
-        values = [
-            mean_over(own, lambda line, k=key, n=name: over_epochs(line, k, n)) for key, _ in keys for name in names
-        ]
-        values += [mean_over(own, lambda line, k=key: over_epochs(line, k)) for key in ("dominance", "dominance_after")]
-        lines.append([row, rows[row].title, *(f"{value:.3g}" for value in values)])
-    return Table(head, lines)
-
-
-def potentials(runs: Runs) -> Table:
-    lines = []
-    for name, single in modalities(runs).items():
-        cells = [f"{mean_over(runs[row], probe(name)):.3f}" for row in (single, BASELINE, FULL) if row in runs]
-        for one, other in ((BASELINE, single), (BASELINE, FULL)):
-            gap = difference(runs[one], runs.get(other, {}), probe(name))
-            cells.append(gap.told())
-        lines.append([name, *cells])
-    return Table(["encoder", "alone", BASELINE, FULL, "lost", "given back"], lines)
 
 
 if __name__ == "__main__":
