@@ -261,7 +261,7 @@ def start(encoder, tmp_path_factory):
 
     def start(*flags, text="frozen", launcher=(sys.executable, "-m")):
         environment = os.environ | {"GRADBALANCE_CACHE": str(cache)}
-        settings = ["--data", "simulated", "--text-encoder", encoder, "--hidden", "16", "--fused", "16"]
+        settings = ["--data", "simulated:8", "--text-encoder", encoder, "--hidden", "16", "--fused", "16"]
         settings += ["--text", text, "--text-layers", "1", "--draws", "4"]
         settings = [] if "--resume" in flags else settings
         return subprocess.Popen(
@@ -284,7 +284,7 @@ def finish(process: subprocess.Popen) -> str:
 def whole(request, start, tmp_path_factory):
     """A run that was left alone, and the flags that start it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    flags = ("--data", "simulated:8", "--epochs", 8)
+    flags = ("--epochs", 8)
     assert finish(start("--out", out, *flags, text=request.param)).startswith("SIMULATED MOSI")
     return out, flags, request.param
 
@@ -320,5 +320,5 @@ def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp
     states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two")]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-3)
-    index, size = torch.arange(1284), 62  # the shares of the two processes are uneven
+    index, size = torch.arange(1284 // 8), 62  # the shares of the two processes are uneven
     assert any(len(part) % 2 for part in index.tensor_split(-(-len(index) // size)))
