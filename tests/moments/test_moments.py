@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moment_inputs
+from tests.strategies import moment_inputs
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 

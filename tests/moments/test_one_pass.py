@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moment_inputs
+from tests.strategies import moment_inputs
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 

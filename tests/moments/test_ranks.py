@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import samples
+from tests.strategies import samples
 from torch.testing import assert_close
 
 from gradbalance._moments import one_pass
