@@ -89,6 +89,8 @@ class Engine:
             meter.keep(counts)
             norms = reading.norms
         else:
+            if (found_inf := getattr(self._stepper, "found_inf", None)) is not None:
+                fresh = (found_inf.to(state.home) == 0) & fresh  # GradScaler will skip the step
             due = state.keep_deciding(self._window, fresh)
             norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
 

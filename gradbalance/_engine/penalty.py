@@ -75,10 +75,9 @@ class Penalty:
         assignment = grouping.assign(self._reader.param_groups, groups)
         way = way_to_scale(self._stepper) if acts and apply_to == "update" else None
         self._engine = Engine(self._reader, self._stepper, assignment, way, self._options)
-        self._hooks = StepHooks(self._stepper, self, self._before_step, self._engine.after_step)
         save = self._engine.save if persist else None
         self._checkpoint = Checkpoint(optimizer, (self._reader, self._stepper), save, self._engine.load)
-        self._checkpoint.take_in()
+        self._hooks = StepHooks(self._stepper, self, self._before_step, self._engine.after_step)
         vars(self._stepper)["__reduce_ex__"] = MethodType(self._reduce, self._stepper)
 
     @property

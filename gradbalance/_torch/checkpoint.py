@@ -28,7 +28,8 @@ class Checkpoint:
         load: Callable[[dict[str, Any]], None],
     ) -> None:
         self._steppers, self._save, self._load = steppers, save, load
-        self._handles = []
+        self._handles: list[Any] = []
+        self.take_in()
         for layer in layers(optimizer):
             if "_optimizer_state_dict_post_hooks" in vars(layer):  # else it leaves both to the one that it wraps
                 self._handles.append(layer.register_state_dict_post_hook(self._saving))
@@ -43,13 +44,17 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Leave the checkpoints alone from now on."""
+        self.take_in()
         for handle in self._handles:
             handle.remove()
 
     def _saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.take_in()
         if self._save is not None and state_dict.get("param_groups"):
-            state_dict["param_groups"][0][KEY] = self._save()
+            # A tuple: of a dict torch.distributed.checkpoint would load only those keys that are there before.
+            state_dict["param_groups"][0][KEY] = (self._save(),)
+            # And flattened (`flatten_optimizer_state_dict`) it loads only the keys of the live param_groups.
+            optimizer.param_groups[0][KEY] = ()
 
     def _loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         first, *others = state_dict["param_groups"]
@@ -60,6 +65,6 @@ class Checkpoint:
         return {**state_dict, "param_groups": [first, *others]}
 
     def _move(self, group: dict[str, Any]) -> None:
-        remembered = group.pop(KEY)
-        if self._save is not None:
+        for remembered in group[KEY] if self._save is not None else ():
             self._load(remembered)
+        del group[KEY]

@@ -1,0 +1,225 @@
+"""A twin of an optimizer: the same settings, and a few small parameters in place of its own."""
+
+import copy
+import random
+import sys
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradbalance._torch.unwrap import parts
+
+SIDE = 8  # of a toy
+RATE = 1e-2  # at least: at a lower one float32 cannot tell the steps of those that go by the size of a parameter
+FAR = 100.0  # steps of a size like the rate: toys are that large, so that they change little in a trial
+
+
+def _nothing() -> None:
+    pass
+
+
+class Twin:
+    """An optimizer that may be stepped for a trial while the true one stays as it is.
+
+    Args:
+        optimizer: The true one, whose inner optimizers get twins too.
+        at_least: The least learning rate.
+        with_state: Whether the twin starts with the state of the parameters, which some set up at construction.
+
+    Attributes:
+        optimizer: The twin.
+        toys: Its parameters: for each kind of settings and each number of axes two, if there are two.
+    """
+
+    def __init__(self, optimizer: Optimizer, at_least: float, with_state: bool) -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        self._at_least, self._with_state = at_least, with_state
+        self._memo: dict[int, Any] = {}
+        chosen = _chosen(optimizer)
+        for group in _groups(optimizer):
+            for p in group["params"]:
+                if id(p) not in self._memo:
+                    self._memo[id(p)] = self._toy(p, self._rate(group))
+        self.toys: list[Tensor] = [self._memo[key] for key in chosen]
+        self._start = self.places()
+        self.optimizer = self._copy(optimizer)
+        self._cut(self.optimizer)
+
+    def gradients(self, *, agreeing: bool) -> list[Tensor]:
+        """The next gradient of each toy: always the same, or of any direction and size."""
+        if agreeing:
+            return [p.sign() for p in self._start]
+        return [torch.randn_like(p) * 10.0 ** torch.randint(-2, 1, (), device=p.device) for p in self._start]
+
+    def places(self) -> list[Tensor]:
+        """A copy of the toys."""
+        return [p.detach().clone() for p in self.toys]
+
+    def coefficient(self, factor: float) -> Tensor:
+        """As the engine gives it."""
+        return torch.full((1,), factor, device=self.toys[0].device)
+
+    def step(
+        self,
+        gradients: list[Tensor],
+        with_closure: bool,
+        before: Callable[[], None] = _nothing,
+        after: Callable[[], None] = _nothing,
+    ) -> None:
+        """A step with these gradients, ``before`` called when they are there, and ``after`` at the end."""
+
+        def closure() -> Tensor:
+            with torch.enable_grad():
+                pairs = list(zip(self.toys, gradients, strict=True))
+                # Wherever the toys are: a loss of 1, this gradient, and a Hessian of the identity.
+                moves = [((p - p.detach()), g) for p, g in pairs]
+                loss = sum(((m * g).sum() + 0.5 * m.square().sum() for m, g in moves), torch.ones(()))
+                for p in self.toys:
+                    p.grad = None
+                torch.autograd.backward(loss, create_graph=True)
+            before()
+            return loss
+
+        try:
+            if with_closure:
+                self.optimizer.step(closure)  # type: ignore[arg-type]
+            else:
+                for p, g in zip(self.toys, gradients, strict=True):
+                    p.grad = g
+                before()
+                self.optimizer.step()
+        finally:
+            after()
+
+    def keeps_copies(self) -> bool:
+        """Whether the optimizer holds tensors that lie close to the first or last values of a toy."""
+        kept = [t for t in _tensors(vars(self.optimizer), set(map(id, self.toys))) if t.is_floating_point()]
+        pairs = zip(self.toys, self._start, strict=True)
+        return any(_is_close(t, p.detach()) or _is_close(t, start) for p, start in pairs for t in kept)
+
+    def _rate(self, group: Mapping[str, Any]) -> float:
+        rate = group.get("lr")
+        return max(self._at_least, 0.0 if rate is None else float(rate))
+
+    def _toy(self, p: Tensor, rate: float) -> Tensor:
+        shape = [min(size, SIDE) for size in p.shape]
+        device = torch.device("cpu") if p.device.type == "meta" else p.device
+        # Entries far from 0, with random signs: a copy of them in the state is known again.
+        toy = (torch.rand(shape, device=device) + 1) * (torch.randint(0, 2, shape, device=device) * 2 - 1)
+        toy.mul_(FAR * rate).requires_grad_()
+        vars(toy).update(_marks(p))
+        return toy
+
+    def _copy(self, optimizer: Optimizer) -> Optimizer:
+        twin: Optimizer = object.__new__(type(optimizer))
+        own = {k: v for k, v in vars(optimizer).items() if k not in ("step", "__reduce_ex__")}
+        hooks: dict[str, Any] = {k: OrderedDict() for k, v in own.items() if k.startswith("_optimizer_")}
+        self._memo |= {id(optimizer): twin, id(own.get("state")): self._state(own.get("state", {}))}
+        self._memo |= {id(part): self._copy(part) for part in parts(optimizer)}
+        for module in own.values():
+            if isinstance(module, nn.Module):  # of which a true copy may be large
+                for t in chain(module.parameters(), module.buffers()):
+                    self._memo.setdefault(id(t), self._toy(t, RATE))
+        vars(twin).update({k: self._copied(v) for k, v in own.items() if k not in hooks} | hooks)
+        return twin
+
+    def _state(self, state: Mapping[Any, Any]) -> defaultdict[Any, Any]:
+        """What is kept for no parameter; for the toys, if asked to, their part of what there is."""
+        mine = defaultdict(dict, {k: copy.deepcopy(v) for k, v in state.items() if not isinstance(k, Tensor)})
+        if self._with_state:
+            for p, kept in state.items():
+                toy = self._memo.get(id(p))
+                if toy is not None:
+                    part = tuple(map(slice, toy.shape))
+                    small = {k: v[part] for k, v in kept.items() if isinstance(v, Tensor) and v.shape == p.shape}
+                    mine[toy] = copy.deepcopy({**kept, **small})
+        return mine
+
+    def _copied(self, value: Any) -> Any:
+        try:
+            return copy.deepcopy(value, self._memo)
+        except Exception:  # a process group, say
+            return value
+
+    def _cut(self, twin: Optimizer) -> None:
+        """Leave the toys alone in it, without weight decay."""
+        toys = set(map(id, self.toys))
+        for group in twin.param_groups:
+            rate = self._rate(group)
+            group["params"] = [p for p in group["params"] if id(p) in toys]
+            if isinstance(group.get("lr"), Tensor):
+                group["lr"] = torch.full_like(group["lr"], rate)
+            elif group.get("lr") is not None:
+                group["lr"] = rate
+            if group.get("weight_decay"):
+                group["weight_decay"] = 0.0
+        twin.param_groups[:] = [group for group in twin.param_groups if group["params"]]
+        for part in parts(twin):
+            self._cut(part)
+
+
+def _groups(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+    """The ``param_groups`` of the optimizer and of those inside it."""
+    yield from optimizer.param_groups
+    for part in parts(optimizer):
+        yield from _groups(part)
+
+
+def _chosen(optimizer: Optimizer) -> Iterable[int]:
+    """By ``id``, two parameters of each kind of settings and each number of axes, one kind after the other."""
+    of_kind: dict[Any, list[int]] = defaultdict(list)
+    for group in _groups(optimizer):
+        settings = repr({k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name")})
+        for p in group["params"]:
+            found = of_kind[settings, p.dim(), repr(_marks(p))]
+            if len(found) < 2:
+                found.append(id(p))
+    return dict.fromkeys(chain.from_iterable(of_kind.values()))
+
+
+def _marks(p: Tensor) -> dict[str, Any]:
+    """What an optimizer or a model has noted on a parameter."""
+    return {k: v for k, v in vars(p).items() if isinstance(v, bool | int | float | str | None)}
+
+
+def _is_close(t: Tensor, p: Tensor) -> bool:
+    return t.shape == p.shape and bool((t - p).abs().max() < 0.25 * p.abs().min())
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in a value, in what it holds, and so on, those of ``seen`` left out."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | Optimizer):
+        for item in (value if isinstance(value, Mapping) else vars(value)).values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors(item, seen)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The random numbers of the user stay as they were, nothing is compiled, and no one is warned."""
+    state = random.getstate()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if "torch._dynamo" in sys.modules:
+                with torch.compiler.set_stance("force_eager"):
+                    yield
+            else:
+                yield
+        finally:
+            random.setstate(state)
