@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradbalance import ConflictAwarePenalty
-from gradbalance.rules import ByHand
+from gradbalance.rules import ByHand, Coherence, Watch
 from tests import needs
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,6 @@ PINNED = "'pin_memory' argument is set as true but no accelerator is found"
         example("huggingface_trainer", PINNED, package="accelerate"),
         example("grad_scaler"),
         example("differential_privacy", "Secure RNG turned off", "Full backward hook is firing", package="opacus"),
-        example("lora", "`is_gradient_checkpointing` is deprecated", package="peft", branches=("vision", "text")),
         example("your_own_rule"),
     ],
 )
@@ -47,10 +46,14 @@ def test_an_example_ends_with_the_coefficients_of_its_branches(name, package, br
     assert all(0 < c < math.inf for c in coefficients.values())
 
 
-def test_the_quickstart_records_its_steps():
+@pytest.mark.parametrize("rule", [Watch(), Coherence()])
+def test_the_quickstart_records_its_steps(rule):
+    needs("sklearn")
     from examples.quickstart import train
 
-    assert len(train(steps=2).to_dict()["step"]) == 2
+    recorded = train("Short", rule, epochs=2).to_dict()
+    assert len(recorded["step"]) > 2
+    assert (recorded["coefficients"] == 1).all() or not isinstance(rule, Watch)
 
 
 def test_the_rule_of_the_example_slows_whoever_is_ahead_and_remembers_the_start():
