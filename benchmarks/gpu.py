@@ -16,9 +16,10 @@ from time import perf_counter
 
 import torch
 
-from benchmarks import moments
 from benchmarks._markdown import GPU, gpu_results
 from benchmarks._timing import Call, environment, interleaved, launches, ratios
+from benchmarks.moments import measure as moments
+from benchmarks.moments import report as moments_report
 from benchmarks.overhead import measure as overhead
 from benchmarks.overhead import report as overhead_report
 from benchmarks.overhead.rivals import Branches, clipping
@@ -173,6 +174,6 @@ if __name__ == "__main__":
         sys.exit("benchmarks.gpu must run where torch sees a CUDA device. Got none. Run it on a machine with a GPU.")
     calls = parts()
     measure({name: calls[name] for name in chosen or calls}, GPU)
-    for path, report in ((moments.JSON, moments.report), (overhead_report.JSON, overhead_report.report)):
+    for path, report in ((moments_report.JSON, moments_report.report), (overhead_report.JSON, overhead_report.report)):
         path.with_suffix(".md").write_text(report(json.loads(path.read_text()), gpu_results()))
     print(GPU.read_text())

@@ -22,9 +22,8 @@ from gradbalance._engine.optimizer import ConflictAwarePenalty
 from gradbalance._engine.options import PAPER
 from gradbalance._engine.penalty import Penalty, attach
 from gradbalance._engine.state import Balance
-from gradbalance._moments import Moments, moments
-from gradbalance._recorder import Recorder
-from gradbalance._statistical import StatisticalLoss, statistical_loss
+from gradbalance._moments import Moments, StatisticalLoss, moments, statistical_loss
+from gradbalance._record import Recorder
 
 __all__ = [
     "PAPER",

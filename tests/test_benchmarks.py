@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import _markdown, _moments_report, _overhead_report, _overhead_rivals, _timing, gpu, moments, overhead
+from benchmarks import _markdown, _overhead_report, _overhead_rivals, _timing, gpu, overhead
 
 
 def norm_of(groups):
@@ -114,16 +114,6 @@ def test_a_cell_holds_the_figure_of_the_gpu_or_says_why_it_does_not(results, sho
 
 
 def test_the_reports_show_what_the_gpu_gave():
-    figures = json.loads(moments.JSON.read_text())
-    *_, size = figures["sizes"].values()
-    for case in size["cases"].values():
-        case |= {"launches_forward": 70, "launches_both": 93}
-    on_gpu = {"moments": {"sizes": {_moments_report.LARGEST: {**size, "bandwidth / copy": 0.83}, "b": {"error": "no"}}}}
-    assert _moments_report.report(figures, {}).count(_markdown.NOT_RUN) == 11
-    shown = _moments_report.report(figures, on_gpu)
-    assert _markdown.NOT_RUN not in shown
-    assert "| 70 / 23 |" in shown
-    assert "| 0.83 |" in shown
     figures = json.loads(overhead.JSON.read_text())
     assert _overhead_report.report(figures, {}).count(_markdown.NOT_RUN) == 13
     on_gpu = {"overhead": {**figures, "steps": [*figures["steps"], {"error": "no"}]}, "graph_difference": 0.0}

@@ -65,7 +65,7 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
             warnings.warn(
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and takes no part.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
         missing = [i for i, p in enumerate(own) if p.requires_grad and id(p) not in present]
         if missing:

@@ -66,7 +66,7 @@ class Sketch:
 
     def take(self) -> dict[Any, Tensor]:
         """This rank's entries by mesh, each ``[N, Q]``, 0 elsewhere: over a mesh they add up to the sketch."""
-        if self._picks:
+        if self._picks:  # else all are frozen
             torch._foreach_copy_([pick.to for pick in self._picks], [_read(pick) for pick in self._picks])
         return self._by_mesh
 

@@ -78,6 +78,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
-            f"`optimizer` must take its step in `step()`. Got {type(optimizer).__name__} with "
-            "`overlap_with_ddp=True`, which steps during backward. Leave the overlap off."
+            f"`optimizer` must step after the backward pass. Got {type(optimizer).__name__} with "
+            "`overlap_with_ddp=True`, which steps during it. Leave the overlap off."
         )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from examples import mistakes
-from gradbalance import ConflictAwarePenalty, Recorder, attach, groups_by_name
+from gradbalance import PAPER, ConflictAwarePenalty, Recorder, attach, groups_by_name, rules
 
 TEMPLATE = re.compile(r"(`[^`]+`|The optimizer) must [^`]*?\. Got .+?\. [A-Z`].+[.?]$", re.DOTALL)
 
@@ -51,10 +51,66 @@ def flattened(model):
     return {"text": model.text, "audio": model.audio}
 
 
-def without_rate(model):
+def emptied(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.param_groups[0]["lr"] = None
+    optimizer.param_groups[0]["params"] = []
     return optimizer
+
+
+def overlapping(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer._overlap_with_ddp = True
+    return optimizer
+
+
+class Fixed(torch.optim.Optimizer):
+    """Steps of its own length, whatever the learning rate."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p -= 0.01 * p.grad
+
+
+class Mixing(Fixed):
+    """Each parameter moves by the norm of all."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = sum(float(p.norm()) for p in moved)
+        for p in moved:
+            p -= 0.01 * norm * p.grad.sign() + 0.1 * p * norm
+
+
+class Copying(Fixed):
+    """Its parameters are copies of what it keeps."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            kept = self.state[p].setdefault("kept", p.clone())
+            kept -= 0.01 * p.grad
+            p.copy_(kept)
+
+
+class Untried(Fixed):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("no toys")
+
+    def step(self, closure=None):
+        raise RuntimeError("no toys")
+
+
+class Hookless(torch.optim.Optimizer):
+    def __init__(self, params):
+        self.param_groups, self.state = [{"params": list(params), "lr": 0.1}], {}
+
+    def step(self, closure=None):
+        pass
 
 
 AT_CONSTRUCTION = {
@@ -119,16 +175,59 @@ AT_CONSTRUCTION = {
         ValueError,
         "`optimizer` must take one gradient a step. Got LBFGS, which evaluates the closure many times.",
     ),
-    "a step that is not proportional to the learning rate": (
-        lambda: make(optimizer=lambda model: torch.optim.Rprop(model.parameters())),
+    "a step that changes the parameters of others": (
+        lambda: make(optimizer=lambda model: Mixing(model.parameters(), lr=0.1)),
         ValueError,
-        '`apply_to="update"` must have an optimizer whose step is proportional to its learning rate. Got Rprop. Use '
-        '`apply_to="gradient"`.',
+        '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
+        "learning rate or after the fact. Got Mixing, in which the steps of some parameters change those of others. "
+        'Use another optimizer, or `apply_to="gradient"`',
     ),
-    "an optimizer without a learning rate": (
-        lambda: make(optimizer=without_rate),
+    "a step that follows no learning rate and copies the parameters": (
+        lambda: make(optimizer=lambda model: Copying(model.parameters())),
         ValueError,
-        '`apply_to="update"` must have an optimizer whose step is proportional to its learning rate. Got SGD.',
+        '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
+        "learning rate or after the fact. Got Copying, whose step does not follow it and which keeps copies of the",
+    ),
+    "a step without a learning rate that cannot be tried": (
+        lambda: make(optimizer=lambda model: Untried(model.parameters())),
+        ValueError,
+        '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
+        "learning rate or after the fact. Got Untried, which cannot be tried: no toys.",
+    ),
+    "an optimizer that runs no hooks": (
+        lambda: make(optimizer=lambda model: Hookless(model.parameters())),
+        ValueError,
+        "`optimizer` must run its step hooks. Got Hookless, whose `step` does not",
+    ),
+    "an optimizer that steps during backward": (
+        lambda: make(optimizer=overlapping),
+        ValueError,
+        "`optimizer` must step after the backward pass. Got SGD with `overlap_with_ddp=True`",
+    ),
+    "empty param_groups": (
+        lambda: make(optimizer=emptied),
+        ValueError,
+        "`optimizer` must hold parameters. Got empty `param_groups`. Build it from the parameters",
+    ),
+    "a rule that is a class": (
+        lambda: make(rule=rules.Coherence),
+        TypeError,
+        "`rule` must be a callable from Measured to coefficients. Got <class 'gradbalance.rules.coherence.Coherence'>.",
+    ),
+    "a rule by its name": (
+        lambda: make(rule="coherence"),
+        TypeError,
+        "`rule` must be a callable from Measured to coefficients. Got 'coherence'. Pass an instance",
+    ),
+    "an option of a rule out of range": (
+        lambda: rules.ConflictAware(eta=2),
+        ValueError,
+        "`eta` must be in [0, 1]. Got 2. Choose a value",
+    ),
+    "a factor that is none": (
+        lambda: rules.ByHand(text=-1),
+        ValueError,
+        "`text` must be a finite factor >= 0. Got -1. Take 1",
     ),
     "a name that matches nothing": (
         lambda: groups_by_name(Model(), text="txt", audio="audio"),
@@ -154,24 +253,25 @@ AT_CONSTRUCTION = {
 }
 
 OUT_OF_RANGE = {
-    "alpha": (-1, "`alpha` must be in [0, inf). Got -1."),
-    "eta": (1.5, "`eta` must be in [0, 1]. Got 1.5."),
-    "threshold": (0.5, "`threshold` must be in [1, inf). Got 0.5."),
     "smoothing": (1, "`smoothing` must be in [0, 1). Got 1."),
-    "agreement": (2, "`agreement` must be in [0, 1]. Got 2."),
-    "max_coefficient": (0, "`max_coefficient` must be in [1, inf). Got 0."),
-    "min_coefficient": (-0.1, "`min_coefficient` must be in [0, 1]. Got -0.1."),
     "noise": (float("inf"), "`noise` must be in [0, inf). Got inf."),
     "max_norm": (0, "`max_norm` must be in (0, inf). Got 0."),
     "apply_to": ("updates", "`apply_to` must be one of 'update', 'gradient'. Got 'updates'."),
-    "norm": ("l1", "`norm` must be one of 'l2', 'rms', 'relative'. Got 'l1'."),
+    "every": (0, "`every` must be a positive integer. Got 0."),
+    "every ": (1.5, "`every` must be a positive integer. Got 1.5."),
     "window": ((5, 5), "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (5, 5)."),
+    "window ": (5, "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got 5."),
+    "window  ": ((-1, 3), "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (-1, 3)."),
+    "window   ": ((0.5, 2), "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (0.5, 2)."),
+    "smoothing ": (float("nan"), "`smoothing` must be in [0, 1). Got nan."),
+    "smoothing  ": (-0.1, "`smoothing` must be in [0, 1). Got -0.1."),
+    "noise ": (-1, "`noise` must be in [0, inf). Got -1."),
 }
 
 OF_THE_WRONG_KIND = {
-    "eta": ("0.5", "`eta` must be a number. Got '0.5'."),
-    "alpha": (True, "`alpha` must be a number. Got True."),
-    "centred": (1, "`centred` must be a bool. Got 1."),
+    "smoothing": ("0.5", "`smoothing` must be a number. Got '0.5'."),
+    "noise": (True, "`noise` must be a number. Got True."),
+    "max_norm": ("1", "`max_norm` must be a number. Got '1'."),
     "persist": (None, "`persist` must be a bool. Got None."),
     "generator": (0, "`generator` must be a Generator. Got 0."),
 }
@@ -219,7 +319,7 @@ def test_a_mistake_at_construction_is_named_with_its_remedy(call, kind, start):
 
 @pytest.mark.parametrize(("name", "value", "start"), [(k, *v) for k, v in OUT_OF_RANGE.items()], ids=OUT_OF_RANGE)
 def test_an_option_out_of_range_is_a_value_error(name, value, start):
-    assert_raises(lambda: make(**{name: value}), ValueError, start)
+    assert_raises(lambda: make(**{name.strip(): value}), ValueError, start)
 
 
 @pytest.mark.parametrize(
@@ -240,13 +340,80 @@ def test_a_mistake_in_observe_is_named_and_changes_nothing(errors, kind, start):
     assert optimizer.balance.errors.isnan().all()
 
 
-def test_an_unknown_option_is_a_type_error_that_names_it():
-    with pytest.raises(TypeError, match="etta"):
-        make(etta=0.5)
+@pytest.mark.parametrize("option", ["etta", "eta", "alpha", "norm", "max_coefficient", "agreement"])
+def test_an_unknown_option_is_a_type_error_that_names_it(option):
+    with pytest.raises(TypeError, match=f"'{option}'"):
+        make(**{option: 0.5})
+
+
+def test_the_ends_of_the_ranges_are_inside_them():
+    make(smoothing=0, noise=0, every=1, window=(0, 1), max_norm=1e-9)
+    make(smoothing=0.999, window=(0, None), generator=torch.Generator(), rule=lambda m: m.coefficients)
+
+
+def test_a_score_in_place_of_an_error_is_refused_where_norms_come_from_elsewhere():
+    penalty = make(rule=rules.ConflictAware())
+    assert_raises(
+        lambda: penalty.coefficients_for({"text": 1.0, "audio": 1.0}, {"text": -1.0, "audio": 1.0}),
+        ValueError,
+        "`text` must be >= 0, lower is better. Got -1.0.",
+    )
+
+
+def test_a_rule_that_needs_coherence_is_refused_where_norms_come_from_elsewhere():
+    assert_raises(
+        lambda: make().coefficients_for({"text": 1.0, "audio": 1.0}),
+        RuntimeError,
+        "`coefficients_for` must have a rule that decides by norms and errors. Got Coherence(",
+    )
+
+
+def test_a_wrong_answer_of_a_rule_is_named():
+    def wrong(measured):
+        return -measured.norms
+
+    for rule, kind, start in (
+        (wrong, ValueError, "`test_a_wrong_answer_of_a_rule_is_named.<locals>.wrong` must give finite coefficients"),
+        (lambda m: m.norms.tolist(), TypeError, "`test_a_wrong_answer_of_a_rule_is_named.<locals>.<lambda>` must give"),
+        (rules.ByHand(video=1), ValueError, "`ByHand` must name groups. Got video. The groups are: text, audio."),
+    ):
+        optimizer = make(rule=rule)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        assert_raises(optimizer.step, kind, start)
+
+
+@pytest.mark.parametrize("put_on", [ConflictAwarePenalty, attach])
+@pytest.mark.parametrize("make_one", [torch.optim.Adam, torch.optim.RMSprop])
+def test_a_factor_that_the_optimizer_cancels_is_a_warning_at_the_user_s_line(put_on, make_one):
+    model = Model()
+    groups = {"text": model.text, "audio": model.audio}
+    name = make_one.__name__
+    with pytest.warns(UserWarning, match=f'^`apply_to="gradient"` does nothing lasting under {name}') as warned:
+        put_on(make_one(model.parameters()), groups, **PAPER)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_the_settings_of_the_paper_run_under_sgd_without_a_warning():
+    optimizer = make(**PAPER)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.observe(text=0.5, audio=1.0)
+    optimizer.step()
+    assert optimizer.coefficients()["text"] < 1
+    assert optimizer.coefficients()["audio"] == 1
+
+
+def test_the_way_out_that_a_message_names_is_there():
+    from gradbalance._engine.groups import FLATTENED
+
+    (method,) = re.findall(r"call `(\w+)`", FLATTENED)
+    assert callable(getattr(make(), method))
+    assert callable(getattr(make().penalty, method))
 
 
 def test_norms_of_other_groups_are_refused():
-    penalty = make().penalty
+    penalty = make(rule=rules.ConflictAware()).penalty
     assert_raises(
         lambda: penalty.coefficients_for({"text": 1.0}),
         ValueError,
@@ -299,7 +466,9 @@ def test_a_frozen_group_is_a_warning_at_the_user_s_line(put_on):
 def test_a_checkpoint_of_other_groups_is_refused():
     state = make(lambda model: {"text": model.text, "audio": model.audio, "head": model.head}).state_dict()
     assert_raises(
-        lambda: make().load_state_dict(state), ValueError, "`state_dict` must hold the state of 2 groups. Got 3."
+        lambda: make().load_state_dict(state),
+        ValueError,
+        "`state_dict` must hold the state of the groups text, audio. Got text, audio, head.",
     )
 
 

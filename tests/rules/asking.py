@@ -8,12 +8,14 @@ from gradbalance._engine.ask import ask_rule
 from gradbalance._engine.state import State
 from gradbalance._gradients.meter import Reading
 
+NAMES = ("text", "audio", "visual", "depth", "touch", "smell")
+
 
 class Asked:
     """A rule that is asked step after step: what the engine does between the gradients and the coefficients."""
 
     def __init__(self, rule, n, smoothing=0.0, window=None, scale_free=True):
-        self.rule, self.state = rule, State(tuple("abcdefgh"[:n]))
+        self.rule, self.state = rule, State(NAMES[:n])
         self.options = {"smoothing": smoothing, "window": window, "scale_free": scale_free, "fresh": True}
 
     def step(self, norms, errors=None, cosines=None):

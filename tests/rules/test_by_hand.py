@@ -11,12 +11,12 @@ from tests.rules.asking import Asked
 from tests.strategies import group_norms
 
 
-@given(norms=group_norms(), factors=st.dictionaries(st.sampled_from("ab"), st.floats(0, 1e6)))
+@given(norms=group_norms(), factors=st.dictionaries(st.sampled_from(["text", "audio"]), st.floats(0, 1e6)))
 def test_factors_by_hand_are_the_coefficients_whatever_is_measured(norms, factors):
     asked = Asked(ByHand(**factors), len(norms))
     names = asked.state.names
     assert asked.step(norms).tolist() == [factors.get(name, 1.0) for name in names]
-    assert asked.state.conflicts.tolist() == [
+    assert asked.state.balance.conflicts.tolist() == [
         [factors.get(m, 1.0) < factors.get(k, 1.0) for k in names] for m in names
     ], "without conflicts of its own a rule damps whoever moves less for whoever moves more"
 
@@ -28,8 +28,8 @@ def test_a_factor_that_is_none_is_refused_by_name(factor):
 
 
 def test_a_factor_of_no_group_is_refused_at_the_first_step():
-    with pytest.raises(ValueError, match=r"`ByHand` must name groups. Got video\. The groups are: a, b\."):
-        Asked(ByHand(a=1, video=2), 2).step([1.0, 1.0])
+    with pytest.raises(ValueError, match=r"`ByHand` must name groups. Got video\. The groups are: text, audio\."):
+        Asked(ByHand(text=1, video=2), 2).step([1.0, 1.0])
 
 
 @given(norms=group_norms(inactive=True))
@@ -37,7 +37,7 @@ def test_watching_gives_one_and_measures_all(norms):
     asked = Asked(Watch(), len(norms))
     assert asked.step(norms, cosines=[0.5] * len(norms)).tolist() == [1.0] * len(norms)
     assert asked.state.norms.tolist() == norms
-    assert not asked.state.conflicts.any()
+    assert not asked.state.balance.conflicts.any()
     if asked.state.step == 1:
         assert asked.state.balance.coherences.tolist() == [0.5] * len(norms)
 

@@ -110,7 +110,7 @@ def test_permuting_the_groups_permutes_the_coefficients_and_the_conflicts(data, 
     c = plain.step(norms, errors)
     moved = permuted.step([norms[i] for i in order], None if errors is None else [errors[i] for i in order])
     torch.testing.assert_close(moved, c[list(order)], rtol=1e-9, atol=0)
-    assert torch.equal(permuted.state.conflicts, plain.state.conflicts[order][:, order])
+    assert torch.equal(permuted.state.balance.conflicts, plain.state.balance.conflicts[order][:, order])
 
 
 @given(
@@ -215,7 +215,7 @@ def test_an_error_of_zero_is_an_error():
 def test_a_conflict_is_shown_for_whose_sake_a_group_is_damped():
     asked = Asked(ConflictAware(eta=0.5, threshold=2.0), 3)
     asked.step([9.0, 6.0, 2.0])
-    assert asked.state.conflicts.tolist() == [[False, False, True], [False, False, True], [False] * 3]
+    assert asked.state.balance.conflicts.tolist() == [[False, False, True], [False, False, True], [False] * 3]
 
 
 def test_neither_coherence_nor_the_optimizer_matters():

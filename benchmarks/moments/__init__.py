@@ -1,0 +1,1 @@
+"""What do the moments cost beside `var_mean`, naive moments, CMD and Deep CORAL, and how exact are they?"""
