@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks._statistics import interval
-from benchmarks.balancing.grid import TUNING
+from benchmarks.balancing.grid import TUNING, best_rate
 from benchmarks.balancing.runs import APART, Found, Run
 from benchmarks.balancing.testbeds import BEDS
 
@@ -43,20 +43,18 @@ class Cells:
     """
 
     def __init__(self, runs: Mapping[Run, Found]) -> None:
+        self._runs = runs
         self._cells: dict[tuple[str, str, str, float], dict[int, Found]] = {}
-        self._best: dict[tuple[str, str], Run] = {}
         for run, found in runs.items():
-            if run.seed != TUNING:
+            if run.seed not in TUNING:
                 self._cells.setdefault((run.bed, run.rule, run.optimizer, run.lr), {})[run.seed] = found
-            elif run.rule == "none":
-                best = self._best.get((run.bed, run.optimizer))
-                if best is None or runs[best]["valid"] < found["valid"]:
-                    self._best[run.bed, run.optimizer] = run
+        self._rates: dict[tuple[str, str], float] = {}
 
     def rate(self, bed: str, optimizer: str) -> float:
         """The learning rate that is best without balancing."""
-        best = self._best.get((bed, optimizer))
-        return best.lr if best else float("nan")
+        if (bed, optimizer) not in self._rates:
+            self._rates[bed, optimizer] = best_rate(self._runs, bed, optimizer)
+        return self._rates[bed, optimizer]
 
     def cell(self, bed: str, rule: str, optimizer: str = "AdamW", lr: float | None = None) -> dict[int, Found]:
         """The runs by seed, at the best rate if ``lr`` is None."""

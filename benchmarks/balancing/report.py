@@ -115,9 +115,9 @@ def describe(runs: Mapping[Run, Found]) -> str:
     missed = sum(not goal.met for goal in goals(cells))
     rows = [[goal.what, goal.reached, "met" if goal.met else "**not met**"] for goal in goals(cells)]
     parts = [
-        f"`python -m benchmarks.balancing` on {platform.machine()}, one thread a run, torch {torch.__version__}: "
-        f"{len(runs)} runs, {spent / 60:.0f} minutes of processor time. Changes are in points of accuracy, of POM 100 "
-        "times the mean correlation, ± half a 95 % interval over seeds paired with no balancing; significantly worse in "
+        f"`python -m benchmarks.balancing` on {platform.machine()}, one thread, torch {torch.__version__}: "
+        f"{len(runs)} runs, {spent / 60:.0f} minutes of processor time. Changes are in points of accuracy, of POM "
+        "100 times the mean correlation, ± half a 95 % interval over seeds paired with no balancing; worse in "
         "bold. The learning rate is the one of five (SGD: three) that is best without balancing.",
         "",
         f"## Goals\n\n{len(rows) - missed} of {len(rows)} met.",

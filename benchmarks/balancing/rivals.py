@@ -230,7 +230,9 @@ RIVALS = {
     ),
     "noise alone": _by(ones, noise=1.0),
     "clip groups": Rival(lambda names, optimizer, most: ClipGroups(most), (0.1, 0.3, 1.0), _AS_OGM),
-    "epochwise, as MILES": Rival(lambda names, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"),
+    "epochwise, as MILES": Rival(
+        lambda names, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"
+    ),
     "paper, on the update": Rival(
         lambda names, optimizer, knob: PAPER["rule"], options=_PAPER | {"apply_to": "update"}, observe="loss"
     ),
@@ -248,4 +250,4 @@ RIVALS = {
     "a threshold": _by(Threshold()),
     "smoothing 0.9": _by(Coherence(), smoothing=0.9),
     "smoothing 0.995": _by(Coherence(), smoothing=0.995),
-}  # fmt: skip
+}

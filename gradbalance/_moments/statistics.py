@@ -60,18 +60,19 @@ def moments(
     Accurate far from the origin, since the sums are taken about a mean, and cheap: few operations where ``x`` is small;
     where it is large, on the CPU, neither direction keeps a temporary of its size, but for one copy where reduced axes
     lie between kept ones in memory. Works under `torch.compile` without a graph break, under `torch.func.vmap` and for
-    second derivatives. Not for data whose fourth power leaves the range of float32.
+    second derivatives. Not for data whose fourth power leaves the range of float32. On CUDA the environment variable
+    ``GRADBALANCE_TRITON=1`` asks for kernels that save the memory there too, tested in Triton's interpreter alone.
 
     Args:
         x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a gradient beyond the
             range of float16 becomes its largest number.
         mask: True where a sample counts; None counts all. What is masked may be NaN.
-        dim: Axes to reduce. Default: all but the last one, which holds the features; ``[N]`` counts as ``[N, 1]``.
+        dim: Axes to reduce. Default: all but the last one, which holds the features.
         order: The highest moment wanted, 1 to 4.
 
     Shape:
-        ``x`` is ``[..., D]``, ``mask`` is ``[...]``, the moments are ``x`` without the axes in ``dim``. Where nothing
-        is valid every moment is 0.
+        ``x`` is ``[..., D]``, ``mask`` is ``[...]``, the moments are ``x`` without the axes in ``dim``. ``[N]`` counts
+        as ``[N, 1]``: N samples of one feature. Where nothing is valid every moment is 0.
 
     Raises:
         TypeError: ``x`` is not floating point or not dense, or ``mask`` is not boolean.

@@ -19,13 +19,13 @@ class Coherence:
     1. how much clearer is m than k: :math:`K_{mk} = ((a_m + \epsilon)/(a_k + \epsilon))^2`, at least 1, negative
        :math:`a` counting as 0;
     2. how much further should m go: :math:`x_m = \max_k \min(K_{mk}, \text{most})` where a step is as long however
-       large the gradient (Adam, AdamW, Muon); under SGD, with :math:`L_{mk} = \max(1, p_k/p_m)` from the shares p of the
-       norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved branch
-       comes up to the step of the one that dominates it, and above it, only as far as it is clearer;
-    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, p = 1 but under SGD. With :math:`\beta = 0`, under
-       SGD always, the longest step stays as long as it was and the others are damped; with :math:`\beta = 1` the least
-       clear branch keeps your learning rate and the others are raised. :math:`\beta = \min(1, \max a / \text{clear})`:
-       where even the clearest branch turns at every step the learning rate is at its limit.
+       large the gradient (Adam, AdamW, Muon). Under SGD, with :math:`L_{mk} = \max(1, p_k/p_m)` from the shares p of
+       the norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved
+       branch comes up to the step of the one that dominates it, and above it, only as far as it is clearer;
+    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, p = 1 but under SGD. With :math:`\beta = 0`,
+       under SGD always, the longest step stays as long as it was and the others are damped; with :math:`\beta = 1` the
+       least clear branch keeps your learning rate and the others are raised. :math:`\beta = \min(1, \max a /
+       \text{clear})`: where even the clearest branch turns at every step the learning rate is at its limit.
 
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does nothing where all
     branches are alike, or done. It cannot see that features leak the labels, which looks coherent, and it takes a large

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from examples.mosi.config import Config
-from examples.mosi.model import AME, Adapter, Draw, GatedFusion, Latent, Model, entropy, losses, pool
+from examples.mosi.draw import Draw, own_noise
+from examples.mosi.losses import entropy, losses
+from examples.mosi.model import AME, Adapter, GatedFusion, Latent, Model, pool
 from examples.mosi.simulated import simulate
 
 WIDTHS = {"audio": 20, "timing": 6}
@@ -49,10 +51,39 @@ def test_the_latent_has_the_mean_and_variance_that_the_encoder_puts_out():
     assert_close(z.var((0, 1)), variance[0, 0], atol=0, rtol=0.05)
 
 
-def test_evaluation_is_free_of_noise(data):
+def test_evaluation_is_the_same_every_time(data):
     model, batch = built(), batch_of(data, 0, 1, 2)
     assert not torch.equal(drawn(model, batch, 1).prediction, drawn(model, batch, 2).prediction)
-    assert torch.equal(model.eval()(batch).prediction, model(batch).prediction)
+    model.draw.generator.manual_seed(1)
+    first = model.eval()(batch).prediction
+    model.draw.generator.manual_seed(2)
+    assert torch.equal(model(batch).prediction, first)
+
+
+def test_evaluation_is_the_mean_of_what_training_predicts(data):
+    model, batch = built(Config(dropout=0.0, draws=1000)), batch_of(data, 0, 5)
+    with torch.no_grad():
+        for value in model.fusion.values.values():  # far into tanh, so that the mean latent is another one
+            value.weight.mul_(5).add_(1)
+        passes = torch.stack([drawn(model, batch, seed).prediction for seed in range(1000)])
+        evaluated = model.eval()(batch).prediction
+        model.noisy = False
+        at_mean = model(batch).prediction
+    error = passes.std(0) * math.sqrt(2 / 1000)
+    assert ((evaluated - passes.mean(0)).abs() < 4 * error).all()
+    assert ((at_mean - passes.mean(0)).abs() > 8 * error).any()
+
+
+def test_the_noise_of_evaluation_is_standard_normal_and_own_to_utterance_and_modality(data):
+    batch = batch_of(data, *range(40))
+    noise = {name: own_noise(name, batch, torch.zeros(40, x.shape[1], 6), 50) for name, x in batch.masks.items()}
+    audio, timing = noise["audio"], noise["timing"][:, batch.mask]
+    for values in (audio, timing):
+        assert abs(values.mean().item()) < 0.05
+        assert values.std().item() == pytest.approx(1, abs=0.02)
+    assert not noise["timing"][:, ~batch.mask].any()
+    every = torch.cat([audio[:, :, 0].flatten(1), timing[:, :, 0]], 1)
+    assert every.unique().numel() > 0.999 * every.numel()
 
 
 @pytest.mark.parametrize("ame", [True, False])
@@ -104,7 +135,7 @@ def test_without_weight_the_modalities_leave_the_text_as_it_is(data):
     model, alone = built(config).eval(), built(config, widths={}).eval()
     alone.load_state_dict({name: model.state_dict()[name] for name in alone.state_dict()})
     batch = batch_of(data, 0, 1, 2)
-    assert torch.equal(model(batch).prediction, alone(batch).prediction)
+    assert_close(model(batch).prediction, alone(batch).prediction)  # a mean of equal ones
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.mosi.rows import Row, config
 from examples.mosi.data import atomic
-from examples.mosi.rows import Row, config
 
 SEARCH = {"epochs": 10}
 MODELS = {"baseline": "A0", "full": "A6"}

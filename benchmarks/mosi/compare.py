@@ -7,7 +7,8 @@ import numpy as np
 
 Line = dict[str, Any]
 Runs = dict[str, dict[int, Line]]  # row -> seed -> line
-BASELINE, FULL = "A0", "A6"
+BASELINE, FULL, TEXT = "A0", "A6", "T"
+LOSSES, DEFAULT, NOISE, NOISE_DEFAULT = "C2", "L", "NC2", "N"  # AME+SL, without and with the default rule
 IMBALANCED = 2.0  # times the mean of the other norms: from here on the verdict calls norms imbalanced
 
 
@@ -38,12 +39,6 @@ def by_row(lines: Iterable[Line]) -> Runs:
     for line in lines:
         runs.setdefault(line["row"], {})[line["seed"]] = line
     return runs
-
-
-def whole_seeds(lines: list[Line]) -> list[Line]:
-    """The lines of the seeds that every row has: a study that is not finished is reported on equal terms."""
-    shared = set.intersection(*(set(own) for own in by_row(lines).values()))
-    return [line for line in lines if line["seed"] in shared]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -104,11 +99,12 @@ def modalities(runs: Runs) -> dict[str, str]:
 
 
 def verdict(runs: Runs, constant_mae: float) -> list[str]:
-    """The answer to both questions, from the numbers alone; nothing where one of the two rows is missing."""
-    if BASELINE not in runs or FULL not in runs:
-        return [f"No verdict: it needs rows {BASELINE} and {FULL}."]
-    base, full = runs[BASELINE], runs[FULL]
-    return [balance_verdict(base, full), accuracy_verdict(base, full), *rest_verdict(runs, constant_mae)]
+    """The answers to the questions of the study, from the numbers alone; one that lacks its rows says so."""
+    if BASELINE in runs and FULL in runs:
+        answers = [balance_verdict(runs[BASELINE], runs[FULL]), accuracy_verdict(runs[BASELINE], runs[FULL])]
+    else:
+        answers = [f"Of norms and of full against baseline: no verdict, it needs rows {BASELINE} and {FULL}."]
+    return [*answers, collapse_verdict(runs, constant_mae), *rest_verdict(runs), *pairs_verdict(runs)]
 
 
 def balance_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
@@ -141,17 +137,40 @@ def accuracy_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
     )
 
 
-def rest_verdict(runs: Runs, constant_mae: float) -> list[str]:
-    """Which other rows differ from the baseline in MAE, and which collapse."""
-    better, worse = [], []
-    rows = {row: difference(own, runs[BASELINE], metric("mae")) for row, own in runs.items() if row != BASELINE}
-    for row, gap in rows.items():
-        if gap.distinguishable:
-            (better if gap.mean < 0 else worse).append(f"{row} ({gap.mean:+.3f})")
+def collapse_verdict(runs: Runs, constant_mae: float) -> str:
     falls = {row: sum(collapsed(line, constant_mae) for line in own.values()) for row, own in runs.items()}
     fallen = [f"{row} ({count} of {len(runs[row])})" for row, count in falls.items() if count]
+    return f"Does a row collapse? Runs that did: {', '.join(fallen) or 'none in any row'}."
+
+
+def rest_verdict(runs: Runs) -> list[str]:
+    """Which rows differ in MAE from the baseline, and which from text alone."""
+    answers = []
+    for reference, title in ((TEXT, "text alone"), (BASELINE, "the baseline")):
+        if reference not in runs:
+            continue
+        others = {row: difference(own, runs[reference], metric("mae")) for row, own in runs.items() if row != reference}
+        better, worse = (
+            [f"{row} ({gap.mean:+.3f})" for row, gap in others.items() if gap.distinguishable and sign * gap.mean < 0]
+            for sign in (1, -1)
+        )
+        answers.append(
+            f"Does anything beat {title}? Of {len(others)} other rows, MAE is lower in {', '.join(better) or 'none'}; "
+            f"higher in {', '.join(worse) or 'none'} (95 % intervals that leave 0 out, not corrected for their number)."
+        )
+    return answers
+
+
+def pairs_verdict(runs: Runs) -> list[str]:
+    """What the default rule and a modality of noise do to a model that is otherwise the same."""
+    questions = [
+        ("What does the library's default rule do to AME+SL?", DEFAULT, LOSSES),
+        ("What does a modality of pure noise cost?", NOISE, LOSSES),
+        ("What does the default rule give back of it?", NOISE_DEFAULT, NOISE),
+    ]
     return [
-        f"Of {len(rows)} other rows, MAE is lower than the baseline's in {', '.join(better) or 'none'}; "
-        f"higher in {', '.join(worse) or 'none'} (95 % intervals that leave 0 out, not corrected for their number).",
-        f"Runs that collapsed: {', '.join(fallen) or 'none in any row'}.",
+        f"{question} MAE {difference(runs[one], runs[other], metric('mae')).told()} ({one} minus {other}, "
+        f"{difference(runs[one], runs[other], metric('mae')).seeds} paired seeds)."
+        for question, one, other in questions
+        if one in runs and other in runs
     ]

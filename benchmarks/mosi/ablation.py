@@ -1,4 +1,4 @@
-"""``python -m examples.mosi.ablation``: every row of the study times seeds, one JSON line a run, each run once.
+"""``python -m benchmarks.mosi.ablation``: every row of the study times seeds, one JSON line a run, each run once.
 
 Kill it anywhere and start it again: finished runs stay, the others are done. Seeds are the outer loop, so that the rows
 have equally many at any time.
@@ -18,15 +18,23 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.mosi.noise import with_noise
+from benchmarks.mosi.probe import diagnostics
+from benchmarks.mosi.rows import config, study
+from benchmarks.mosi.search import search
 from examples.mosi.config import Config
 from examples.mosi.data import Dataset, load
-from examples.mosi.rows import config, study
-from examples.mosi.search import search
-from examples.mosi.text import prepare
+from examples.mosi.text import prepare, text_of
 from examples.mosi.train import train
 
 RESULTS = Path(__file__).parent / "results"
-STUDY = {"epochs": 6, "lr": 2e-3}  # shorter and steeper than a single run, to afford the seeds
+MPNET = Path("~/.cache/gradbalance/encoders/all-mpnet-base-v2").expanduser()
+STUDIES = {
+    "frozen": {"epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
+    "top": {"text_encoder": str(MPNET), "text_layers": 6, "epochs": 5, "dropout": 0.1, "precision": "bf16"},
+    # The paper's own settings, for a GPU.
+    "finetune": {"text_encoder": "microsoft/deberta-v3-base", "text_lr": 1e-5, "epochs": 30, "batch_size": 8},
+}
 
 
 class Job(NamedTuple):
@@ -35,16 +43,17 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.mosi.ablation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.ablation", description=__doc__)
     parser.add_argument("--data", default="auto", help="as for python -m examples.mosi")
     parser.add_argument("--split", default="standard", choices=("standard", "poria"))
-    parser.add_argument("--text", default="frozen", choices=("frozen", "finetune"))
+    parser.add_argument("--text", default="frozen", choices=STUDIES, help="which study: see STUDIES in this file")
+    parser.add_argument("--text-encoder", default=argparse.SUPPRESS, help="another encoder than that of the study")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows, such as A0 A6; default: all")
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to this, this left out")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--out", type=Path, help="where the lines are appended (default: results/<split>.jsonl)")
-    parser.add_argument("--settings", type=Path, default=RESULTS / "search.json", help="the record of --search")
+    parser.add_argument("--out", type=Path, help="where the lines are appended (default: in results)")
+    parser.add_argument("--settings", type=Path, help="the record of --search (default: results/search-<text>.json)")
     parser.add_argument("--search", type=int, metavar="TRIALS", help="tune baseline and full model, then end")
     parser.add_argument("--smoke", action="store_true", help="2 rows, 2 seeds, simulated data, nothing left behind")
     options = parser.parse_args()
@@ -53,31 +62,32 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             smoke(Path(folder) / "lines.jsonl", options.workers)
         return
-    common = {name: getattr(options, name) for name in ("data", "split", "text", "device")}
+    record = options.settings or RESULTS / f"search-{options.text}.json"
+    common = STUDIES[options.text] | {name: getattr(options, name) for name in ("data", "split", "text", "device")}
+    common |= {"text_encoder": options.text_encoder} if "text_encoder" in options else {}
     dataset = prepare(Config(**common))  # also fills the cache of states before any worker reads it
     print(dataset.corpus.banner)
     rows = study(tuple(dataset.widths))
     if options.search:
-        search(rows, partial(train, dataset=dataset), options.settings, options.search, common)
+        search(rows, partial(train, dataset=dataset), record, options.search, common)
         return
     if unknown := set(options.rows) - rows.keys():
         raise SystemExit(f"`rows` must be among {list(rows)}. Got {sorted(unknown)}. Choose others.")
-    tuned = json.loads(options.settings.read_text())["best"] if options.settings.is_file() else {}
+    tuned = json.loads(record.read_text())["best"] if record.is_file() else {}
     names = options.rows or list(rows)
     jobs = [
-        Job(name, config(rows[name], tuned, **STUDY, **common, seed=seed))
-        for seed in range(options.seeds)
-        for name in names
+        Job(name, config(rows[name], tuned, **common, seed=seed)) for seed in range(options.seeds) for name in names
     ]
-    out = options.out or RESULTS / f"{options.split}.jsonl"
+    prefix = "" if options.split == "standard" else f"{options.split}-"
+    out = options.out or RESULTS / f"{prefix}{options.text}.jsonl"
     run(jobs, out, options.workers)
-    print(f"{len(read(out))} lines in {out}; now: python -m examples.mosi.report {out}")
+    print(f"{len(read(out))} lines in {out}; now: python -m benchmarks.mosi.report {out}")
 
 
 def smoke(out: Path, workers: int) -> None:
     data = "simulated:8"
     rows = study(tuple(load(data).features))
-    common = {"data": data, "epochs": 2}
+    common = {"data": data, "epochs": 2, "text": "frozen"}
     jobs = [Job(name, config(rows[name], {}, **common, seed=seed)) for seed in (0, 1) for name in ("A0", "A6")]
     run(jobs, out, workers)
     for line in read(out):
@@ -111,27 +121,37 @@ def finished(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def dataset_of(data: str, split: str, text: str, encoder: str) -> Dataset:
-    return prepare(Config(data=data, split=split, text=text, text_encoder=encoder))
+def dataset_of(data: str, split: str, noise: bool, *text: str | int) -> Dataset:
+    own = Config(data=data, split=split, **dict(zip(TEXT, text, strict=True)))
+    corpus = load(data, split)
+    return Dataset(with_noise(corpus) if noise else corpus, *text_of(corpus, own))
+
+
+TEXT = ("text", "text_encoder", "text_layers", "text_pool")  # what the data set depends on
 
 
 def work(job: Job) -> dict[str, Any]:
     """One run as a line: test metrics, probes, and the balance of each epoch."""
     started = time.perf_counter(), time.process_time()
     own = job.config
-    result = train(own, dataset_of(own.data, own.split, own.text, own.text_encoder), probe=True)
+    text = [getattr(own, name) for name in TEXT]
+    result = train(own, dataset_of(own.data, own.split, "noise" in own.modalities, *text), also=diagnostics)
     history = [
         {"valid_mae": line["valid"]["mae"], "train_task": line["train"]["task"]} | line.get("balance", {})
         for line in result.pop("history")
     ]
     seconds = {"seconds": time.perf_counter() - started[0], "cpu_seconds": time.process_time() - started[1]}
-    line = {"row": job.row, "seed": own.seed} | result | seconds | {"history": history, "settings": settings(own)}
-    return short(line)
+    encoder = {name: getattr(own, name) for name in (*TEXT[:3], "precision")} | {
+        "text_encoder": Path(own.text_encoder).name
+    }
+    line = {"row": job.row, "seed": own.seed} | encoder | result | seconds
+    return short(line | {"history": history, "settings": settings(own)})
 
 
 def settings(own: Config) -> dict[str, Any]:
-    """All that a run depends on beside its seed, as it comes back from JSON; where the data lies is no part of it."""
-    return json.loads(json.dumps({k: v for k, v in vars(own).items() if k not in ("data", "device", "seed")}))
+    """All that a run depends on beside its seed, as it comes back from JSON; but not where data and encoder lie."""
+    kept = {k: v for k, v in vars(own).items() if k not in ("data", "device", "seed")}
+    return json.loads(json.dumps(kept | {"text_encoder": Path(own.text_encoder).name}))
 
 
 def short(value: Any) -> Any:

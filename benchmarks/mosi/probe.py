@@ -1,13 +1,28 @@
 """Linear probes: how well the frozen output of each encoder alone predicts the label."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from examples.mosi.data import Dataset
-from examples.mosi.model import Model
+from examples.mosi.metrics import metrics
+from examples.mosi.model import Adapter, Model, pool
+from examples.mosi.train import predict
 
 ALPHAS = 10.0 ** np.arange(-1, 6)
+
+
+def diagnostics(model: Model, dataset: Dataset, names: list[str]) -> dict[str, Any]:
+    """The probes and, for a model whose latents are noisy, the MAE at their mean, where it was not trained."""
+    found: dict[str, Any] = {"probes": probes(model, dataset, names)}
+    if model.noisy and isinstance(model.text, Adapter):
+        model.noisy = False
+        index = dataset.corpus.split["test"]
+        found["mae_at_mean"] = metrics(predict(model, dataset, "test", names), dataset.corpus.labels[index])["mae"]
+        model.noisy = True
+    return found
 
 
 def probes(model: Model, dataset: Dataset, names: list[str]) -> dict[str, dict[str, float]]:
@@ -25,11 +40,20 @@ def probes(model: Model, dataset: Dataset, names: list[str]) -> dict[str, dict[s
 
 @torch.inference_mode()
 def pooled(model: Model, dataset: Dataset, index: Tensor, names: list[str]) -> dict[str, np.ndarray]:
-    """The mean-pooled output of each encoder for the utterances `index`, in their order, [n, width]."""
+    """The mean-pooled output of each encoder for the utterances `index`, in their order, [n, width].
+
+    A text encoder that is trained is left out: it would cost as much as half an epoch.
+    """
     device = next(model.parameters()).device
     model.eval()
     chunks = dataset.tokens.lengths[index].argsort(stable=True).split(64)
-    parts = [model(dataset.batch(index[chunk], names).to(device)).pooled for chunk in chunks]
+    parts = []
+    for chunk in chunks:
+        batch = dataset.batch(index[chunk], names).to(device)
+        part = {name: pool(latent.z, batch.masks[name]) for name, latent in model.encode(batch).items()}
+        if isinstance(model.text, Adapter):
+            part["text"] = pool(model.text(batch.text, batch.mask), batch.mask)
+        parts.append(part)
     order = torch.cat(chunks).argsort()
     return {name: torch.cat([part[name] for part in parts])[order].double().cpu().numpy() for name in parts[0]}
 

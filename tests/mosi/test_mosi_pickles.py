@@ -21,7 +21,7 @@ from examples.mosi.train import train
 
 PLACES = [
     Path(os.environ.get("GRADBALANCE_DATA", ".")),
-    Path(__file__).resolve().parents[1] / "../shared/data/mosi",
+    Path(__file__).resolve().parents[2] / "../shared/data/mosi",
 ]
 REAL = next((path for place in PLACES if (path := place / "mosi_dev229_wordaligned.npz").is_file()), None)
 SPLIT = {"train": slice(0, 40), "dev": slice(40, 50), "test": slice(50, 60)}

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from examples.mosi import ablation, compare, report
-from examples.mosi.compare import by_row, collapsed, difference, interval, metric, verdict
-from examples.mosi.document import Heading, Paragraph, Table, markdown, page
-from examples.mosi.probe import ridge
-from examples.mosi.rows import config, study
+from benchmarks.mosi import ablation, compare, report
+from benchmarks.mosi.compare import by_row, collapsed, difference, interval, metric, verdict
+from benchmarks.mosi.document import Heading, Paragraph, Table, markdown, page
+from benchmarks.mosi.probe import ridge
+from benchmarks.mosi.rows import config, study
 from examples.mosi.simulated import simulate
 
 values = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=12)
@@ -131,7 +131,7 @@ def lines(tmp_path, monkeypatch):
     data = samples.dataset(simulate(), limit=40)
     monkeypatch.setattr(ablation, "dataset_of", lambda *_: data)
     rows = study(("audio", "timing"))
-    common = {"data": "simulated", "epochs": 2, "hidden": 8, "fused": 8}
+    common = {"data": "simulated", "text": "frozen", "epochs": 2, "hidden": 8, "fused": 8, "draws": 4}
     names = ("A0", "A6", "T", "audio", "timing")
     jobs = [ablation.Job(n, config(rows[n], {}, **common, seed=seed)) for seed in (0, 1) for n in names]
     ablation.run(jobs, tmp_path / "lines.jsonl", 1)

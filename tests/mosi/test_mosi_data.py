@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.mosi.config import Config
 from examples.mosi.data import Ragged, atomic, load, standardise
 from examples.mosi.files import UTTERANCES, VISUAL, WORDS
 from examples.mosi.simulated import simulate
@@ -284,7 +285,7 @@ def test_states_are_those_of_each_sentence_alone_and_are_computed_once(encoder, 
 
     monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path))
     corpus = SimpleNamespace(ids=["a", "b", "c"], words=[["the", "cat"], [], ["the", *["dog"] * 20]])
-    tokens, made = tokenise(corpus, encoder), states(corpus, encoder)
+    tokens, made = tokenise(corpus, encoder), states(corpus, Config(text="frozen", text_encoder=encoder))
     assert tokens.word_of.tolist()[:6] == [-1, 0, 1, 1, 1, -1]
     assert len(tokens.rows.rows) == len(made.rows.rows) == len(tokens.word_of)
     model = text.transformer(encoder).eval()
@@ -293,7 +294,7 @@ def test_states_are_those_of_each_sentence_alone_and_are_computed_once(encoder, 
         alone = model(input_ids=numbers).last_hidden_state[0]
         torch.testing.assert_close(made.rows.pad(torch.tensor([i]))[0][0], alone, atol=1e-5, rtol=1e-5)
     monkeypatch.delattr(text, "encode")
-    assert torch.equal(states(corpus, encoder).rows.rows, made.rows.rows)
+    assert torch.equal(states(corpus, Config(text="frozen", text_encoder=encoder)).rows.rows, made.rows.rows)
     assert len(list(tmp_path.iterdir())) == 1
 
 

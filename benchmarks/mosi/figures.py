@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.mosi.compare import BASELINE, FULL, Line, Runs, difference, interval, modalities, probe
+from benchmarks.mosi.compare import BASELINE, DEFAULT, FULL, LOSSES, Line, Runs, difference, interval, modalities, probe
 from examples.mosi.data import atomic
 
-SHOWN = (BASELINE, FULL, "U", "L")  # rows whose course is drawn
+SHOWN = (BASELINE, FULL, "U", LOSSES, DEFAULT)  # rows whose course is drawn
 COLOURS = {"text": "#4269d0", "audio": "#ff725c", "timing": "#3ca951", "visual": "#9c6b4e"}
 Curves = Callable[[Line], dict[str, list[float]]]
 
@@ -70,7 +70,7 @@ def courses(runs: Runs, title: str, curves: Curves, log: bool = False) -> Figure
     """Epoch by epoch, the mean over the seeds within its standard deviation, one panel a row."""
     shown = [row for row in SHOWN if row in runs]
     figure = Figure(figsize=(3 * len(shown) + 1, 3), layout="constrained")
-    for axes, row in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+    for axes, row in zip(figure.subplots(1, max(len(shown), 1), sharey=True, squeeze=False)[0], shown, strict=False):
         every = [curves(line) for line in runs[row].values()]
         for name in every[0]:
             epochs = min(len(one[name]) for one in every)
@@ -81,30 +81,32 @@ def courses(runs: Runs, title: str, curves: Curves, log: bool = False) -> Figure
             axes.fill_between(range(1, epochs + 1), low, mean + deviation, alpha=0.2, color=drawn.get_color())
         axes.set(title=row, xlabel="epoch", yscale="log" if log else "linear")
     figure.axes[0].set_ylabel(title)
-    figure.axes[-1].legend(fontsize=8)
+    if shown:
+        figure.axes[-1].legend(fontsize=8)
     return figure
 
 
 def histograms(runs: Runs) -> Figure:
-    """How often each coefficient was where, over all steps and seeds."""
+    """How often each coefficient was where, over all steps and seeds: bars of a fifth of a unit."""
     shown = [row for row in ("A5", FULL, "U", "Z", "L", "E") if row in runs]
     figure = Figure(figsize=(2.2 * max(len(shown), 1) + 1, 3), layout="constrained")
     for axes, row in zip(figure.subplots(1, max(len(shown), 1), sharey=True, squeeze=False)[0], shown, strict=False):
         names = list(next(iter(runs[row].values()))["history"][0]["histogram"])
         for place, name in enumerate(names):
             counts = np.sum([epoch["histogram"][name] for line in runs[row].values() for epoch in line["history"]], 0)
-            left = np.arange(10) / 10 + place * 0.1 / len(names)
-            axes.bar(left, counts / counts.sum(), 0.09 / len(names), align="edge", label=name, color=COLOURS.get(name))
-        axes.set(title=row, xlabel="coefficient", xlim=(0, 1))
+            left = np.arange(len(counts)) / 5 + place * 0.2 / len(names)
+            axes.bar(left, counts / counts.sum(), 0.18 / len(names), align="edge", label=name, color=COLOURS.get(name))
+        axes.set(title=row, xlabel="coefficient", xlim=(0, 4))
     figure.axes[0].set_ylabel("share of the steps")
-    figure.axes[-1].legend(fontsize=8)
+    if shown:
+        figure.axes[-1].legend(fontsize=8)
     return figure
 
 
 def potentials(runs: Runs) -> Figure:
     """MAE of the probe of each encoder, in each row minus trained alone: what joint training took from it."""
     alone = modalities(runs)
-    shown = [row for row in (BASELINE, FULL, "U", "L") if row in runs]
+    shown = [row for row in SHOWN if row in runs]
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(shown):
@@ -115,5 +117,6 @@ def potentials(runs: Runs) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(alone)), list(alone))
     axes.set_ylabel("MAE of the probe, joint - alone")
-    axes.legend(fontsize=8)
+    if alone:
+        axes.legend(fontsize=8)
     return figure

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import pytest
 import torch
 
 from examples.mosi import __main__ as command
-from examples.mosi import run, train
+from examples.mosi import build, run, train
 from examples.mosi.config import Config
-from examples.mosi.model import Draw
+from examples.mosi.draw import Draw
 from examples.mosi.simulated import simulate
 from gradbalance import PAPER, ConflictAwarePenalty
 
-SMALL = {"data": "simulated", "batch_size": 8, "epochs": 3, "hidden": 8, "fused": 8}
+SMALL = {"data": "simulated", "text": "frozen", "batch_size": 8, "epochs": 3, "hidden": 8, "fused": 8, "draws": 4}
 FILES = {"config.json", "metrics.jsonl", "test.json", "checkpoint.pt", "trajectory.png", "predictions.csv"}
 
 
@@ -55,10 +56,12 @@ def assert_same_run(one: Path, other: Path):
 def flat(state):
     """Nested containers and tensors as something that compares with ==, bit for bit."""
     if isinstance(state, torch.Tensor):
-        return state.dtype, state.tolist()
+        return state.dtype, repr(state.tolist())
     if isinstance(state, dict):
         return {key: flat(value) for key, value in state.items()}
-    return [flat(value) for value in state] if isinstance(state, list | tuple) else state
+    if isinstance(state, list | tuple):
+        return [flat(value) for value in state]
+    return repr(state)  # where NaN, which is what was not measured, equals itself
 
 
 def fail_at(monkeypatch, step):
@@ -73,7 +76,7 @@ def fail_at(monkeypatch, step):
     monkeypatch.setattr(train, "losses", losses)
 
 
-@pytest.mark.parametrize(("balance", "step"), [("off", 1), ("norms", 8), ("errors", 18), ("paper", 8)])
+@pytest.mark.parametrize(("balance", "step"), [("off", 1), ("default", 8), ("errors", 18), ("paper", 8)])
 def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, balance, step):
     config = Config(**SMALL, balance=balance)
     whole = train.train(config, data, out=tmp_path / "whole")
@@ -97,7 +100,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(data, tmp_path):
 
 
 def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
-    config = Config(**SMALL, lr=0.3)  # the last epoch is not the best
+    config = Config(**SMALL, lr=0.3, max_norm=0.0)  # the last epoch is not the best
     result = train.train(config, data, out=tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     test = json.loads((tmp_path / "run/test.json").read_text())
@@ -108,7 +111,7 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     assert test["best_epoch"] == min(range(3), key=lambda epoch: history[epoch]["valid"]["mae"])
 
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    model = train.build(config, data, ["audio", "timing"], Draw(torch.device("cpu")))
+    model = build.build(config, data, ["audio", "timing"], Draw(torch.device("cpu")))
     model.load_state_dict(state["best"])
     valid = train.predict(model, data, "valid", ["audio", "timing"])
     best = history[test["best_epoch"]]["valid"]["mae"]
@@ -136,7 +139,7 @@ def test_training_stops_after_epochs_without_progress(data):
 
 
 def test_off_is_the_plain_optimizer_bit_for_bit(data, monkeypatch):
-    config = Config(**SMALL, balance="off")
+    config = Config(**SMALL, balance="off", max_norm=0.0)
     watched = train.train(config, data)
     wrapped = train.optimizer_of
     monkeypatch.setattr(train, "optimizer_of", lambda *args: wrapped(*args).optimizer)
@@ -149,10 +152,16 @@ def test_off_is_the_plain_optimizer_bit_for_bit(data, monkeypatch):
 def test_paper_observes_all_but_text_inside_its_window(data, monkeypatch):
     seen = []
     monkeypatch.setattr(ConflictAwarePenalty, "observe", lambda self, **errors: seen.append(set(errors)))
-    for balance in ("paper", "errors", "norms", "off"):
+    for balance in ("paper", "errors", "default", "off"):
         train.train(Config(**SMALL | {"epochs": 1}, balance=balance), data)
     assert seen == [{"audio", "timing"}] * 6 + [{"text", "audio", "timing"}] * 6
-    assert train.paper(Config(epochs=30), steps=10) == PAPER | {"window": (0, 250)}
+    assert build.balancing(Config(epochs=30, balance="paper"), steps=10) == PAPER | {"window": (0, 250)}
+
+
+def test_further_options_go_to_the_rule_or_to_the_penalty():
+    options = build.balancing(Config(balance="paper", penalty={"eta": 1.0, "noise": 0.0}), steps=10)
+    assert options["rule"] == replace(PAPER["rule"], eta=1.0)
+    assert options["noise"] == 0
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("audio",), ("text", "timing"), ("audio", "timing")])
@@ -163,8 +172,10 @@ def test_any_modalities_train(data, modalities):
     assert (balance is None) == (len(modalities) == 1)
 
 
-def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatch):
-    config = Config(**SMALL | {"epochs": 2}, text="finetune", text_encoder=encoder)
+@pytest.mark.parametrize("text", ["finetune", "top"])
+def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatch, text):
+    monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path / "cache"))
+    config = Config(**SMALL | {"epochs": 2, "text": text, "precision": "bf16"}, text_layers=1, text_encoder=encoder)
     data = train.prepare(config)
     data.corpus.split.update({part: index[:20] for part, index in data.corpus.split.items()})
     train.train(config, data, out=tmp_path / "whole")
@@ -173,15 +184,15 @@ def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatc
         train.train(config, data, out=tmp_path / "killed")
     train.train(config, data, out=tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    first = train.transformer(encoder).state_dict()
+    first = build.build(config, data, ["audio", "timing"], Draw(torch.device("cpu"))).text.state_dict()
     last = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)["model"]
-    assert any(not torch.equal(first[name], last[f"text.encoder.{name}"]) for name in first)
+    assert all(not torch.equal(first[name], last[f"text.{name}"]) for name in first if "query.weight" in name)
 
 
 def test_a_checkpoint_of_other_settings_or_data_is_refused(data, tmp_path):
     out = tmp_path / "run"
     train.train(Config(**SMALL), data, out=out)
-    with pytest.raises(ValueError, match=r"same configuration. Got seed=1 for 0, balance='off' for 'errors'"):
+    with pytest.raises(ValueError, match=r"same configuration. Got seed=1 for 0, balance='off' for 'default'"):
         train.train(Config(**SMALL, seed=1, balance="off"), data, out=out, resume=True)
     with pytest.raises(ValueError, match=r"same data"):
         train.train(Config(**SMALL), samples.dataset(simulate(seed=1), limit=44), out=out, resume=True)
@@ -204,7 +215,7 @@ def test_a_folder_in_use_is_not_written_to(data, tmp_path):
         ({"modalities": ("visual",)}, r"use `--split poria`"),
         ({"modalities": ("text", "audio"), "balance": "paper"}, r"two beside text .* Got \['audio', 'text'\]"),
         ({"balance": "sometimes"}, r"`balance` must be one of .* Got 'sometimes'"),
-        ({"uni": 0.0}, r"`uni` must be positive"),
+        ({"uni": 0.0, "balance": "errors"}, r"`uni` must be positive"),
         ({"lr": -1.0}, r"`lr` must be finite and at least 0. Got -1.0"),
         ({"epochs": 0}, r"`epochs` must be at least 1"),
         ({"split": "mine"}, r"`split` must be one of"),
@@ -223,10 +234,11 @@ def test_a_diverging_run_says_so(data):
 def test_flags_become_settings_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch, data):
     monkeypatch.setattr(train, "prepare", lambda config: data)
     flags = ["--seed", "3", "--modalities", "text", "audio", "--no-gate", "--epochs", "1", "--batch-size", "16"]
+    flags += ["--text", "frozen"]
     monkeypatch.setattr(sys, "argv", ["mosi", "--out", str(tmp_path / "run"), *flags])
     assert command.main() == 0
     stored = run.stored_config(tmp_path / "run")
-    assert stored == Config(seed=3, modalities=("text", "audio"), gate=False, epochs=1, batch_size=16)
+    assert stored == Config(seed=3, modalities=("text", "audio"), gate=False, epochs=1, batch_size=16, text="frozen")
     assert command.settings({"seed": 3}, tmp_path / "run") == stored
     with pytest.raises(ValueError, match=r"`seed` must be that of the run in .*: 3. Got 4"):
         command.settings({"seed": 4}, tmp_path / "run")
@@ -247,13 +259,14 @@ def start(encoder, tmp_path_factory):
     """Starts the command in a process of its own, on simulated data with a small encoder."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(*flags, launcher=(sys.executable, "-m")):
+    def start(*flags, text="frozen", launcher=(sys.executable, "-m")):
         environment = os.environ | {"GRADBALANCE_CACHE": str(cache)}
-        settings = ["--data", "simulated", "--text-encoder", encoder, "--hidden", "16", "--fused", "16"]
+        settings = ["--data", "simulated:8", "--text-encoder", encoder, "--hidden", "16", "--fused", "16"]
+        settings += ["--text", text, "--text-layers", "1", "--draws", "4"]
         settings = [] if "--resume" in flags else settings
         return subprocess.Popen(
             [*launcher, "examples.mosi", *settings, *map(str, flags)],
-            cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             # A suite in the background ignores it, and so would its children.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
@@ -267,21 +280,24 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-@pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+@pytest.fixture(scope="module", params=["frozen", "top"])
+def whole(request, start, tmp_path_factory):
+    """A run that was left alone, and the flags that start it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert finish(start("--out", out, "--epochs", 12)).startswith("SIMULATED MOSI")
-    return out
+    flags = ("--epochs", 8)
+    assert finish(start("--out", out, *flags, text=request.param)).startswith("SIMULATED MOSI")
+    return out, flags, request.param
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
+    unharmed, flags, text = whole
     out = tmp_path / "killed"
-    process = start("--out", out, "--epochs", 12)
+    process = start("--out", out, *flags, text=text)
     log = out / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
         time.sleep(0.01)
-    time.sleep(0.1)  # into the middle of the next epoch
+    time.sleep(0.05)  # into the middle of the next epoch
     process.send_signal(how)
     _, errors = process.communicate()
     assert not (out / "test.json").exists()
@@ -289,19 +305,20 @@ def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
         assert process.returncode == 130
         assert f"python -m examples.mosi --resume {out}" in errors.splitlines()[-1]
     finish(start("--resume", out))
-    assert_same_run(whole, out)
+    assert_same_run(unharmed, out)
 
 
-def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path):
+@pytest.mark.parametrize("text", ["frozen", "top"])
+def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path, text):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     flags = ("--epochs", 1, "--warmup", 0.5)
-    finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags))
-    finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, launcher=torchrun))
+    finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags, text=text))
+    finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, text=text, launcher=torchrun))
     assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
     tests = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "two")]
     assert tests[0]["mae"] == pytest.approx(tests[1]["mae"], abs=1e-4)
     states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two")]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-3)
-    index, size = torch.arange(1284), 62  # the shares of the two processes are uneven
+    index, size = torch.arange(1284 // 8), 62  # the shares of the two processes are uneven
     assert any(len(part) % 2 for part in index.tensor_split(-(-len(index) // size)))
