@@ -8,11 +8,13 @@ from torch.optim import Optimizer
 
 from gradbalance._torch.displacement import Displacement
 from gradbalance._torch.learning_rates import LearningRates
-from gradbalance._torch.twin import RATE, Twin, undisturbed
+from gradbalance._torch.twin import Twin, undisturbed
 
 # Torch's own whose step is no multiple of the rate: it is capped or decays by a schedule in which the rate stands.
 NOT_BY_RATE = (torch.optim.Adafactor, torch.optim.ASGD, torch.optim.Rprop)
-STEPS, FACTOR, TOLERANCE = 24, 0.5, 0.02  # more steps than slow weights wait
+STEPS, FACTOR = 24, 0.5  # more steps than slow weights wait
+TOLERANCE = 0.02
+AT_ONCE = 0.1  # of a factor that sets in later: what there is of averages follows slowly
 RESOLVED = 1e-6  # of a parameter: what float32 can tell of a displacement
 
 Way = type[LearningRates] | type[Displacement]
@@ -33,7 +35,7 @@ def way_to_scale(optimizer: Optimizer) -> LearningRates | Displacement:
         return LearningRates(optimizer) if by_rate else Displacement(optimizer)
     with undisturbed():
         try:
-            trial = _Trial(optimizer, RATE)
+            trial = _Trial(optimizer, at_one=False)
         except Exception as error:
             raise _refusal(optimizer, f"which fails on a twin with small parameters: {error!r}", False) from error
         if not trial.moves:
@@ -64,10 +66,10 @@ def _refusal(optimizer: Optimizer, why: str, gradients_count: bool) -> ValueErro
 def _is_capped(optimizer: Optimizer, trial: "_Trial") -> bool:
     """Whether at a rate of 1 and with gradients that agree the step can be scaled after the fact alone.
 
-    Then it has a cap or a rate of its own, which a trial of a few steps at the rate of today does not show.
+    Then it has a cap or a rate of its own, which a few steps at a low rate do not show.
     """
     try:
-        high = _Trial(optimizer, 1.0)
+        high = _Trial(optimizer, at_one=True)
     except Exception:
         return False
     if trial.copied or high.copied or high.follows(LearningRates):
@@ -84,15 +86,13 @@ class _Trial:
 
     Args:
         optimizer: Is left as it is.
-        at_least: The learning rate of the twin is that of the optimizer, or this if it is lower.
+        at_one: Whether at a learning rate of 1 and with gradients that agree, instead of a low one and any gradients.
     """
 
-    def __init__(self, optimizer: Optimizer, at_least: float) -> None:
-        self._optimizer, self._at_least = optimizer, at_least
+    def __init__(self, optimizer: Optimizer, at_one: bool) -> None:
+        self._optimizer, self._at_one = optimizer, at_one
         self._plain, twin = self._first_run()
         self.copied = twin.keeps_copies()
-        # Scaled from the middle on, the very next step must obey. Averages of the parameters follow slowly.
-        self._firsts = (0,) if self.copied else (0, STEPS // 2)
 
     def _first_run(self) -> tuple[list[list[Tensor]], Twin]:
         """The plain run, as simple as goes: some steps need a closure, or state that is set up at construction."""
@@ -120,9 +120,10 @@ class _Trial:
         Args:
             way: How they are scaled; None for their gradients.
         """
-        return all(self._follows_from(first, way) for first in self._firsts)
+        late = self.copied or self._follows_from(STEPS // 2, way, AT_ONCE)
+        return late and self._follows_from(0, way, TOLERANCE)
 
-    def _follows_from(self, first: int, way: Way | None) -> bool:
+    def _follows_from(self, first: int, way: Way | None, tolerance: float) -> bool:
         try:
             scaled, _ = self._run(way, first)
         except Exception:  # not every step takes several param_groups
@@ -131,17 +132,17 @@ class _Trial:
         for i, (start, plain, end) in enumerate(places):
             moved = plain - start
             expected = moved * (FACTOR if i % 2 == 0 else 1.0)
-            if not (end - start - expected).norm() <= TOLERANCE * moved.norm():
+            if not (end - start - expected).norm() <= tolerance * moved.norm():
                 return False
         return True
 
     def _run(self, kind: Way | None, first: int) -> tuple[list[list[Tensor]], Twin]:
         """Where the toys are before each step and at the end, scaled from the first step on that is named."""
-        twin = Twin(self._optimizer, self._at_least, self._with_state)
+        twin = Twin(self._optimizer, self._at_one, self._with_state)
         way = None if kind is None else kind(twin.optimizer)
         places = [twin.places()]
         for step in range(STEPS):
-            gradients = twin.gradients(agreeing=self._at_least > RATE)
+            gradients = twin.gradients(agreeing=self._at_one)
             if step >= first and kind is None:
                 gradients[::2] = [g * FACTOR for g in gradients[::2]]
             if step >= first and way is not None:

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from gradbalance._torch.unwrap import parts
 
 SIDE = 8  # of a toy
-RATE = 1e-2  # at least: at a lower one float32 cannot tell the steps of those that go by the size of a parameter
+# Some steps are the rate times the size of the parameter. At a higher one the parameters would change so much that the
+# steps do; at a lower one float32 could not tell the steps.
+RATE = 2e-3
 FAR = 100.0  # steps of a size like the rate: toys are that large, so that they change little in a trial
 
 
@@ -30,7 +32,7 @@ class Twin:
 
     Args:
         optimizer: The true one, whose inner optimizers get twins too.
-        at_least: The least learning rate.
+        at_one: Whether the learning rate is that of the true one, 1 at least, instead of a low one.
         with_state: Whether the twin starts with the state of the parameters, which some set up at construction.
 
     Attributes:
@@ -38,10 +40,10 @@ class Twin:
         toys: Its parameters: for each kind of settings and each number of axes two, if there are two.
     """
 
-    def __init__(self, optimizer: Optimizer, at_least: float, with_state: bool) -> None:
+    def __init__(self, optimizer: Optimizer, at_one: bool, with_state: bool) -> None:
         torch.manual_seed(0)
         random.seed(0)
-        self._at_least, self._with_state = at_least, with_state
+        self._at_one, self._with_state = at_one, with_state
         self._memo: dict[int, Any] = {}
         chosen = _chosen(optimizer)
         for group in _groups(optimizer):
@@ -101,13 +103,12 @@ class Twin:
 
     def keeps_copies(self) -> bool:
         """Whether the optimizer holds tensors that lie close to the first or last values of a toy."""
-        kept = [t for t in _tensors(vars(self.optimizer), set(map(id, self.toys))) if t.is_floating_point()]
+        kept = [t.detach() for t in _tensors(vars(self.optimizer), set(map(id, self.toys))) if t.is_floating_point()]
         pairs = zip(self.toys, self._start, strict=True)
         return any(_is_close(t, p.detach()) or _is_close(t, start) for p, start in pairs for t in kept)
 
     def _rate(self, group: Mapping[str, Any]) -> float:
-        rate = group.get("lr")
-        return max(self._at_least, 0.0 if rate is None else float(rate))
+        return max(1.0, float(group.get("lr") or 0.0)) if self._at_one else RATE
 
     def _toy(self, p: Tensor, rate: float) -> Tensor:
         shape = [min(size, SIDE) for size in p.shape]

@@ -45,7 +45,9 @@ class ByHand(TrainerCallback):
         norms = [
             sum(p.grad.double().square().sum() for p in group["params"]).sqrt() for group in optimizer.param_groups
         ]
-        self.seen.append({g["name"]: (min(norms) / n).item() for g, n in zip(optimizer.param_groups, norms, strict=True)})
+        self.seen.append(
+            {g["name"]: (min(norms) / n).item() for g, n in zip(optimizer.param_groups, norms, strict=True)}
+        )
         for group, norm in zip(optimizer.param_groups, norms, strict=True):
             group["lr"] = group["rate"] * (min(norms) / norm).item()
 
