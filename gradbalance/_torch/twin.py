@@ -23,24 +23,22 @@ RATE = 2e-3
 FAR = 100.0  # steps of a size like the rate: toys are that large, so that they change little in a trial
 
 
-def _nothing() -> None:
-    pass
-
-
 class Twin:
     """An optimizer that may be stepped for a trial while the true one stays as it is.
 
     Args:
         optimizer: The true one, whose inner optimizers get twins too.
+        stepper: The same, or the one inside it whose steps are to be scaled.
         at_one: Whether the learning rate is that of the true one, 1 at least, instead of a low one.
         with_state: Whether the twin starts with the state of the parameters, which some set up at construction.
 
     Attributes:
         optimizer: The twin.
+        stepper: The twin of the stepper.
         toys: Its parameters: for each kind of settings and each number of axes two, if there are two.
     """
 
-    def __init__(self, optimizer: Optimizer, at_one: bool, with_state: bool) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: Optimizer, at_one: bool, with_state: bool) -> None:
         torch.manual_seed(0)
         random.seed(0)
         self._at_one, self._with_state = at_one, with_state
@@ -53,6 +51,7 @@ class Twin:
         self.toys: list[Tensor] = [self._memo[key] for key in chosen]
         self._start = self.places()
         self.optimizer = self._copy(optimizer)
+        self.stepper: Optimizer = self._memo[id(stepper)]
         self._cut(self.optimizer)
 
     def gradients(self, *, agreeing: bool) -> list[Tensor]:
@@ -69,37 +68,43 @@ class Twin:
         """As the engine gives it."""
         return torch.full((1,), factor, device=self.toys[0].device)
 
-    def step(
-        self,
-        gradients: list[Tensor],
-        with_closure: bool,
-        before: Callable[[], None] = _nothing,
-        after: Callable[[], None] = _nothing,
-    ) -> None:
-        """A step with these gradients, ``before`` called when they are there, and ``after`` at the end."""
+    def step(self, gradients: list[Tensor], with_closure: bool) -> None:
+        """A step with these gradients."""
 
         def closure() -> Tensor:
             with torch.enable_grad():
-                pairs = list(zip(self.toys, gradients, strict=True))
                 # Wherever the toys are: a loss of 1, this gradient, and a Hessian of the identity.
-                moves = [((p - p.detach()), g) for p, g in pairs]
-                loss = sum(((m * g).sum() + 0.5 * m.square().sum() for m, g in moves), torch.ones(()))
+                moves = [((p - p.detach()), g) for p, g in zip(self.toys, gradients, strict=True)]
+                one = torch.ones((), device=self.toys[0].device)
+                loss = sum(((m * g).sum() + 0.5 * m.square().sum() for m, g in moves), one)
                 for p in self.toys:
                     p.grad = None
                 torch.autograd.backward(loss, create_graph=True)
-            before()
             return loss
 
-        try:
-            if with_closure:
-                self.optimizer.step(closure)  # type: ignore[arg-type]
-            else:
-                for p, g in zip(self.toys, gradients, strict=True):
-                    p.grad = g
+        for p, g in zip(self.toys, gradients, strict=True):
+            p.grad = g
+        self.optimizer.step(*([closure] if with_closure else []))  # type: ignore[arg-type]
+
+    def around_each_step(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """From now on: ``before`` when the gradients are there, after the closure, and ``after`` at the end."""
+        step = self.stepper.step
+
+        def wrapped(closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+            def closure_then_before() -> Any:
+                loss = closure()
                 before()
-                self.optimizer.step()
-        finally:
-            after()
+                return loss
+
+            try:
+                if callable(closure):
+                    return step(closure_then_before, *args, **kwargs)
+                before()
+                return step(*args, **kwargs)
+            finally:
+                after()
+
+        vars(self.stepper)["step"] = wrapped
 
     def keeps_copies(self) -> bool:
         """Whether the optimizer holds tensors that lie close to the first or last values of a toy."""

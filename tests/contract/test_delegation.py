@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from gradbalance import ConflictAwarePenalty, attach, rules
+from gradbalance._torch.trial import way_to_scale
 from tests.contract.fixed import Branches, assert_half_of_a_alone, feed
 
 
@@ -123,6 +124,51 @@ def test_lookahead_of_timm_is_scaled_and_counted(name):
         feed(model, step)
         optimizer.step()
     assert optimizer.balance.step == 20
+
+
+class Rescaling(Around):
+    """Goes as far in all as the longest step that its inner one has taken."""
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        super().step(closure)
+        with torch.no_grad():
+            total = sum((p - b).square().sum() for p, b in zip(params, before, strict=True)).sqrt()
+            for p, b in zip(params, before, strict=True):
+                p.copy_(b + (p - b) * 0.01 / total)
+
+
+class SlowlyAround(Around):
+    """As Lookahead: each fifth step goes back half of the way."""
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.slow = getattr(self, "slow", [p.detach().clone() for p in params])
+        self.count = getattr(self, "count", 0) + 1
+        super().step(closure)
+        if self.count % 5 == 0:
+            with torch.no_grad():
+                for p, slow in zip(params, self.slow, strict=True):
+                    p.copy_(slow.lerp_(p, 0.5))
+
+
+class NeedsAModel(Around):
+    def step(self, closure=None):
+        if not hasattr(self.param_groups[0]["params"][0], "model"):
+            raise AttributeError("model")
+        return super().step(closure)
+
+
+def test_a_wrapper_is_tried_with_what_it_wraps():
+    def around(cls):
+        return cls(AdamW(Branches().parameters(), weight_decay=0.0))
+
+    with pytest.raises(ValueError, match="Got Rescaling, which makes of the steps of AdamW others"):
+        way_to_scale(around(Rescaling))
+    for cls in (Around, SlowlyAround, NeedsAModel):
+        way = way_to_scale(around(cls))
+        assert way.name == "learning rate"
 
 
 class Bare(Optimizer):
