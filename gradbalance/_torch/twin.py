@@ -53,6 +53,10 @@ class Twin:
         self.optimizer = self._copy(optimizer)
         self.stepper: Optimizer = self._memo[id(stepper)]
         self._cut(self.optimizer)
+        for each in (self.stepper, self.optimizer):
+            train = getattr(each, "train", None)
+            if callable(train):  # schedule-free ones step in this mode alone
+                train()
 
     def gradients(self, *, agreeing: bool) -> list[Tensor]:
         """The next gradient of each toy: always the same, or of any direction and size."""
@@ -144,9 +148,7 @@ class Twin:
             for p, kept in state.items():
                 toy = self._memo.get(id(p))
                 if toy is not None:
-                    part = tuple(map(slice, toy.shape))
-                    small = {k: v[part] for k, v in kept.items() if isinstance(v, Tensor) and v.shape == p.shape}
-                    mine[toy] = copy.deepcopy({**kept, **small})
+                    mine[toy] = {k: self._copied(_part(v, p, toy)) for k, v in kept.items()}
         return mine
 
     def _copied(self, value: Any) -> Any:
@@ -189,6 +191,15 @@ def _chosen(optimizer: Optimizer) -> Iterable[int]:
             if len(found) < 2:
                 found.append(id(p))
     return dict.fromkeys(chain.from_iterable(of_kind.values()))
+
+
+def _part(value: Any, p: Tensor, toy: Tensor) -> Any:
+    """Of a tensor like a parameter what there is for its toy: the toy, if it is a copy of the parameter."""
+    if not isinstance(value, Tensor) or value.shape != p.shape:
+        return value
+    if value.dtype == p.dtype and torch.equal(value, p):
+        return toy.detach().clone()
+    return value[tuple(map(slice, toy.shape))]
 
 
 def _marks(p: Tensor) -> dict[str, Any]:
