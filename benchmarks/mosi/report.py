@@ -19,7 +19,13 @@ from examples.mosi.run import write_text
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.report", description=__doc__)
-    parser.add_argument("lines", type=Path, nargs="?", default=RESULTS / "frozen.jsonl", help="those of the study")
+    parser.add_argument(
+        "lines",
+        type=Path,
+        nargs="?",
+        default=RESULTS / "standard-all-mpnet-base-v2-top.jsonl",
+        help="those of the study",
+    )
     parser.add_argument("--data", default="auto", help="for the statistics of the data, where none are kept beside")
     options = parser.parse_args()
     lines = read(options.lines)
