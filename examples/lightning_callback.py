@@ -17,6 +17,7 @@ class LogBalance(lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step % self.every == 0:
             balance = trainer.optimizers[self.index].balance
-            for quantity in ("norms", "coherences", "coefficients"):
-                values = getattr(balance, quantity)  # [N], on the device: the logger reads them when it writes
-                module.log_dict({f"{quantity}/{name}": v for name, v in zip(balance.names, values, strict=True)})
+            named = [(q, getattr(balance, q).tolist()) for q in ("norms", "coherences", "coefficients")]
+            row = {f"{q}/{name}": v for q, vs in named for name, v in zip(balance.names, vs, strict=True)}
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=trainer.global_step)

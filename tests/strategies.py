@@ -71,7 +71,7 @@ WINDOWS = st.sampled_from([None, (0, 2), (1, 3), (1, None)])
 
 @st.composite
 def measurements(draw, n=None, inactive=True, unknown=True):
-    """What a rule is given: shares that add up to 1, coherences in [-1, 1], neither error nor step."""
+    """What a rule is given: shares that add up to 1, coherences in [-1, 1], no error."""
     n = draw(st.integers(2, 5)) if n is None else n
     norms = torch.tensor(draw(st.lists(_NORM, min_size=n, max_size=n)), dtype=torch.float64)
     coherence = st.floats(-1, 1) | st.floats(0, 0.15) | st.sampled_from([0.0, 0.02, 0.3])

@@ -52,7 +52,9 @@ class Checkpoint:
         self.take_in()
         if self._save is not None and state_dict.get("param_groups"):
             # A tuple: of a dict torch.distributed.checkpoint would load only those keys that are there before.
-            state_dict["param_groups"][0][KEY] = (self._save(),)
+            first = state_dict["param_groups"][0]
+            first.pop(KEY, None)  # of the live one, see below: two checkpoints in turn are to be alike
+            first[KEY] = (self._save(),)
             # And flattened (`flatten_optimizer_state_dict`) it loads only the keys of the live param_groups.
             optimizer.param_groups[0][KEY] = ()
 

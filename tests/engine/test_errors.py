@@ -76,14 +76,14 @@ class Fixed(torch.optim.Optimizer):
 
 
 class Mixing(Fixed):
-    """Each parameter moves by the norm of all."""
+    """Each parameter moves by the size of all."""
 
     @torch.no_grad()
     def step(self, closure=None):
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = sum(float(p.norm()) for p in moved)
+        size = sum(float(p.abs().mean()) for p in moved) / len(moved)
         for p in moved:
-            p -= 0.01 * norm * p.grad.sign() + 0.1 * p * norm
+            p -= 0.1 * size * p.sign()
 
 
 class Copying(Fixed):
@@ -179,23 +179,22 @@ AT_CONSTRUCTION = {
         lambda: make(optimizer=lambda model: Mixing(model.parameters(), lr=0.1)),
         ValueError,
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        "learning rate or after the fact. Got Mixing, in which the steps of some parameters change those of others. "
-        'Use another optimizer, or `apply_to="gradient"`',
+        "learning rate or after the fact. Got Mixing, in which the steps of some parameters change those of others. ",
     ),
     "a step that follows no learning rate and copies the parameters": (
         lambda: make(optimizer=lambda model: Copying(model.parameters())),
         ValueError,
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        "learning rate or after the fact. Got Copying, whose step does not follow it and which keeps copies of the",
+        "learning rate or after the fact. Got Copying, which does not follow it and keeps copies of the parameters.",
     ),
     "a step without a learning rate that cannot be tried": (
         lambda: make(optimizer=lambda model: Untried(model.parameters())),
         ValueError,
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        "learning rate or after the fact. Got Untried, which cannot be tried: no toys.",
+        "learning rate or after the fact. Got Untried, which fails on a twin with small parameters: RuntimeError(",
     ),
     "an optimizer that runs no hooks": (
-        lambda: make(optimizer=lambda model: Hookless(model.parameters())),
+        lambda: make(optimizer=lambda model: Hookless(model.parameters()), rule=rules.Watch()),
         ValueError,
         "`optimizer` must run its step hooks. Got Hookless, whose `step` does not",
     ),

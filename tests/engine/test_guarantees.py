@@ -93,12 +93,12 @@ def test_a_step_that_the_scaler_skips_does_not_count(model, make_rule, mode):
         scaler.scale((model(torch.ones(1, 9)) - loss.detach()).square().sum()).backward()
         if step == 2:
             model.text.bias.grad[0] = math.inf
-        before, state = parameters(model), repr(optimizer.state_dict())
+        before, state = parameters(model), optimizer.state_dict()
         scaler.step(optimizer)
         scaler.update()
         if step == 2:
             assert equal(parameters(model), before)
-            assert repr(optimizer.state_dict()) == state
+            assert optimizer.state_dict() == state
     assert optimizer.balance.step == 3
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from gradbalance import ConflictAwarePenalty, Recorder, attach, rules
 from gradbalance.rules import Measured
+from tests import needs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -17,7 +18,7 @@ pytestmark = [
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("peft")
+    needs("peft")
     from transformers import TrainerCallback
 
     from examples import lora_towers
@@ -45,7 +46,9 @@ class ByHand(TrainerCallback):
         norms = [
             sum(p.grad.double().square().sum() for p in group["params"]).sqrt() for group in optimizer.param_groups
         ]
-        self.seen.append({g["name"]: (min(norms) / n).item() for g, n in zip(optimizer.param_groups, norms, strict=True)})
+        self.seen.append(
+            {g["name"]: (min(norms) / n).item() for g, n in zip(optimizer.param_groups, norms, strict=True)}
+        )
         for group, norm in zip(optimizer.param_groups, norms, strict=True):
             group["lr"] = group["rate"] * (min(norms) / norm).item()
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import mosi_samples as samples
+from tests.mosi import samples
 import pytest
 
 from benchmarks.mosi import ablation

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
-import mosi_samples as samples
+from tests.mosi import samples
 import numpy as np
 import pytest
 import torch

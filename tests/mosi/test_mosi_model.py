@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-import mosi_samples as samples
+from tests.mosi import samples
 import pytest
 import torch
 from hypothesis import given

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mosi_samples import dataset
+from tests.mosi.mosi_samples import dataset
 
 from examples.mosi import pickles
 from examples.mosi.config import Config

@@ -4,7 +4,7 @@ import math
 import re
 import sys
 
-import mosi_samples as samples
+from tests.mosi import samples
 import numpy as np
 import pytest
 from hypothesis import given, settings

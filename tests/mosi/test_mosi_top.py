@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 
-import mosi_samples as samples
+from tests.mosi import samples
 import pytest
 import torch
 from torch.testing import assert_close

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import mosi_samples as samples
+from tests.mosi import samples
 import pytest
 import torch
 
