@@ -16,6 +16,8 @@ from benchmarks.mosi.tables import at_mean, beside, differences, gradients, pote
 from examples.mosi.data import Corpus, load
 from examples.mosi.run import write_text
 
+DEFAULT = "standard-all-mpnet-base-v2-top.jsonl"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.report", description=__doc__)

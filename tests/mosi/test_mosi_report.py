@@ -4,7 +4,6 @@ import math
 import re
 import sys
 
-from tests.mosi import samples
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from benchmarks.mosi.document import Heading, Paragraph, Table, markdown, page
 from benchmarks.mosi.probe import ridge
 from benchmarks.mosi.rows import config, study
 from examples.mosi.simulated import simulate
+from tests.mosi import samples
 
 values = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=12)
 
