@@ -67,11 +67,9 @@ class Checkpoint:
         return {**state_dict, "param_groups": [first, *others]}
 
     def _move(self, group: dict[str, Any]) -> None:
-        saved = group.pop(KEY)
-        if self._save is None:
-            return
+        saved = group[KEY]
         try:
-            for remembered in saved:
+            for remembered in saved if self._save is not None else ():
                 self._load(remembered)
         except (KeyError, TypeError) as error:
             missing = f"none of the key {error}" if isinstance(error, KeyError) else f"{type(saved).__name__}"
@@ -79,3 +77,4 @@ class Checkpoint:
                 f"`state_dict` must hold what the penalty saved under {KEY!r} in its first param_group. Got {missing}. "
                 "Load a checkpoint of this version, or build with `persist=False`."
             ) from error
+        del group[KEY]
