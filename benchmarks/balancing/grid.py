@@ -48,20 +48,25 @@ TELLING = (
 )  # fmt: skip
 
 ONCE = TUNING[:1]
+SMALL = ("POMN", "D", "POM", "YB")  # half a second a run
 PARTS = [
     Part("AdamW", FIRST, BASE),
     Part("SGD", OLD, BASE, seeds=LANDED, tuning=ONCE),
     Part("AdamW", ("C0",), BASE, lr=1e-3),
+    Part("AdamW", SMALL, TELLING),
+    Part("Adam", SMALL, BASE, tuning=ONCE),
     Part("AdamW", FIRST, (APART,), seeds=FEW),
-    Part("AdamW", ("POMN", "POM", "YB"), TELLING),
-    Part("AdamW", ("C0", "V2"), TELLING),
+    Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16")),
+    Part("AdamW", SMALL, FORMULA),
     Part("AdamW", OTHERS, BASE, tuning=ONCE),
-    Part("AdamW", ("POMN", "V2", "C0"), ("every 4", "every 16")),
-    Part("Adam", ("POMN", "POM", "D", "YB", "V2", "C0"), BASE, tuning=ONCE),
-    Part("AdamW", ("POMN", "POM", "V2", "C0"), FORMULA),
+    Part(
+        "AdamW", ("V2", "C0"), ("by hand", "own heads", "own heads and Coherence", "OGM-GE", "raise only", "damp only")
+    ),
+    Part("Muon", SMALL, BASE, tuning=ONCE),
     Part("AdamW", ("C0", "C2", "VC"), BASE, lr=3e-3),
-    Part("AdamW", ("S2",), TELLING),
-    Part("Muon", ("POMN", "POM", "D", "YB", "VC", "C0"), BASE, tuning=ONCE),
+    Part("AdamW", ("V2", "C0", "S2"), TELLING),
+    Part("AdamW", ("V2", "C0"), FORMULA),
+    Part("Adam", ("V2", "C0", "S2"), BASE, tuning=ONCE),
     Part("AdamW", OTHERS, (APART,), seeds=FEW),
 ]
 

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 MPNET = Path("~/.cache/gradbalance/encoders/all-mpnet-base-v2").expanduser()
 STUDIES = {
     "frozen": {"epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
-    "top": {"text_encoder": str(MPNET), "text_layers": 6, "epochs": 5, "dropout": 0.1, "precision": "bf16"},
+    "top": {"text_encoder": str(MPNET), "text_layers": 6, "epochs": 5, "precision": "bf16"},
     # The paper's own settings, for a GPU.
     "finetune": {"text_encoder": "microsoft/deberta-v3-base", "text_lr": 1e-5, "epochs": 30, "batch_size": 8},
 }
@@ -78,8 +78,8 @@ def main() -> None:
     jobs = [
         Job(name, config(rows[name], tuned, **common, seed=seed)) for seed in range(options.seeds) for name in names
     ]
-    prefix = "" if options.split == "standard" else f"{options.split}-"
-    out = options.out or RESULTS / f"{prefix}{options.text}.jsonl"
+    name = f"{options.split}-{Path(jobs[0].config.text_encoder).name}-{options.text}.jsonl"
+    out = options.out or RESULTS / name
     run(jobs, out, options.workers)
     print(f"{len(read(out))} lines in {out}; now: python -m benchmarks.mosi.report {out}")
 

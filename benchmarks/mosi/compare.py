@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks._statistics import interval as student
+
 Line = dict[str, Any]
 Runs = dict[str, dict[int, Line]]  # row -> seed -> line
 BASELINE, FULL, TEXT = "A0", "A6", "T"
@@ -42,13 +44,9 @@ def by_row(lines: Iterable[Line]) -> Runs:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by Student's distribution; infinite for fewer than two values."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return -np.inf, np.inf
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    """Ends of the 95 % interval of the mean; infinite for fewer than two values."""
+    mean, half = student(values)
+    return (mean - half, mean + half) if np.isfinite(half) else (-np.inf, np.inf)
 
 
 def difference(one: dict[int, Line], other: dict[int, Line], value: Callable[[Line], float]) -> Difference:

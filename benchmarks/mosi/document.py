@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks._markdown import table
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto }
@@ -51,9 +53,8 @@ def _markdown(block: Block) -> str:
         case Paragraph(text):
             return text
         case Table(head, rows):
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-            lines = [f"| {' | '.join(row)} |" for row in cells]
-            return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+            head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (head, *rows))
+            return "\n".join(table(head, rows)).rstrip()
         case Image(path, caption):
             return f"![{caption}]({path.name})\n\n*{caption}*"
 

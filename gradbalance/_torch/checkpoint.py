@@ -52,19 +52,29 @@ class Checkpoint:
         self.take_in()
         if self._save is not None and state_dict.get("param_groups"):
             # A tuple: of a dict torch.distributed.checkpoint would load only those keys that are there before.
-            state_dict["param_groups"][0][KEY] = (self._save(),)
+            first = state_dict["param_groups"][0]
+            first.pop(KEY, None)  # of the live one, see below: two checkpoints in turn are to be alike
+            first[KEY] = (self._save(),)
             # And flattened (`flatten_optimizer_state_dict`) it loads only the keys of the live param_groups.
             optimizer.param_groups[0][KEY] = ()
 
     def _loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        first, *others = state_dict["param_groups"]
+        first, *others = state_dict.get("param_groups") or [{}]
         if KEY not in first:
-            return None
+            return None  # what else is missing is for the optimizer to say
         first = dict(first)
         self._move(first)
         return {**state_dict, "param_groups": [first, *others]}
 
     def _move(self, group: dict[str, Any]) -> None:
-        for remembered in group[KEY] if self._save is not None else ():
-            self._load(remembered)
+        saved = group[KEY]
+        try:
+            for remembered in saved if self._save is not None else ():
+                self._load(remembered)
+        except (KeyError, TypeError) as error:
+            missing = f"none of the key {error}" if isinstance(error, KeyError) else f"{type(saved).__name__}"
+            raise ValueError(
+                f"`state_dict` must hold what the penalty saved under {KEY!r} in its first param_group. Got {missing}. "
+                "Load a checkpoint of this version, or build with `persist=False`."
+            ) from error
         del group[KEY]

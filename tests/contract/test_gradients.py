@@ -403,3 +403,26 @@ def test_what_cannot_be_coefficients_is_refused_by_the_name_of_the_rule(mode, ba
     assert optimizer.balance.step == balance.step
     assert optimizer.balance.shares.equal(balance.shares)
     assert len(optimizer.param_groups) == 1
+
+
+class InPlace:
+    """Answers with one tensor that it goes on writing to."""
+
+    def __init__(self):
+        self.answer = torch.full((3,), 0.5, dtype=torch.float64)
+
+    def __call__(self, measured):
+        return self.answer.mul_(1 if measured.step == 0 else -1)
+
+
+@each_mode
+def test_what_a_rule_writes_into_its_answer_later_never_reaches_a_parameter(mode):
+    model = Toy()
+    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, mode, InPlace(), every=2)
+    train(model, optimizer, range(2), observe=False)
+    loss_of(model, 2).backward()
+    with pytest.raises(ValueError, match="`InPlace` must give"):
+        optimizer.step()
+    optimizer.zero_grad()
+    [after] = train(model, optimizer, [3], observe=False)
+    assert set(after.values()) == {0.5}

@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+import warnings
 
 import pytest
 import torch
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, rules
 from tests.contract.optimizers import GRADIENT_ONLY, MODES, TORCH, cancels
 from tests.contract.oracle import (
     ByHand,
@@ -20,7 +21,7 @@ from tests.contract.oracle import (
     train,
 )
 from tests.contract.own_rules import ByCoherence
-from tests.contract.promises import Contract
+from tests.contract.promises import Contract, wrapped
 
 pytestmark = cancels
 
@@ -87,6 +88,16 @@ def test_a_step_that_calls_the_step_of_its_base_class_counts_once(mode, rule):
     optimizer = put_on(Derived(model.parameters(), lr=0.02), model, mode, rule)
     train(model, optimizer, range(3), observe=False)
     assert optimizer.balance.step.item() == 3
+
+
+@pytest.mark.parametrize("case", [case for case in TORCH if not case.variant], ids=str)
+def test_a_gradient_whose_scale_cancels_is_warned_of_at_construction(case):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped(case, "gradient")
+        wrapped(case, "gradient", rules.Watch())
+    assert len(caught) == (case.name != "SGD")
+    assert all(w.category is UserWarning and "does nothing lasting" in str(w.message) for w in caught)
 
 
 @pytest.mark.parametrize("mode", MODES)

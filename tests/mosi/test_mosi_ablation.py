@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import mosi_samples as samples
 import pytest
 
 from benchmarks.mosi import ablation
@@ -17,6 +16,7 @@ from benchmarks.mosi.rows import config, study
 from examples.mosi.build import balancing
 from examples.mosi.config import Config
 from examples.mosi.simulated import simulate
+from tests.mosi import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds", "cpu_seconds")

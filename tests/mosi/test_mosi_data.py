@@ -4,7 +4,6 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
-import mosi_samples as samples
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from examples.mosi.data import Ragged, atomic, load, standardise
 from examples.mosi.files import UTTERANCES, VISUAL, WORDS
 from examples.mosi.simulated import simulate
 from examples.mosi.text import states, tokenise
+from tests.mosi import samples
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 

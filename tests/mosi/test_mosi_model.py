@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import mosi_samples as samples
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +14,7 @@ from examples.mosi.draw import Draw, own_noise
 from examples.mosi.losses import entropy, losses
 from examples.mosi.model import AME, Adapter, GatedFusion, Latent, Model, pool
 from examples.mosi.simulated import simulate
+from tests.mosi import samples
 
 WIDTHS = {"audio": 20, "timing": 6}
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mosi_samples import dataset
 
 from examples.mosi import pickles
 from examples.mosi.config import Config
 from examples.mosi.data import load
 from examples.mosi.train import train
+from tests.mosi.mosi_samples import dataset
 
 PLACES = [
     Path(os.environ.get("GRADBALANCE_DATA", ".")),

@@ -4,7 +4,6 @@ import math
 import re
 import sys
 
-import mosi_samples as samples
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from benchmarks.mosi.document import Heading, Paragraph, Table, markdown, page
 from benchmarks.mosi.probe import ridge
 from benchmarks.mosi.rows import config, study
 from examples.mosi.simulated import simulate
+from tests.mosi import samples
 
 values = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=12)
 
@@ -29,7 +29,7 @@ def runs(figures, row="A0", **more):
     }
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(pairs=st.lists(st.tuples(st.floats(0.5, 1.5), st.floats(0.5, 1.5)), min_size=3, max_size=12))
 def test_the_paired_difference_is_that_of_scipy(pairs):
     one, other = np.array(pairs).T
@@ -98,11 +98,27 @@ def test_the_verdict_names_the_rows_that_collapse_or_differ():
     found = {"A0": runs([0.9, 0.91, 0.92]), "A6": runs([0.9, 0.9, 0.9]), "X": runs([1.6, 1.61, 1.6])}
     text = " ".join(verdict(found, 1.46))
     assert "higher in X (+0.693)" in text
-    assert "collapsed: X (3 of 3)" in text
+    assert "Does a row collapse? Runs that did: X (3 of 3)." in text
 
 
-def test_there_is_no_verdict_without_both_rows():
-    assert verdict({"A6": runs([0.9])}, 1.46) == ["No verdict: it needs rows A0 and A6."]
+def test_what_lacks_its_rows_is_said():
+    text = " ".join(verdict({"A6": runs([0.9])}, 1.46))
+    assert "no verdict, it needs rows A0 and A6" in text
+    assert "beat" not in text
+
+
+def test_rows_are_held_against_text_alone_and_noise_against_none():
+    found = {
+        "T": runs([0.9, 0.91, 0.92]),
+        "C2": runs([0.8, 0.81, 0.82, 0.83]),
+        "L": runs([0.7, 0.7]),
+        "NC2": runs([1.0, 1.01, 1.02]),
+    }
+    text = " ".join(verdict(found, 1.46))
+    assert "beat text alone? Of 3 other rows, MAE is lower in C2 (-0.100)" in text
+    assert re.search(r"default rule do to AME\+SL\? MAE -0.105 .* \(L minus C2, 2 paired seeds\)", text)
+    assert re.search(r"pure noise cost\? MAE \+0.200 .* \(NC2 minus C2, 3 paired seeds\)", text)
+    assert "give back" not in text
 
 
 def test_the_ridge_is_that_of_the_normal_equations():
@@ -155,20 +171,22 @@ def test_the_report_is_whole_and_loads_nothing(lines, monkeypatch):
     assert gap.told() in text
 
 
-def test_an_unfinished_seed_is_left_out():
-    found = [*runs([0.9, 0.8]).values(), *runs([0.7], "A6").values()]
-    assert [(line["row"], line["seed"]) for line in compare.whole_seeds(found)] == [("A0", 0), ("A6", 0)]
-
-
-def test_a_report_needs_the_baseline_and_its_data(lines, monkeypatch, tmp_path):
+def test_a_report_needs_lines_of_one_data_set(lines, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit, match="`lines` must hold runs"):
         report.main()
     monkeypatch.setattr(sys, "argv", ["report", str(lines), "--data", "simulated"])
-    kept = [line for line in lines.read_text().splitlines(keepends=True) if '"row": "A0"' not in line]
-    lines.write_text("".join(kept))
-    with pytest.raises(SystemExit, match="`lines` must hold row A0"):
+    lines.write_text(lines.read_text().replace("SIMULATED MOSI", "REAL", 1))
+    with pytest.raises(SystemExit, match="`lines` must be of one data set and split"):
         report.main()
+
+
+def test_an_unfinished_study_is_reported_too(lines, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report", str(lines), "--data", "simulated"])
+    kept = [line for line in lines.read_text().splitlines(keepends=True) if '"row": "T"' in line]
+    lines.write_text(kept[0])
+    report.main()
+    assert "it needs rows A0 and A6" in lines.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_the_limit_of_the_verdict_is_told():

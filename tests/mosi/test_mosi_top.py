@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 
-import mosi_samples as samples
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,6 +15,7 @@ from examples.mosi.draw import Draw
 from examples.mosi.model import Transformer
 from examples.mosi.simulated import simulate
 from examples.mosi.top import check_split, top
+from tests.mosi import samples
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40, "vocab_size": 50}
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}

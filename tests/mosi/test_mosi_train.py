@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import mosi_samples as samples
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from examples.mosi.config import Config
 from examples.mosi.draw import Draw
 from examples.mosi.simulated import simulate
 from gradbalance import PAPER, ConflictAwarePenalty
+from tests.mosi import samples
 
 SMALL = {"data": "simulated", "text": "frozen", "batch_size": 8, "epochs": 3, "hidden": 8, "fused": 8, "draws": 4}
 FILES = {"config.json", "metrics.jsonl", "test.json", "checkpoint.pt", "trajectory.png", "predictions.csv"}
