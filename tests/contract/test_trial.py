@@ -84,6 +84,14 @@ class RateByPosition(Descent):
         return self.rates[id(group)]
 
 
+class WithViews(OwnRate):
+    """As those of heavyball: keeps views of the parameters."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p]["view"] = p.view(p.shape)
+
+
 class AwayFromTheStart(Descent):
     """As MADGRAD: the place is worked out anew from a copy of the start."""
 
@@ -246,7 +254,17 @@ def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
 
 
 @pytest.mark.parametrize(
-    "cls", [OwnRate, OwnRateForVectors, RateOfTheFirstStep, RateInTheStart, RateOfTheFirstGroup, RateByPosition, Locked]
+    "cls",
+    [
+        OwnRate,
+        OwnRateForVectors,
+        RateOfTheFirstStep,
+        RateInTheStart,
+        RateOfTheFirstGroup,
+        RateByPosition,
+        Locked,
+        WithViews,
+    ],
 )
 def test_a_step_that_does_not_follow_the_rate_everywhere_is_scaled_after_the_fact(cls):
     assert_half_of_a_alone(of(cls), "displacement")
