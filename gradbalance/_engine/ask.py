@@ -65,12 +65,14 @@ def ask_rule(
         finite = observed.sum().abs() < torch.inf
         counts = counts and bool(finite) if isinstance(counts, bool) else counts & finite
         # Who was left out of the last call is not observed any more.
-        errors = torch.where(known, running_mean(errors, observed, smoothing), torch.nan)
+        (later,) = running_means([errors], [observed], smoothing)
+        errors = torch.where(known, later, torch.nan)
     if not complete:
         shares = torch.where(active, shares, torch.nan)
-    plain = complete and state.complete
-    shares = running_mean(state.shares, shares, smoothing, plain)
-    coherences = None if cosines is None else running_mean(state.coherences, cosines, smoothing, plain)
+    values = [shares] if cosines is None else [shares, cosines]
+    shares, *rest = running_means([state.shares, state.coherences], values, smoothing, complete and state.complete)
+    coherences = rest[0] if rest else None
+    shown = coherences if complete or coherences is None else torch.where(active, coherences, torch.nan)
 
     state.norms, state.conflicts, state.coefficients = norms, None, state.ones
     if not isinstance(counts, bool) and hasattr(rule, "state_dict"):
@@ -78,9 +80,7 @@ def ask_rule(
     if counts is False:
         return False, False
     seen_errors = errors if state.has_errors else None
-    measured = Measured(
-        state.names, norms, shares, coherences, seen_errors, active, scale_free, state.decided, state.step
-    )
+    measured = Measured(state.names, norms, shares, shown, seen_errors, active, scale_free, state.decided, state.step)
     coefficients, conflicts = _checked(rule, rule(measured), norms)
     if not host:
         counts = counts & ((coefficients >= 0) & (coefficients < torch.inf)).all()
@@ -94,17 +94,25 @@ def ask_rule(
     return counts, due
 
 
-def running_mean(mean: Tensor, value: Tensor, smoothing: float, known: bool = False) -> Tensor:
-    """The exponential running mean after one more value, starting at the first; a NaN leaves it as it is, ``[N]``.
+def running_means(
+    means: list[Tensor], values: list[Tensor], smoothing: float, known: bool = False
+) -> tuple[Tensor, ...]:
+    """The exponential running means after one more value of each, starting at the first; a NaN leaves its mean.
 
     Args:
-        mean: NaN where there is none yet, shape ``[N]``.
-        value: NaN where there is none, shape ``[N]``.
+        means: NaN where there is none yet, shape ``[N]`` each; as many as there are values.
+        values: NaN where there is none, shape ``[N]`` each.
         smoothing: Weight of the past, in [0, 1).
         known: Whether there is no NaN in either.
     """
-    new = torch.lerp(value, mean, smoothing)
-    return new if known else torch.where(value.isnan(), mean, torch.where(mean.isnan(), value, new))
+    means = means[: len(values)]
+    new = torch._foreach_lerp(values, means, smoothing)
+    if known:
+        return tuple(new)
+    return tuple(
+        torch.where(value.isnan(), mean, torch.where(mean.isnan(), value, later))
+        for mean, value, later in zip(means, values, new, strict=True)
+    )
 
 
 def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +126,7 @@ def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | N
             f"{name_of(rule)} must give finite coefficients >= 0 of shape {tuple(norms.shape)}. "
             f"Got {shown or tuple(coefficients.shape)}. Mind the NaN before a mean is known."
         )
-    return coefficients.to(norms), conflicts
+    return coefficients.to(norms, copy=True), conflicts  # a rule may go on writing to its answer
 
 
 def name_of(rule: Rule) -> str:

@@ -14,7 +14,8 @@ class Measured(NamedTuple):
         shares: Running mean of each group's part in the sum of the norms, NaN before its first, shape ``[N]``. It
             does not change when the loss is scaled, clipped or accumulated. [R]
         coherences: Running mean of the cosine between successive gradients of a group, in [-1, 1], NaN before the
-            second step, shape ``[N]``. None for a rule with ``needs_coherence = False``. [R]
+            second step and for a group that is not active, shape ``[N]``. None for a rule with ``needs_coherence =
+            False``. [R]
         errors: Running mean of the observed errors, lower is better, NaN for a group that is not observed, shape
             ``[N]``. None if none ever was. [P]
         active: Which groups have a finite norm above 0, bool, shape ``[N]``.

@@ -1,6 +1,7 @@
 """The default rule: a branch moves as far as its gradients agree from step to step, not as far as they are large."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,27 +11,84 @@ from gradbalance.rules.base import Measured
 
 @dataclass(frozen=True)
 class Coherence:
-    r"""Raise the branches whose gradients are coherent above those whose gradients are mostly noise [R].
+    r"""Let the branches whose gradients agree from step to step move further than those whose gradients are noise [R].
+
+    The coherence :math:`a_m`, the running cosine between successive gradients of a branch, is high while all batches
+    ask for the same change and near 0 where each asks for another one: the branch then fits noise. In three steps:
+
+    1. how much clearer is m than k: :math:`K_{mk} = ((a_m + \epsilon)/(a_k + \epsilon))^2`, at least 1, negative
+       :math:`a` counting as 0;
+    2. how much further should m go: :math:`x_m = \max_k \min(K_{mk}, \text{most})` where a step is as long however
+       large the gradient (Adam, AdamW, Muon). Under SGD, with :math:`L_{mk} = \max(1, p_k/p_m)` from the shares p of
+       the norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved
+       branch comes up to the step of the one that dominates it, and above it, only as far as it is clearer;
+    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, p = 1 but under SGD. With :math:`\beta = 0`,
+       under SGD always, the longest step stays as long as it was and the others are damped; with :math:`\beta = 1` the
+       least clear branch keeps your learning rate and the others are raised. :math:`\beta = \min(1, \max a /
+       \text{clear})`: where even the clearest branch turns at every step the learning rate is at its limit.
+
+    It helps where a branch is noise, is worse than another or, under SGD, starves another. It does nothing where all
+    branches are alike, or done. It cannot see that features leak the labels, which looks coherent, and it takes a large
+    pretrained branch, less coherent than small ones beside it, for the noisier one.
 
     Args:
-        most: The largest coefficient where a step is as long however large the gradient, >= 1.
-        floor: Coherence of the most coherent branch below which all are noise, in (0, 1).
+        most: The largest ratio between branches for the sake of coherence alone, >= 1.
+        chance: :math:`\epsilon`, about the coherence that noise can have, the batch over the training set, > 0. Far
+            below it all branches are alike.
+        clear: The coherence from which on a branch is raised at the cost of none, > 0.
+
+    Shape:
+        Coefficients ``[N]``, in ``[1 / most, most]``, under SGD up to 20; 1 for a branch that is not active or has no
+        coherence yet.
+
+    Raises:
+        ValueError: If an option is out of its range.
 
     Example:
-        >>> rule = Coherence()
+        >>> from gradbalance.rules import Measured
+        >>> half, both = torch.full((2,), 0.5), torch.ones(2, dtype=torch.bool)
+        >>> measured = Measured(
+        ...     names=("speech", "noise"), norms=half, shares=half, coherences=torch.tensor([0.3, 0.1]), errors=None,
+        ...     active=both, scale_free=True, coefficients=2 * half, step=torch.tensor(100),
+        ... )
+        >>> Coherence()(measured)
+        tensor([3., 1.])
+
+    Reference:
+        Gradient coherence: Chatterjee, Coherent Gradients, ICLR 2020; Chatterjee and Zielinski, arXiv 2008.01217. To
+        scale steps by it is ours.
     """
 
     most: float = 3.0
-    floor: float = 0.08
+    chance: float = 0.1
+    clear: float = 0.3
+
+    limit: ClassVar[float] = 20.0  # of a starved branch under SGD
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.most < float("inf"):
+            raise ValueError(f"`most` must be finite and >= 1. Got {self.most}. Take 1 to leave all branches alone.")
+        for name in ("chance", "clear"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be finite and > 0. Got {value}. A coherence is at most 1.")
 
     def __call__(self, measured: Measured) -> Tensor:
         """The coefficients, shape ``[N]``."""
-        assert measured.coherences is not None
-        a = torch.where(measured.active, measured.coherences, torch.nan)
-        known = ~a.isnan()
-        top = a.nan_to_num(nan=0.0).amax()
-        a = a.clamp(min=0) / top
-        a = a.clamp(min=1 / 20)
-        least = a.nan_to_num(nan=2.0).amin()
-        c = torch.where(known, (a / least).clamp(max=self.most), 1.0)
-        return torch.where(top < self.floor, measured.coefficients, c)
+        if measured.coherences is None:
+            return torch.ones_like(measured.shares)
+        signal = measured.coherences.clamp(min=0) + self.chance
+        if measured.scale_free:
+            least, clearest = signal.nan_to_num(nan=torch.inf).amin(), signal.nan_to_num(nan=0.0).amax()
+            further = (signal / least).square().clamp(max=self.most)
+            beta = ((clearest - self.chance) / self.clear).clamp(max=1.0)
+            paid = further.nan_to_num(nan=1.0).amax() ** (beta - 1)
+            return (further * paid).nan_to_num(nan=1.0)
+        known = ~signal.isnan()
+        shares = torch.where(known, measured.shares, 0.0)
+        clearer = (signal[:, None] / signal).square().clamp(min=1.0)
+        longer = (shares / shares[:, None]).clamp(min=1.0)
+        further = torch.minimum(clearer.clamp(max=self.most), longer) * longer ** clearer.log2().clamp(max=1.0)
+        further = torch.where(known[:, None] & known, further, 1.0).amax(1)
+        paid = shares.amax() / (further * shares).amax()
+        return torch.where(known, (further * paid).clamp(max=self.limit), 1.0)

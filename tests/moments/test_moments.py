@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moment_inputs
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from gradbalance._moments import one_pass, plain
 from gradbalance._moments.statistics import central_moments, moments
+from tests.strategies import moment_inputs
 
 from . import reference
 from .reference import gamma

@@ -1,0 +1,57 @@
+"""One figure: what a rule changes where something is wrong, against what it changes where nothing is."""
+
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.balancing.cells import Cells
+from benchmarks.balancing.grid import TELLING
+from benchmarks.balancing.testbeds import BEDS
+
+RIVALS = {
+    "SGD": ("landed", "faster by hand", "slower by hand", "OGM-GE", "clip groups", "paper"),
+    "AdamW": TELLING,
+}
+OURS, GREY = "#c23b22", "#8a8a8a"
+
+
+def dots(cells: Cells, optimizer: str) -> dict[str, tuple[float, float]]:
+    """Mean change where nothing is wrong and where something is, over the testbeds that all rules have in common."""
+    rules = [rule for rule in ("Coherence", *RIVALS[optimizer]) if any(cells.change(b, rule, optimizer) for b in BEDS)]
+    beds = [b for b in BEDS if rules and all(cells.change(b, rule, optimizer) for rule in rules)]
+    wrong = [b for b in beds if (BEDS[b].starved if optimizer == "SGD" else BEDS[b].wrong)]
+    right = [b for b in beds if b not in wrong]
+    if not wrong or not right:
+        return {}
+    mean = {
+        rule: [fmean(cells.change(b, rule, optimizer).mean for b in part) for part in (right, wrong)] for rule in rules
+    }
+    return {rule: (x, y) for rule, (x, y) in mean.items()}
+
+
+def draw(cells: Cells, path: Path) -> None:
+    """Two panels, SGD and AdamW; rivals in grey."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8))
+    for panel, optimizer in zip(panels, RIVALS, strict=True):
+        panel.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+        panel.axvline(0, color="#cccccc", linewidth=0.8, zorder=0)
+        for rule, (x, y) in sorted(dots(cells, optimizer).items(), key=lambda dot: dot[1]):
+            ours = rule == "Coherence"
+            panel.scatter(x, y, s=70 if ours else 28, color=OURS if ours else GREY, zorder=3 if ours else 2)
+            label = "the rule before" if rule == "landed" else rule
+            panel.annotate(
+                label, (x, y), textcoords="offset points", xytext=(6, 3), fontsize=10 if ours else 7.5,
+                color=OURS if ours else "#555555", weight="bold" if ours else "normal",
+            )  # fmt: skip
+        panel.set_title(optimizer)
+        panel.set_xlabel("change where nothing is wrong, points")
+        panel.margins(x=0.25, y=0.12)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("change where a branch is\nstarved or noise, points")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,144 @@
+"""The tables, out of whatever has been run."""
+
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks._markdown import table
+from benchmarks.balancing.cells import Cells, shown
+from benchmarks.balancing.figure import draw
+from benchmarks.balancing.goals import goals
+from benchmarks.balancing.grid import FORMULA, OLD, TELLING
+from benchmarks.balancing.runs import Found, Run
+from benchmarks.balancing.testbeds import BEDS
+
+SCALE_FREE = ("AdamW", "Adam", "Muon")
+RATES = {"C0": (1e-3, 3e-3), "V2": (3e-3,), "C2": (3e-3,), "VC": (3e-3,)}
+
+
+def points(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def headroom(cells: Cells) -> list[str]:
+    rows = []
+    for name, bed in BEDS.items():
+        joint, added = cells.mean(name, "none"), cells.headroom(name)[0]
+        if joint is None or added is None:
+            continue
+        room = cells.headroom(name)[1]
+        probes = [cells.mean(name, "none", value=lambda f, m=m: f["probes"][m]) for m in range(len(bed.branches))]
+        missing = [cells.mean(name, "none", value=lambda f, m=m: f["missing"][m]) for m in range(len(bed.branches))]
+        branches = (
+            f"{b.name} {points(p + r.mean)} / {points(p)}"
+            for b, p, r in zip(bed.branches, probes, room, strict=True)
+            if r
+        )
+        without = (f"{b.name} {points(v)}" for b, v in zip(bed.branches, missing, strict=True))
+        rows.append(
+            [bed.title, f"{cells.rate(name, 'AdamW'):g}", points(joint), added, shown(branches), shown(without)]
+        )
+    return table(["AdamW", "rate", "joint", "alone and added up", "probe alone / jointly", "joint score without"], rows)
+
+
+def changes(cells: Cells, optimizer: str, rule: str = "Coherence") -> list[str]:
+    rows = []
+    for name, bed in BEDS.items():
+        change = cells.change(name, rule, optimizer)
+        if change is None:
+            continue
+        cell = cells.cell(name, rule, optimizer)
+        ends = [sum(f["coefficients"][m] for f in cell.values()) / len(cell) for m in range(len(bed.branches))]
+        names = [branch.name for branch in bed.branches]
+        columns = [
+            shown(f"{n} {c}" for n, c in zip(names, cells.branches(name, rule, key, optimizer), strict=True))
+            for key in ("probes", "missing")
+        ]
+        last = shown(f"{n} {c:.1f}" for n, c in zip(names, ends, strict=True))
+        score = points(cells.mean(name, "none", optimizer))
+        rows.append([bed.title, f"{cells.rate(name, optimizer):g}", score, change, *columns, last])
+    head = [
+        optimizer,
+        "rate",
+        "none",
+        "Coherence",
+        "probe of a branch",
+        "score without a branch",
+        "coefficients at the end",
+    ]
+    return table(head, rows)
+
+
+def descent(cells: Cells) -> list[str]:
+    rows = [
+        [BEDS[name].title, points(cells.mean(name, "none", "SGD"))]
+        + [cells.change(name, rule, "SGD") for rule in ("Coherence", "landed")]
+        + [cells.change(name, "Coherence", "SGD", base="landed")]
+        for name in OLD
+        if cells.change(name, "Coherence", "SGD")
+    ]
+    return table(["SGD", "none", "Coherence", "the rule before", "difference"], rows)
+
+
+def compared(cells: Cells, rules: Iterable[str], base: str = "none") -> list[str]:
+    """Rules against another under AdamW, where they were run."""
+    rules = [rule for rule in rules if any(cells.change(bed, rule, base=base) for bed in BEDS)]
+    beds = [bed for bed in BEDS if any(cells.change(bed, rule, base=base) for rule in rules if rule != "Coherence")]
+    rows = [
+        [rule, *(cells.change(bed, rule, base=base) for bed in beds), _times(cells.slowdown(rule))] for rule in rules
+    ]
+    return table(["AdamW", *(BEDS[bed].title for bed in beds), "time"], rows)
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
+def other_rates(cells: Cells) -> list[str]:
+    rows = []
+    for bed, rates in RATES.items():
+        for lr in sorted({*rates, cells.rate(bed, "AdamW")}):
+            change, runs = cells.change(bed, "Coherence", "AdamW", lr), cells.cell(bed, "none", "AdamW", lr)
+            if change:
+                best = " (best)" if lr == cells.rate(bed, "AdamW") else ""
+                joint = 100 * sum(found["test"] for found in runs.values()) / len(runs)
+                rows.append([BEDS[bed].title, f"{lr:g}{best}", points(joint), change])
+    return table(["AdamW", "rate", "none", "Coherence"], rows)
+
+
+def describe(runs: Mapping[Run, Found]) -> str:
+    """All tables as Markdown."""
+    cells = Cells(runs)
+    spent = sum(found["seconds"] for run, found in runs.items() if run.rule != "landed")
+    missed = sum(not goal.met for goal in goals(cells))
+    rows = [[goal.what, goal.reached, "met" if goal.met else "**not met**"] for goal in goals(cells)]
+    parts = [
+        f"`python -m benchmarks.balancing` on {platform.machine()}, one thread, torch {torch.__version__}: "
+        f"{len(runs)} runs, {spent / 60:.0f} minutes of processor time. Changes are in points of accuracy, of POM "
+        "100 times the mean correlation, ± half a 95 % interval over seeds paired with no balancing; worse in "
+        "bold. The learning rate is the one of five (SGD: three) that is best without balancing.",
+        "",
+        f"## Goals\n\n{len(rows) - missed} of {len(rows)} met.",
+        "",
+        *table(["goal", "reached", ""], rows),
+        "## Headroom under AdamW\n",
+        *headroom(cells),
+        *(line for o in SCALE_FREE for line in (f"## Coherence under {o}\n", *changes(cells, o))),
+        "## Other rates\n",
+        *other_rates(cells),
+        "## Coherence under SGD\n",
+        *descent(cells),
+        "## Rivals under AdamW\n",
+        *compared(cells, ("Coherence", *TELLING)),
+        "## Parts of the formula, change against no balancing\n",
+        *compared(cells, ("Coherence", *FORMULA, "every 4", "every 16")),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def write(runs: Mapping[Run, Found], folder: Path) -> None:
+    """``report.md`` and the figure, into the folder of the results."""
+    (folder / "results" / "report.md").write_text(describe(runs))
+    draw(Cells(runs), folder / "results" / "balancing.png")

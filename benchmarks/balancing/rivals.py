@@ -1,0 +1,253 @@
+"""The rivals. Each that can be a rule is one: what the engine measured goes in, coefficients come out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.balancing.data import Part
+from benchmarks.balancing.model import Model, losses, score
+from gradbalance import PAPER, ConflictAwarePenalty
+from gradbalance.rules import ByHand, Coherence, Measured, Rule
+
+
+class OGM:
+    r"""On-the-fly gradient modulation, :math:`k_m = 1 - \tanh(\alpha\,r_m)` where :math:`r_m > 1`, else 1.
+
+    :math:`r_m` is the score of branch m over the mean of the others. Observed is the probability that the branch gives
+    to the other classes, so that the score is 1 minus the error.
+
+    Reference:
+        Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, equations 8 to 10.
+    """
+
+    needs_coherence = False
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def __call__(self, measured: Measured) -> Tensor:
+        scores = 1 - measured.errors
+        ratio = scores * (len(scores) - 1) / (scores.sum() - scores)
+        return torch.where(ratio > 1, 1 - torch.tanh(self.alpha * ratio), 1.0)
+
+
+class ClipGroups:
+    """No gradient of a branch is longer than ``most``."""
+
+    needs_coherence = False
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+
+    def __call__(self, measured: Measured) -> Tensor:
+        return (self.most / measured.norms).clamp(max=1.0).nan_to_num(1.0)
+
+
+class Epochwise:
+    """Like MILES: who is used more than another, by more than ``lead``, moves half as far in the next epoch.
+
+    Observed once an epoch is what a branch is used for, as what the joint score keeps without it: 1 - u,
+    u = (M - M without the branch) / M.
+
+    Reference:
+        arXiv 2510.17394. The rule is written from its description, for any number of branches.
+    """
+
+    needs_coherence = False
+
+    def __init__(self, lead: float = 0.2) -> None:
+        self.lead = lead
+
+    def __call__(self, measured: Measured) -> Tensor:
+        if measured.errors is None:
+            return torch.ones_like(measured.norms)
+        used = 1 - measured.errors
+        return torch.where(used - used.amin() > self.lead, 0.5, 1.0).to(measured.norms)
+
+
+class SignalToNoise:
+    """Coherence out of Adam's own state: the squared length of the first moment over the sum of the second.
+
+    Args:
+        groups: The param_groups of the branches.
+        state: Of the optimizer.
+        rule: What is done with it.
+    """
+
+    needs_coherence = False
+
+    def __init__(self, groups: list[dict], state: dict, rule: Rule) -> None:
+        self.groups, self.state, self.rule = groups, state, rule
+
+    def __call__(self, measured: Measured) -> Tensor:
+        moments = [[self.state[p] for p in group["params"] if p in self.state] for group in self.groups]
+        if not all(moments):  # before the first step
+            return torch.ones_like(measured.norms)
+        first = torch.stack([sum(m["exp_avg"].square().sum() for m in group) for group in moments])
+        second = torch.stack([sum(m["exp_avg_sq"].sum() for m in group) for group in moments])
+        chance = 0.1 / 1.9  # of pure noise, (1 - β)/(1 + β)
+        return self.rule(measured._replace(coherences=(first / second - chance).to(measured.norms)))
+
+
+def in_proportion(power: float) -> Rule:
+    """MoLS's idea: the update of a module is scaled by its signal to noise, to a power of either sign."""
+
+    def rule(measured: Measured) -> Tensor:
+        ratio = (measured.coherences.clamp(min=0) + 0.01).pow(power)
+        return (ratio / ratio.log().mean().exp()).clamp(0.5, 2.0)
+
+    return rule
+
+
+class Threshold:
+    """The first form: the ratio of the coherences, held while all are below a threshold."""
+
+    def __init__(self, floor: float = 0.08, most: float = 3.0) -> None:
+        self.floor, self.most = floor, most
+
+    def __call__(self, measured: Measured) -> Tensor:
+        a = measured.coherences.nan_to_num().clamp(min=1e-6)
+        return torch.where(a.amax() < self.floor, measured.coefficients, (a / a.amin()).clamp(max=self.most))
+
+
+def ones(measured: Measured) -> Tensor:
+    return torch.ones_like(measured.norms)
+
+
+ones.needs_coherence = False
+
+
+class Step:
+    """One training step on the joint loss plus ``weight`` times the losses of the branches' own heads."""
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        weight: float = 0.0,
+        tell: Callable[[list[Tensor], Tensor], None] | None = None,
+        after_epoch: Callable[[Part], None] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.weight, self.tell = model, optimizer, weight, tell
+        self.after_epoch = after_epoch
+
+    def __call__(self, inputs: list[Tensor], target: Tensor) -> None:
+        self.optimizer.zero_grad()
+        features = self.model.features(inputs)
+        loss = losses(self.model.output(features), target).mean()
+        if self.weight:
+            own = zip(self.model.heads, features, strict=True)
+            loss = loss + self.weight * sum(losses(head(f), target).mean() for head, f in own)
+        loss.backward()
+        if self.tell is not None:
+            with torch.no_grad():
+                self.tell(features, target)
+        self.optimizer.step()
+
+    def coefficients(self) -> list[float]:
+        if isinstance(self.optimizer, ConflictAwarePenalty):
+            return list(self.optimizer.coefficients().values())
+        return [1.0] * len(self.model.encoders)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """How to train.
+
+    Args:
+        rule: From the names of the branches, the optimizer and the knob to a rule; None for the optimizer alone.
+        knobs: The values tried on validation.
+        options: Of the engine.
+        weight: Of the losses of the branches' own heads.
+        observe: What is observed: the ``loss`` of the contribution of each branch, the probability that it ``missed``,
+            or what the validation score ``keeps`` without it.
+    """
+
+    rule: Callable[[tuple[str, ...], Optimizer, Any], Rule] | None = None
+    knobs: tuple[Any, ...] = (None,)
+    options: dict[str, Any] = field(default_factory=dict)
+    weight: float = 0.0
+    observe: str | None = None
+
+    def step(self, model: Model, optimizer: Optimizer, knob: Any) -> Step:
+        if self.rule is None:
+            return Step(model, optimizer, self.weight)
+        names = tuple(model.encoders)
+        rule = self.rule(names, optimizer, knob)
+        wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule, **self.options)
+
+        def tell(features: list[Tensor], target: Tensor) -> None:
+            errors = [losses(part, target) for part in model.contributions(features)]
+            if self.observe == "missed":
+                errors = [1 - torch.exp(-e) for e in errors]
+            wrapped.observe(**{name: e.mean() for name, e in zip(names, errors, strict=True)})
+
+        def after_epoch(valid: Part) -> None:
+            features = model.features(valid.inputs)
+            whole = max(score(model.output(features), valid.target), 1e-3)
+            kept = [score(o, valid.target) / whole for o in model.without(features, features)]
+            wrapped.observe(**{name: min(max(k, 0.0), 1.0) for name, k in zip(names, kept, strict=True)})
+
+        keeps = self.observe == "keeps"
+        return Step(
+            model, wrapped, self.weight, None if keeps or not self.observe else tell, after_epoch if keeps else None
+        )
+
+
+def _by(rule: Rule, **options: Any) -> Rival:
+    return Rival(lambda names, optimizer, knob: rule, options=options)
+
+
+def _first(names: tuple[str, ...], optimizer: Optimizer, factor: float) -> Rule:
+    """The ratio of the first branch to all others, as factors around 1."""
+    return ByHand(**{name: math.sqrt(factor if m == 0 else 1 / factor) for m, name in enumerate(names)})
+
+
+def _signal(rule: Rule) -> Rival:
+    def build(names: tuple[str, ...], optimizer: Optimizer, knob: Any) -> Rule:
+        return SignalToNoise(optimizer.param_groups[: len(names)], optimizer.state, rule)
+
+    return Rival(build)
+
+
+_PAPER = {key: value for key, value in PAPER.items() if key != "rule"}
+_AS_OGM: dict[str, Any] = {"smoothing": 0.0, "apply_to": "gradient"}
+
+RIVALS = {
+    "none": Rival(),
+    "Coherence": _by(Coherence()),
+    # Rivals.
+    "by hand": Rival(_first, (0.1, 0.3, 3.0, 10.0)),
+    "own heads": Rival(weight=1.0),
+    "own heads and Coherence": Rival(lambda names, optimizer, knob: Coherence(), weight=1.0),
+    "OGM-GE": Rival(
+        lambda names, optimizer, alpha: OGM(alpha), (0.1, 0.3, 1.0), _AS_OGM | {"noise": 1.0}, observe="missed"
+    ),
+    "noise alone": _by(ones, noise=1.0),
+    "clip groups": Rival(lambda names, optimizer, most: ClipGroups(most), (0.1, 0.3, 1.0), _AS_OGM),
+    "epochwise, as MILES": Rival(
+        lambda names, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"
+    ),
+    "paper, on the update": Rival(
+        lambda names, optimizer, knob: PAPER["rule"], options=_PAPER | {"apply_to": "update"}, observe="loss"
+    ),
+    "Adam's signal to noise": _signal(Coherence()),
+    "update times signal to noise": _signal(in_proportion(1.0)),
+    "update over signal to noise": _signal(in_proportion(-1.0)),
+    # Parts of the formula.
+    "every 4": _by(Coherence(), every=4),
+    "every 16": _by(Coherence(), every=16),
+    "chance 0.01": _by(Coherence(chance=0.01)),
+    "raise only": _by(Coherence(clear=1e-6)),
+    "damp only": _by(Coherence(clear=1e6)),
+    "most 2": _by(Coherence(most=2.0)),
+    "most 10": _by(Coherence(most=10.0)),
+    "a threshold": _by(Threshold()),
+    "smoothing 0.9": _by(Coherence(), smoothing=0.9),
+    "smoothing 0.995": _by(Coherence(), smoothing=0.995),
+}
