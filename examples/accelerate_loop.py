@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, rules
 
 
 class Regression(nn.Module):
@@ -31,7 +31,8 @@ def main(steps: int = 100) -> dict[str, float]:
     torch.manual_seed(0)
     model = Regression()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    penalty = ConflictAwarePenalty(optimizer, {"audio": model.audio, "visual": model.visual})
+    groups = {"audio": model.audio, "visual": model.visual}
+    penalty = ConflictAwarePenalty(optimizer, groups, rules.ConflictAware())  # the rule that compares errors
     audio, visual = torch.randn(32 * steps, 20), torch.randn(32 * steps, 5)
     data = TensorDataset(audio, visual, audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True))
     model, optimizer, loader = accelerator.prepare(model, penalty, DataLoader(data, batch_size=16))

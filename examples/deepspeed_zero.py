@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_fu
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from gradbalance import attach
+from gradbalance import attach, rules
 
 Groups = Mapping[str, Sequence[Tensor]]
 
@@ -24,7 +24,7 @@ def coefficients(penalty: Any, groups: Groups, **errors: Tensor) -> dict[str, fl
 
 
 def scale_gradients(groups: Groups, factors: Mapping[str, float]) -> None:
-    """What ``apply_to="gradient"`` does: for SGD, since Adam and its like cancel a constant factor."""
+    """What ``apply_to="gradient"`` does: for SGD, since most others cancel a constant factor."""
     for name, parameters in groups.items():
         for p in parameters:
             if hasattr(p, "ds_id"):  # ZeRO 3 cannot set a full gradient whose size is no multiple of the ranks
@@ -44,9 +44,10 @@ def main(steps: int = 100, stage: int = 3, lr: float = 1e-2) -> dict[str, float]
     torch.manual_seed(0)
     model = nn.ModuleDict({"audio": nn.Linear(20, 1), "visual": nn.Linear(5, 1)})
     groups = {name: list(branch.parameters()) for name, branch in model.items()}
-    # Before `initialize`, and on an optimizer that is never stepped: it only keeps the groups and, in its state_dict,
-    # the running means. A penalty on the optimizer that DeepSpeed steps refuses the flat parameters.
-    penalty = attach(torch.optim.SGD(model.parameters()), groups)
+    # Before `initialize`, and on an optimizer that is never stepped, of the class of the one that is: it only keeps the
+    # groups and, in its state_dict, the running means. A penalty on the optimizer that DeepSpeed steps refuses the flat
+    # parameters. The rule has to decide by norms and errors: the coherence of the gradients is not at hand.
+    penalty = attach(torch.optim.AdamW(model.parameters()), groups, rule=rules.ConflictAware())
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=lr),

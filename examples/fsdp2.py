@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, rules
 
 
 def build(device: str) -> tuple[nn.ModuleDict, ConflictAwarePenalty]:
@@ -27,7 +27,8 @@ def build(device: str) -> tuple[nn.ModuleDict, ConflictAwarePenalty]:
     for branch in model.values():
         fully_shard(branch, mesh=mesh)
     # After the sharding, as with every optimizer: it replaces the parameters.
-    return model, ConflictAwarePenalty(torch.optim.AdamW(model.parameters(), lr=1e-2), dict(model.items()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, ConflictAwarePenalty(optimizer, dict(model.items()), rules.ConflictAware())
 
 
 def main(steps: int = 100) -> dict[str, float]:

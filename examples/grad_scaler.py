@@ -23,12 +23,11 @@ def main(steps: int = 100) -> dict[str, float]:
         target = audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True)
         optimizer.zero_grad()
         with torch.autocast(device, dtype=torch.float16):
-            heard, seen = model["audio"](audio), model["visual"](visual)
-        scaler.scale(mse_loss(heard.float() + seen.float(), target)).backward()
+            prediction = model["audio"](audio) + model["visual"](visual)
+        scaler.scale(mse_loss(prediction.float(), target)).backward()
         # The wrapper here too: GradScaler would unscale a second time for `step(optimizer)` if this were the inner one.
         scaler.unscale_(optimizer)
         clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.observe(audio=mse_loss(heard.float(), target), visual=mse_loss(seen.float(), target))
         scaler.step(optimizer)  # a step skipped for an infinity does not count
         scaler.update()
     return optimizer.coefficients()

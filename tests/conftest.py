@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tensors of the tests are small: a second thread would only wait, and for long on a busy machine.
@@ -13,3 +14,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("torch", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("torch")
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Where Triton is not installed the module of its kernels cannot be searched for doctests."""
+    if find_spec("triton") is None:
+        config.option.ignore = [*(config.option.ignore or []), "gradbalance/_moments/triton_kernel.py"]

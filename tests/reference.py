@@ -1,94 +1,99 @@
-"""The rule of one step as slow loops over floats, straight from the equations; the fast code must equal it."""
+"""The engine's means and the paper's rule as slow loops over floats, straight from the equations; None is unknown."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gradbalance._rule import DEAD_BAND, EPS
-from gradbalance._settings import Settings
+from gradbalance.rules import ConflictAware
+from gradbalance.rules.conflict_aware import DEAD_BAND, EPS
+
+Floats = Sequence[float | None]
 
 
 @dataclass
-class ReferenceRule:
-    """One instance follows one optimizer; ``step`` takes lists of floats, None for a group without an error."""
+class Reference:
+    """Running means, steps that do not count and the window around a slow rule; one instance follows one optimizer.
 
-    settings: Settings
+    ``rule`` takes shares, coherences and errors, each a float per group or None, and which groups are active; the
+    errors are None altogether if none was ever observed. It gives a list of coefficients.
+    """
+
+    rule: Callable[[Floats, Floats, Floats | None, Sequence[bool]], list[float]]
+    smoothing: float = 0.98
+    window: tuple[int, int | None] | None = None
     shares: dict[int, float] = field(default_factory=dict)
+    coherences: dict[int, float] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
-    agreements: dict[int, float] = field(default_factory=dict)
-    told: bool = False  # whether errors were ever observed, if only in a step that did not count
-    asked: bool = False
+    observed: bool = False  # whether errors ever were, if only in a step that did not count
     steps: int = 0
 
-    def step(
-        self,
-        norms: list[float],
-        observed: list[float | None] | None = None,
-        cosines: list[float | None] | None = None,
-    ) -> list[float]:
-        s = self.settings
-        self.told = self.told or observed is not None
-        everything = [*norms, *(e for e in observed or [] if e is not None)]
-        active = [m for m, n in enumerate(norms) if n > 0]
+    def step(self, norms: Sequence[float], errors: Floats | None = None, cosines: Floats | None = None) -> list[float]:
+        """The coefficients of one step; the errors are those since the last one, None for a group without."""
+        n = len(norms)
+        self.observed = self.observed or errors is not None
+        everything = [*norms, *(e for e in errors or [] if e is not None)]
+        active = [m for m in range(n) if norms[m] > 0]
         if not all(map(math.isfinite, everything)) or len(active) < 2:
-            return [1.0] * len(norms)
-        inside = s.window is None or (s.window[0] <= self.steps < (math.inf if s.window[1] is None else s.window[1]))
+            return [1.0] * n
+        start, stop = self.window or (0, None)
+        inside = start <= self.steps and (stop is None or self.steps < stop)
         self.steps += 1
 
-        total = sum(norms[m] for m in active)
-        for m in active:
-            self.shares[m] = self.smooth(self.shares.get(m), norms[m] / total)
-        if observed is not None:
-            seen = {m: e for m, e in enumerate(observed) if e is not None}
-            self.errors = {m: self.smooth(self.errors.get(m), e) for m, e in seen.items()}
+        total = math.fsum(norms)
+        self.shares |= {m: self.mean(self.shares.get(m), norms[m] / total) for m in active}
+        if errors is not None:  # who was left out of the last call is not observed any more
+            seen = {m: e for m, e in enumerate(errors) if e is not None}
+            self.errors = {m: self.mean(self.errors.get(m), e) for m, e in seen.items()}
+        if cosines is not None:
+            seen = {m: c for m, c in enumerate(cosines) if c is not None}
+            self.coherences |= {m: self.mean(self.coherences.get(m), c) for m, c in seen.items()}
 
-        self.asked = cosines is not None and s.agreement is not None and not self.told
-        if self.asked:
-            for m, cosine in enumerate(cosines):
-                if cosine is not None:
-                    self.agreements[m] = self.smooth(self.agreements.get(m), cosine)
+        shares, coherences, seen_errors = ([v.get(m) for m in range(n)] for v in self.vectors())
+        coefficients = self.rule(
+            shares, coherences, seen_errors if self.observed else None, [m in active for m in range(n)]
+        )
+        return [c if inside and m in active else 1.0 for m, c in enumerate(coefficients)]
 
-        members = [m for m in active if m in self.errors] if self.errors else active
-        coefficients = [1.0] * len(norms)
-        if inside and len(members) >= 2:
-            for m in members:
-                peers = [k for k in members if k != m]
-                factor = self.penalty(m, peers) * (self.modulation(m, peers) if self.errors else 1.0)
-                coefficients[m] = max(s.min_coefficient, factor)
-            lift = self.lift({m: coefficients[m] for m in members})
-            for m in members:
-                coefficients[m] *= lift
+    def vectors(self) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
+        return self.shares, self.coherences, self.errors
+
+    def mean(self, mean: float | None, value: float) -> float:
+        return value if mean is None else self.smoothing * mean + (1 - self.smoothing) * value
+
+
+@dataclass
+class SlowConflictAware:
+    """``rules.ConflictAware``, one group and one peer at a time."""
+
+    rule: ConflictAware
+
+    def __call__(
+        self, shares: Floats, coherences: Floats, errors: Floats | None, active: Sequence[bool]
+    ) -> list[float]:
+        known = {m: e for m, e in enumerate(errors or []) if e is not None}
+        members = [m for m, acts in enumerate(active) if acts and (m in known or not known)]
+        coefficients = [1.0] * len(shares)
+        for m in members if len(members) > 1 else []:
+            peers = [k for k in members if k != m]
+            coefficients[m] = self.penalty(m, peers, shares, known)
+            if known:
+                coefficients[m] *= self.modulation(m, peers, known)
         return coefficients
 
-    def smooth(self, mean: float | None, value: float) -> float:
-        return value if mean is None else self.settings.smoothing * mean + (1 - self.settings.smoothing) * value
+    def penalty(self, m: int, peers: list[int], shares: Floats, errors: dict[int, float]) -> float:
+        conflicts = [
+            shares[m] > self.rule.threshold * shares[k] and (not errors or errors[m] < errors[k]) for k in peers
+        ]
+        return self.rule.eta ** (sum(conflicts) / len(peers))
 
-    def in_conflict(self, m: int, k: int) -> bool:
-        if self.shares[m] <= self.settings.threshold * self.shares[k]:
-            return False
-        if self.errors:
-            return self.errors[m] < self.errors[k]
-        if self.asked:
-            if m not in self.agreements or k not in self.agreements:
-                return False
-            return max(self.agreements[m], 0) < self.settings.agreement * max(self.agreements[k], 0)
-        return True
-
-    def penalty(self, m: int, peers: list[int]) -> float:
-        return self.settings.eta ** (sum(self.in_conflict(m, k) for k in peers) / len(peers))
-
-    def lift(self, coefficients: dict[int, float]) -> float:
-        largest = max(self.shares[m] for m in coefficients)
-        scaled = max(self.shares[m] * c for m, c in coefficients.items())
-        return max(1.0, min(self.settings.max_coefficient or 1.0, largest / scaled))
-
-    def modulation(self, m: int, peers: list[int]) -> float:
+    def modulation(self, m: int, peers: list[int], errors: dict[int, float]) -> float:
         def score(k: int) -> float:
-            return 1 / (self.errors[k] + EPS)
+            return 1 / (errors[k] + EPS)
 
         ratio = score(m) / (sum(map(score, peers)) / len(peers))
         if ratio <= 1 + DEAD_BAND:
             return 1.0
-        return 1 - math.tanh(self.settings.alpha * (ratio - 1 if self.settings.centred else ratio))
+        return 1 - math.tanh(self.rule.alpha * (ratio - 1 if self.rule.centred else ratio))
 
 
 def paper_coefficients(

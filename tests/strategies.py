@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from gradbalance._settings import Settings
+from gradbalance.rules import ConflictAware, Measured
 
 # Eighths of integers: repeated and zero values are common, and no variance is small by underflow.
 _EIGHTHS = st.integers(-8000, 8000).map(lambda n: n / 8)
@@ -55,17 +55,39 @@ def group_cosines(n):
 
 
 @st.composite
-def rule_settings(draw, **fixed):
-    """Settings of the rule over the whole range of its options."""
-    options = {
-        "alpha": st.sampled_from([0.0, 0.5, 1.0, 4.0]),
-        "eta": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-        "threshold": THRESHOLDS,
-        "smoothing": st.sampled_from([0.0, 0.5, 0.9]),
-        "agreement": st.sampled_from([None, 0.0, 3.0**-0.5, 1.0]),
-        "centred": st.booleans(),
-        "min_coefficient": st.sampled_from([0.0, 0.05, 1.0]),
-        "max_coefficient": st.sampled_from([None, 1.0, 3.0, 20.0]),
-        "window": st.sampled_from([None, (0, 2), (1, 3), (1, None)]),
-    }
-    return Settings(**{k: draw(s) for k, s in options.items() if k not in fixed}, **fixed)
+def conflict_aware_rules(draw):
+    """The paper's rule over the whole range of its options."""
+    return ConflictAware(
+        alpha=draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
+        eta=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        threshold=draw(THRESHOLDS),
+        centred=draw(st.booleans()),
+    )
+
+
+SMOOTHINGS = st.sampled_from([0.0, 0.5, 0.9])
+WINDOWS = st.sampled_from([None, (0, 2), (1, 3), (1, None)])
+
+
+@st.composite
+def measurements(draw, n=None, inactive=True, unknown=True):
+    """What a rule is given: shares that add up to 1, coherences in [-1, 1], no error."""
+    n = draw(st.integers(2, 5)) if n is None else n
+    norms = torch.tensor(draw(st.lists(_NORM, min_size=n, max_size=n)), dtype=torch.float64)
+    coherence = st.floats(-1, 1) | st.floats(0, 0.15) | st.sampled_from([0.0, 0.02, 0.3])
+    coherence = coherence | st.just(float("nan")) if unknown else coherence
+    coherences = torch.tensor(draw(st.lists(coherence, min_size=n, max_size=n)), dtype=torch.float64)
+    active = torch.ones(n, dtype=torch.bool)
+    if inactive:
+        active[draw(st.integers(0, n - 1))] = draw(st.booleans()) or n == 2
+    return Measured(
+        tuple("abcde"[:n]),
+        torch.where(active, norms, 0.0),
+        norms / norms.sum(),
+        coherences,
+        None,
+        active,
+        draw(st.booleans()),
+        torch.ones(n, dtype=torch.float64),
+        torch.tensor(9.0, dtype=torch.float64),
+    )

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-BALANCE = ("off", "norms", "errors", "paper")
+import torch
+
+TEXT = ("frozen", "top", "finetune")
+BALANCE = ("off", "default", "errors", "paper")
 
 
 def setting(default: Any, help: str, **flag: Any) -> Any:
@@ -19,22 +22,27 @@ class Config:
     split: str = setting("standard", "standard, or poria (with leaking visual features)", choices=("standard", "poria"))
     modalities: tuple[str, ...] = setting((), "text and others, e.g. text audio; default: all", nargs="+")
     seed: int = setting(0, "of weights, batches, dropout and noise")
-    epochs: int = setting(30, "at most")
+    epochs: int = setting(5, "at most")
     patience: int = setting(10, "epochs without a better validation MAE before the training stops")
-    batch_size: int = setting(64, "utterances a step and process")
-    text: str = setting("frozen", "states computed once, or the encoder trained too", choices=("frozen", "finetune"))
+    batch_size: int = setting(32, "utterances a step and process")
+    text: str = setting("top", "the encoder's states computed once, its top layers trained, or all of it", choices=TEXT)
     text_encoder: str = setting("minilm", "minilm, a local folder, or a name on the hub")
-    balance: str = setting("errors", "which form of the conflict-aware penalty", choices=BALANCE)
+    text_layers: int = setting(6, "layers that are trained with --text top")
+    text_pool: int = setting(1, "last layers whose mean is taken with --text frozen")
+    precision: str = setting("float32", "of a text encoder that is trained", choices=("float32", "bf16"))
+    balance: str = setting("default", "which rule of the penalty; default: the library's", choices=BALANCE)
     penalty: dict[str, Any] = field(default_factory=dict)  # further options of ConflictAwarePenalty, for studies
     lr: float = setting(1e-3, "peak learning rate of AdamW")
-    text_lr: float = setting(2e-5, "the same for a text encoder that is trained")
+    text_lr: float = setting(5e-5, "the same for a text encoder that is trained")
     weight_decay: float = setting(1e-2, "of AdamW")
     warmup: float = setting(0.1, "share of the steps before the peak")
-    dropout: float = setting(0.3, "everywhere")
+    max_norm: float = setting(1.0, "at which the gradient is clipped; 0 leaves it as it is")
+    dropout: float = setting(0.3, "everywhere but in the text encoder, which has its own")
     hidden: int = setting(64, "width of the encoders' hidden layer")
     fused: int = setting(64, "width of the gated fusion")
     latent: int = setting(0, "width of z; 0: that of the modality")
     ame: bool = setting(True, "adaptive modality encoders; otherwise z = mu", action=argparse.BooleanOptionalAction)
+    draws: int = setting(16, "of the latent noise, whose mean prediction is evaluated")
     gate: bool = setting(True, "gated fusion; otherwise the mean", action=argparse.BooleanOptionalAction)
     beta: float = setting(1.0, "weight of the fused modalities beside the text")
     task: str = setting("l1", "loss of the prediction and of the heads", choices=("l1", "mse"))
@@ -52,13 +60,15 @@ class Config:
                 raise ValueError(f"`{item.name}` must be one of {choices}. Got {value!r}. Choose one of them.")
             if isinstance(value, float) and not 0 <= value < float("inf"):
                 raise ValueError(f"`{item.name}` must be finite and at least 0. Got {value}. Give a weight or a rate.")
-        for name in ("epochs", "patience", "batch_size"):
+        for name in ("epochs", "patience", "batch_size", "text_layers", "text_pool", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}. Give a positive number.")
+        if self.precision == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError('`precision` must be "float32" on this GPU. Got "bf16", which it lacks. Leave it out.')
         if self.balance in ("errors", "paper") and not self.uni:
             raise ValueError(
                 f"`uni` must be positive with balance={self.balance!r}: the errors are those of the heads. Got 0. "
-                'Give a weight, or balance="norms".'
+                'Give a weight, or balance="default".'
             )
 
 

@@ -127,11 +127,12 @@ class Dataset:
     def batches(self, part: str, size: int, generator: torch.Generator) -> list[Tensor]:
         """A shuffled epoch in batches of at most `size` whose sizes differ by one at most.
 
-        Utterances of similar length meet in a batch: padding falls from 70 % of the steps to 38 % (64 a batch).
+        Utterances of similar length meet in a batch, out of pools of at least 768: padding falls from 70 % of the steps
+        to 25 % (32 a batch).
         """
         index = self.corpus.split[part]
         index = index[torch.randperm(len(index), generator=generator)]
-        by_length = [pool[self.tokens.lengths[pool].argsort(stable=True)] for pool in index.split(8 * size)]
+        by_length = [pool[self.tokens.lengths[pool].argsort(stable=True)] for pool in index.split(max(8 * size, 768))]
         parts = torch.cat(by_length).tensor_split(-(-len(index) // size))
         return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
 

@@ -1,12 +1,11 @@
-"""The model of arXiv 2605.28575 for any set of named non-text modalities, and its losses.
+"""The model of arXiv 2605.28575 for any set of named non-text modalities.
 
 [P] marks what the paper states, [R] what it leaves open and is chosen here. Shapes: B utterances, L sub-words, T steps
 of a modality (L, or 1 for one vector an utterance), D its features, Z its latent width, K the width of the fusion,
 W that of the text.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from examples.mosi.config import Config
 from examples.mosi.data import Batch
-from gradbalance import statistical_loss
+from examples.mosi.draw import Draw, Dropout, own_noise
 
 
 class Latent(NamedTuple):
@@ -31,32 +30,6 @@ class Output(NamedTuple):
     reconstructions: dict[str, Tensor]  # each [B, T, D]
     statistics: dict[str, tuple[Tensor, Tensor] | Tensor]  # what is compared with the inputs, each [B, T, D]
     pooled: dict[str, Tensor]  # output of each encoder, mean over its steps, each [B, Z] or [B, W]
-
-
-class Draw:
-    """Random numbers for a whole batch, of which a process keeps its own rows: one process or eight draw the same."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.generator = torch.Generator(device)
-        self.size, self.rows = 1, slice(None)
-
-    def begin(self, batch: Batch) -> None:
-        self.size, self.rows = batch.size, slice(batch.rank, None, batch.world)
-
-    def __call__(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
-        shape = (self.size, *like.shape[1:])
-        return sampler(shape, generator=self.generator, device=like.device, dtype=like.dtype)[self.rows]
-
-
-class Dropout(nn.Module):
-    def __init__(self, p: float, draw: Draw) -> None:
-        super().__init__()
-        self.p, self.draw = p, draw
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        return x * (self.draw(torch.rand, x) >= self.p) / (1 - self.p)
 
 
 def mlp(width: int, hidden: int, out: int, p: float, draw: Draw) -> nn.Sequential:
@@ -77,20 +50,30 @@ class Adapter(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformers encoder that is trained; it sees no padding."""
+    """A transformers encoder that is trained, on token numbers or on the states below its layers; it sees no padding.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    Its dropout draws for the whole batch, as ours does. Under bf16 its matrix products alone are in bfloat16.
+    """
+
+    def __init__(self, encoder: nn.Module, draw: Draw, precision: str) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.bf16 = encoder, precision == "bf16"
+        for module in list(encoder.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout):
+                    setattr(module, name, Dropout(child.p, draw))
 
-    def forward(self, numbers: Tensor, mask: Tensor) -> Tensor:
-        return self.encoder(input_ids=numbers, attention_mask=mask.long()).last_hidden_state  # [B, L, W]
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        given = {"inputs_embeds" if text.is_floating_point() else "input_ids": text}
+        with torch.autocast(text.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.encoder(**given, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, W]
 
 
 class AME(nn.Module):
     """Adaptive modality encoder, z = mu + eps * sqrt(var + 1e-6) [P]; softplus keeps var positive [R].
 
-    Evaluation uses mu [R]: a metric must not depend on a draw. `noisy=False` leaves the variance net out: z = mu.
+    In evaluation z = mu, and the model takes the mean of its prediction over draws. `noisy=False` leaves the variance
+    net out: z = mu.
     """
 
     def __init__(self, width: int, hidden: int, latent: int, p: float, draw: Draw, noisy: bool) -> None:
@@ -103,8 +86,12 @@ class AME(nn.Module):
         z = mean = self.mean(x)  # [B, T, Z]
         variance = None if self.variance is None else F.softplus(self.variance(x))
         if self.training and variance is not None:
-            z = mean + self.draw(torch.randn, mean) * (variance + 1e-6).sqrt()
+            z = noisy(mean, variance, self.draw(torch.randn, mean))
         return Latent(z * mask[..., None], mean, variance)
+
+
+def noisy(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    return mean + noise * (variance + 1e-6).sqrt()
 
 
 class GatedFusion(nn.Module):
@@ -148,6 +135,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.beta, self.width, self.draw, p = config.beta, width, draw, config.dropout
+        self.draws, self.noisy = config.draws, config.ame and bool(widths)
         latents = {name: config.latent or wide for name, wide in widths.items()}
         self.text = text
         self.encoders = nn.ModuleDict(
@@ -168,25 +156,47 @@ class Model(nn.Module):
         return ({"text": self.text} if self.text else {}) | dict(self.encoders.items())
 
     def forward(self, batch: Batch) -> Output:
+        """In evaluation the prediction is its mean over draws of the latent noise, and z = mu everywhere else."""
         self.draw.begin(batch)
-        latents = {name: encoder(batch.features[name], batch.masks[name]) for name, encoder in self.encoders.items()}
+        latents = self.encode(batch)
         zs = {name: latent.z for name, latent in latents.items()}
         pooled = {name: pool(z, batch.masks[name]) for name, z in zs.items()}
         states = torch.zeros(*batch.mask.shape, self.width, device=batch.mask.device)
         if self.text is not None:
             states = self.text(batch.text, batch.mask)
             pooled["text"] = pool(states, batch.mask)
-        if self.fusion is not None:
-            states = torch.add(states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta)
-        prediction = self.head(self.dropout(pool(self.norm(states), batch.mask)))
+        if self.training or not self.noisy:
+            prediction = self.predict(states, zs, batch)
+        else:
+            prediction = self.expected(states, latents, batch)
         return Output(
-            prediction.squeeze(-1),
+            prediction,
             {name: head(self.dropout(pooled[name])).squeeze(-1) for name, head in self.heads.items()},
             latents,
             {name: decoder(zs[name]) for name, decoder in self.decoders.items()},
             {name: self.statistic(name, latents[name]) for name in self.statistics},
             pooled,
         )
+
+    def encode(self, batch: Batch) -> dict[str, Latent]:
+        return {name: encoder(batch.features[name], batch.masks[name]) for name, encoder in self.encoders.items()}
+
+    def predict(self, states: Tensor, zs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        if self.fusion is not None:
+            states = torch.add(states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta)
+        return self.head(self.dropout(pool(self.norm(states), batch.mask))).squeeze(-1)  # [B]
+
+    def expected(self, states: Tensor, latents: Mapping[str, Latent], batch: Batch) -> Tensor:
+        """Mean prediction over the draws, with noise that belongs to the utterance, whatever batch it is in."""
+        noise = {name: own_noise(name, batch, latent.mean, self.draws) for name, latent in latents.items()}
+        total = torch.zeros_like(batch.labels)
+        for draw in range(self.draws):
+            zs = {
+                name: noisy(mean, variance, noise[name][draw]) * batch.masks[name][..., None]
+                for name, (_, mean, variance) in latents.items()
+            }
+            total += self.predict(states, zs, batch)
+        return total / self.draws
 
     def statistic(self, name: str, latent: Latent) -> tuple[Tensor, Tensor] | Tensor:
         if name not in self.maps:
@@ -197,42 +207,6 @@ class Model(nn.Module):
         return linear(latent.mean), F.linear(latent.variance, linear.weight.square())
 
 
-def losses(output: Output, batch: Batch, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms of the objective, unweighted, and the error of each head: means over the whole batch.
-
-    A process of several divides its sums by its fair share of the batch, so that the average over the processes (of
-    gradients and of errors) is exact for uneven shares too.
-    """
-    share = batch.size / batch.world
-    regression = F.l1_loss if config.task == "l1" else F.mse_loss
-    terms = {"task": regression(output.prediction, batch.labels, reduction="sum") / share}
-    if output.heads:
-        terms["uni"] = sum(regression(y, batch.labels, reduction="sum") for y in output.heads.values()) / share
-    if output.reconstructions:
-        errors = [
-            pool((x - batch.features[name]).square(), batch.masks[name]) for name, x in output.reconstructions.items()
-        ]
-        terms["recon"] = sum(error.mean(-1).sum() for error in errors) / (2 * share)
-    if output.latents and config.div:
-        pooled = [pool(latent.z, batch.masks[name]) for name, latent in output.latents.items()]
-        terms["div"] = -sum(entropy(z).sum() for z in pooled) / (len(pooled) * share)
-    if output.statistics:
-        group = torch.distributed.group.WORLD if batch.world > 1 else None
-        terms["stat"] = sum(
-            statistical_loss(predicted, batch.features[name], batch.masks[name], batch.masks[name], process_group=group)
-            for name, predicted in output.statistics.items()
-        ) / len(output.statistics)
-    with torch.no_grad():
-        errors = {name: (y - batch.labels).abs().sum() / share for name, y in output.heads.items()}
-    return terms, errors
-
-
 def pool(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the steps that exist, [B, T, D] -> [B, D]; 0 where none does."""
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def entropy(z: Tensor) -> Tensor:
-    """Entropy of softmax(z) as a share of its maximum, [B, Z] -> [B] in [0, 1]."""
-    logs = z.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1) / math.log(z.shape[-1])

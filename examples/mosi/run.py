@@ -87,7 +87,8 @@ def plot(path: Path, history: list[dict[str, Any]], source: str) -> None:
     dominance.plot(epochs, [line["dominance"] for line in lines], label="before balancing")
     dominance.plot(epochs, [line["dominance_after"] for line in lines], label="after balancing")
     norms.set(title="gradient norm", yscale="log")
-    coefficients.set(title="coefficient", ylim=(-0.05, 1.05))
+    coefficients.set(title="coefficient")
+    coefficients.set_ylim(bottom=-0.05)
     dominance.set(title="dominance ratio", yscale="log")
     for axes in (norms, coefficients, dominance):
         axes.set_xlabel("epoch")

@@ -1,4 +1,4 @@
-"""Text encoders: tokens of every utterance, and the frozen states of a transformer, computed once and cached."""
+"""Text encoders: tokens of every utterance, and the states of frozen layers, computed once and cached."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.mosi.config import Config
 from examples.mosi.data import Corpus, Dataset, Ragged, atomic, cache_folder, fingerprint, load
+from examples.mosi.top import check_split
 
 
 class Tokens(NamedTuple):
@@ -16,11 +18,16 @@ class Tokens(NamedTuple):
     word_of: Tensor  # [R] number of the word in its utterance, -1 for special tokens
 
 
-def prepare(config) -> Dataset:
-    """The data set that a configuration asks for, its text as token numbers or as cached frozen states."""
+def prepare(config: Config) -> Dataset:
+    """The data set that a configuration asks for, its text as token numbers or as cached states."""
     corpus = load(config.data, config.split)
-    tokens = states(corpus, config.text_encoder) if config.text == "frozen" else tokenise(corpus, config.text_encoder)
-    return Dataset(corpus, *tokens)
+    return Dataset(corpus, *text_of(corpus, config))
+
+
+def text_of(corpus: Corpus, config: Config) -> Tokens:
+    if config.text == "finetune":
+        return tokenise(corpus, config.text_encoder)
+    return states(corpus, config)
 
 
 def locate(encoder: str) -> str:
@@ -33,11 +40,18 @@ def locate(encoder: str) -> str:
 
 
 def transformer(encoder: str) -> nn.Module:
+    """The encoder in float32; eager attention of most leaves its dropout to a module, which can be seeded."""
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(locate(encoder), dtype=torch.float32)
+    try:
+        model = AutoModel.from_pretrained(locate(encoder), dtype=torch.float32, attn_implementation="eager")
+    except Exception as error:  # missing, damaged, of another kind: half a dozen kinds of error
+        raise ValueError(
+            "`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. "
+            f"Got {encoder}, and: {str(error).splitlines()[0]} Copy the whole folder, or give another."
+        ) from error
     if hasattr(model, "pooler"):
         model.pooler = None  # unused here, and parameters without gradient would stall DDP
     return model
@@ -46,23 +60,38 @@ def transformer(encoder: str) -> nn.Module:
 def tokenise(corpus: Corpus, encoder: str) -> Tokens:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(encoder), use_fast=True, add_prefix_space=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(encoder), use_fast=True, add_prefix_space=True)
+    except Exception as error:  # as above
+        raise ValueError(
+            f"`text_encoder` must be minilm, a folder with a tokenizer, or a name on the hub. Got {encoder}, and: "
+            f"{str(error).splitlines()[0]} Copy the whole folder, or give another."
+        ) from error
     encoded = tokenizer(corpus.words, is_split_into_words=True, truncation=True, max_length=512)
     word_of = [-1 if word is None else word for i in range(len(corpus.ids)) for word in encoded.word_ids(i)]
     return Tokens(Ragged.of([torch.tensor(numbers) for numbers in encoded["input_ids"]]), torch.tensor(word_of))
 
 
-def states(corpus: Corpus, encoder: str) -> Tokens:
-    """Last hidden states of the frozen encoder, from the cache if it has them."""
-    key = fingerprint(repr(corpus.words).encode(), identity(encoder).encode())
+def states(corpus: Corpus, config: Config) -> Tokens:
+    """What is computed once, from the cache if it has it: the mean of the last layers, or what enters the top ones."""
+    encoder, part = config.text_encoder, (config.text, config.text_layers if config.text == "top" else config.text_pool)
+    key = fingerprint(repr((corpus.words, part)).encode(), identity(encoder).encode())
     path = cache_folder() / f"{Path(encoder).name}-{key}.pt"
-    if not path.is_file():
+    saved = stored(path)
+    if saved is None:
         tokens = tokenise(corpus, encoder)
-        saved = {"states": encode(tokens.rows, encoder), "offset": tokens.rows.offset, "word_of": tokens.word_of}
+        saved = {"states": encode(tokens.rows, *part, encoder), "offset": tokens.rows.offset, "word_of": tokens.word_of}
         with atomic(path) as temporary:
             torch.save(saved, temporary)
-    saved = torch.load(path, weights_only=True)
     return Tokens(Ragged(saved["states"], saved["offset"]), saved["word_of"])
+
+
+def stored(path: Path) -> dict[str, Tensor] | None:
+    """None where there is no cache, or a damaged one, which is computed anew."""
+    try:
+        return torch.load(path, weights_only=True) if path.is_file() else None
+    except Exception:  # torch.load raises half a dozen kinds for a damaged file
+        return None
 
 
 def identity(encoder: str) -> str:
@@ -73,13 +102,20 @@ def identity(encoder: str) -> str:
 
 
 @torch.inference_mode()
-def encode(tokens: Ragged, encoder: str) -> Tensor:
+def encode(tokens: Ragged, text: str, count: int, encoder: str) -> Tensor:
+    """The mean of the states after the last `count` layers (frozen), or the states below the top `count` ones (top)."""
     model = transformer(encoder).eval()
+    depth = model.config.num_hidden_layers
+    if text == "top":
+        check_split(transformer(encoder).eval(), count, *tokens.pad(tokens.lengths.argsort()[-4:]))
+    elif not 1 <= count <= depth:
+        raise ValueError(f"`text_pool` must be at most the {depth} layers of {encoder}. Got {count}. Lower it.")
+    chosen = slice(depth - count, depth - count + 1) if text == "top" else slice(depth - count + 1, depth + 1)
     out = torch.empty(len(tokens.rows), model.config.hidden_size)
     parts = tokens.lengths.argsort(stable=True).split(32)  # similar lengths: hardly any padding
     for index in tqdm(parts, desc=f"encoding the text with {encoder}", disable=os.environ.get("RANK", "0") != "0"):
         numbers, mask = tokens.pad(index)
-        hidden = model(input_ids=numbers, attention_mask=mask.long()).last_hidden_state
+        every = model(input_ids=numbers, attention_mask=mask.long(), output_hidden_states=True).hidden_states
         row = (tokens.offset[index, None] + torch.arange(mask.shape[1]))[mask]
-        out[row] = hidden[mask]
+        out[row] = torch.stack(every[chosen]).mean(0)[mask]
     return out

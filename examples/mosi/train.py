@@ -1,6 +1,7 @@
 """Training: one process or several, resumable bit for bit after any kill."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from examples.mosi import run
+from examples.mosi.build import build, optimizer_of, others, ramp
 from examples.mosi.config import Config
 from examples.mosi.data import Dataset
+from examples.mosi.draw import Draw
+from examples.mosi.losses import losses
 from examples.mosi.metrics import metrics
-from examples.mosi.model import Adapter, Draw, Model, Transformer, losses
-from examples.mosi.probe import probes
-from examples.mosi.text import prepare, transformer
-from gradbalance import PAPER, ConflictAwarePenalty, Recorder
-
-WATCH = {"eta": 1.0, "alpha": 0.0}  # the plain optimizer, bit for bit, with the norms on record
+from examples.mosi.model import Model
+from examples.mosi.text import prepare
+from gradbalance import ConflictAwarePenalty, Recorder
 
 
 def train(
@@ -32,7 +33,7 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     bars: bool = False,
-    probe: bool = False,
+    also: Callable[[Model, Dataset, list[str]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Trains, and returns the test metrics of the epoch with the best validation MAE.
 
@@ -42,7 +43,7 @@ def train(
         out: The run folder; without it nothing is written.
         resume: Go on from the checkpoint in `out`: the result is bitwise that of the uninterrupted run.
         bars: Show progress.
-        probe: Also return how well each encoder's frozen output predicts the label, as ``probes``.
+        also: What to add to the result, from the tested model, the data and the names of the non-text modalities.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(config.device)
@@ -104,8 +105,8 @@ def train(
     test |= {"data": corpus.source, "banner": corpus.banner, "best_epoch": state["best_epoch"]}
     if writes:
         run.finish(out, test, corpus, index, prediction, state["history"])
-    if probe:
-        test["probes"] = probes(model, dataset, names)
+    if also:
+        test |= also(model, dataset, names)
     return test | {"history": state["history"]}
 
 
@@ -134,6 +135,8 @@ def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Confi
                 errors.pop("text", None)  # the paper compares audio with visual alone
             if watched and config.balance in ("errors", "paper"):
                 optimizer.observe(**errors)
+            if config.max_norm and not watched:
+                nn.utils.clip_grad_norm_(network.parameters(), config.max_norm)
             optimizer.step()
             scheduler.step()
             for name, term in terms.items():
@@ -142,14 +145,25 @@ def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Confi
     for name, value in line["train"].items():
         if not math.isfinite(value):
             raise FloatingPointError(f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight.")
-    return line | ({"balance": recorder.summary()._asdict() | {"histogram": histogram(recorder)}} if watched else {})
+    return line | ({"balance": balance_of(recorder)} if watched else {})
+
+
+def balance_of(recorder: Recorder) -> dict[str, Any]:
+    """The summary of an epoch, without what was not measured, and the histogram of the coefficients."""
+    summary = {name: value for name, value in recorder.summary()._asdict().items() if not unmeasured(value)}
+    return summary | {"histogram": histogram(recorder)}
+
+
+def unmeasured(value: Any) -> bool:
+    return isinstance(value, dict) and any(math.isnan(each) for each in value.values())
 
 
 def histogram(recorder: Recorder) -> dict[str, list[int]]:
-    """How many of the steps each group's coefficient was in each tenth of [0, 1]."""
+    """How many of the steps each group's coefficient was in each fifth of a unit, from 0 to 4."""
     steps = recorder.to_dict()["coefficients"].T
     return {
-        name: np.histogram(values, 10, (0, 1))[0].tolist() for name, values in zip(recorder.names, steps, strict=True)
+        name: np.histogram(values.clip(0, 4), 20, (0, 4))[0].tolist()
+        for name, values in zip(recorder.names, steps, strict=True)
     }
 
 
@@ -168,54 +182,3 @@ def predict(model: nn.Module, dataset: Dataset, part: str, names: list[str]) -> 
     if world > 1:
         dist.all_reduce(prediction)
     return prediction.cpu()
-
-
-def others(config: Config, dataset: Dataset) -> list[str]:
-    """The non-text modalities that the configuration asks for."""
-    known = ["text", *dataset.widths]
-    for name in config.modalities:
-        if name not in known:
-            hint = " It leaks into the standard split: use `--split poria`." if name == "visual" else ""
-            raise ValueError(f"`modalities` must be among {known}. Got {name!r}.{hint} Choose others.")
-    return [name for name in known[1:] if not config.modalities or name in config.modalities]
-
-
-def build(config: Config, dataset: Dataset, names: list[str], draw: Draw) -> Model:
-    text, width = None, config.fused
-    if not config.modalities or "text" in config.modalities:
-        if config.text == "frozen":
-            width = dataset.tokens.rows.shape[1]
-            text = Adapter(width, config.hidden, config.dropout, draw)
-        else:
-            text = Transformer(transformer(config.text_encoder))
-            width = text.encoder.config.hidden_size
-    return Model(config, text, width, {name: dataset.widths[name] for name in names}, draw)
-
-
-def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generator) -> torch.optim.Optimizer:
-    """AdamW, under the penalty if there is more than one modality to balance."""
-    slow = list(model.text.parameters()) if isinstance(model.text, Transformer) else []
-    fast = [p for p in model.parameters() if all(p is not q for q in slow)]
-    parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": config.text_lr}] * bool(slow)
-    optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay, fused=True)
-    groups = model.groups()
-    if config.balance == "paper" and len(groups.keys() - {"text"}) < 2:
-        raise ValueError(
-            '`modalities` must hold two beside text with balance="paper", which compares these alone. '
-            f"Got {sorted(groups)}. Add a modality, or balance in another way."
-        )
-    if len(groups) < 2:
-        return optimizer  # nothing to balance
-    options = {"off": WATCH, "norms": {}, "errors": {}, "paper": paper(config, steps)}[config.balance]
-    return ConflictAwarePenalty(optimizer, groups, generator=noise, **(options | config.penalty))
-
-
-def paper(config: Config, steps: int) -> dict[str, Any]:
-    """The paper's settings; its window is the first 25 of 30 epochs."""
-    return PAPER | {"window": (0, round(steps * config.epochs * 25 / 30))}
-
-
-def ramp(step: int, *, config: Config, total: int) -> float:
-    """Linear warm-up, then linear decay to 0."""
-    warm = max(1, round(config.warmup * total))
-    return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))

@@ -126,7 +126,7 @@ def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | N
             f"{name_of(rule)} must give finite coefficients >= 0 of shape {tuple(norms.shape)}. "
             f"Got {shown or tuple(coefficients.shape)}. Mind the NaN before a mean is known."
         )
-    return coefficients.to(norms), conflicts
+    return coefficients.to(norms, copy=True), conflicts  # a rule may go on writing to its answer
 
 
 def name_of(rule: Rule) -> str:

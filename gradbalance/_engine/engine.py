@@ -58,7 +58,7 @@ class Engine:
         self._steps = 0  # however they ended: every so many are measured
         self._left: Fingerprint | None = None  # the gradients as the last step left them
         self._watchful = False  # whether something writes gradients past torch's counter
-        self._in_step = False
+        self._in_step = self._acted = False
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -66,6 +66,7 @@ class Engine:
         again = self._left is not None and self._left.matches()
         if again and self._in_step:
             return  # a step nested in a step
+        self._acted = False
         self._end_scaling()
         meter, state = self._current_meter(), self.state
         asks = self._steps % self._every == 0
@@ -78,6 +79,7 @@ class Engine:
             # A second step without a new backward must not act twice, unless the gradients were written unseen.
             fresh = self._is_rewritten(meter.norms(gathered))
             if on_host(state.home) and not fresh:
+                self._acted = True
                 return
         self._steps += 1
         norms = None
@@ -87,6 +89,8 @@ class Engine:
             meter.keep(counts)
             norms = reading.norms
         else:
+            if (found_inf := getattr(self._stepper, "found_inf", None)) is not None:
+                fresh = (found_inf.to(state.home) == 0) & fresh  # GradScaler will skip the step
             due = state.keep_deciding(self._window, fresh)
             norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
 
@@ -96,7 +100,7 @@ class Engine:
             add_noise_(gathered, len(state.names), stds, self._noise, due, self._generator)
         if self.way is not None:
             self.way.begin(state.coefficients)
-        self._left, self._in_step = Fingerprint(meter.layout), True
+        self._left, self._in_step, self._acted = Fingerprint(meter.layout), True, True
 
     def _current_meter(self) -> Meter:
         """The meter, made anew when the optimizer holds other parameters, or other ones of them are trained."""
@@ -144,8 +148,8 @@ class Engine:
     def after_step(self) -> None:
         """Undo what was put in place for the step; may be called twice."""
         self._end_scaling()
-        if self._in_step and self.into_gradients and self._meter is not None:
-            # Again, as some steps write into the gradients.
+        if self._acted and self.into_gradients and self._meter is not None:
+            # Again, as some steps write into the gradients, and so do hooks after them.
             layout = self._meter.layout
             norms = self._meter.norms(layout.gather()) if self._watchful else None
             self._left = Fingerprint(layout, norms)
@@ -181,9 +185,11 @@ class Engine:
                 "Build with the same rule, or with `persist=False`."
             )
         self.state.load(kept)
-        self._steps, self._sketch = kept["phase"], kept["sketch"]
-        if self._meter is not None:
-            self._meter.load(self.state.names, self._sketch)
+        self._steps = kept["phase"]
+        if self._meter is None:
+            self._sketch = kept["sketch"]
+        else:
+            self._meter.load(self.state.names, kept["sketch"])
         if "rule_state" in kept and hasattr(self._rule, "load_state_dict"):
             self._rule.load_state_dict(kept["rule_state"])
 

@@ -52,11 +52,13 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
     Warns:
         UserWarning: If no parameter of a group requires a gradient.
     """
-    if not any(group["params"] for group in param_groups):
-        raise ValueError(
-            "`optimizer` must hold parameters. Got empty `param_groups`. Build it from the parameters of the model."
-        )
     members = _members(groups)
+    if not any(group["params"] for group in param_groups):
+        flattened = any(is_flattened(p) for _, p in members.values())  # as by DeepSpeed ZeRO 3
+        raise ValueError(
+            "`optimizer` must hold parameters. Got empty `param_groups`. "
+            + (FLATTENED if flattened else "Build it from the parameters of the model.")
+        )
     present = {id(p) for group in param_groups for p in group["params"]}
     for index, name in enumerate(groups):
         own = [p for m, p in members.values() if m == index]
@@ -65,7 +67,7 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
             warnings.warn(
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and takes no part.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
         missing = [i for i, p in enumerate(own) if p.requires_grad and id(p) not in present]
         if missing:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +30,19 @@ def _with_arguments_of(
 
     def decorate(method: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
         method.__signature__ = inspect.signature(Penalty.__init__)  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _documented_as(source: Callable[..., Any]) -> Callable[[F], F]:
+    """The docstring of a method of the penalty for the one that calls it."""
+
+    def decorate(method: F) -> F:
+        method.__doc__ = source.__doc__
         return method
 
     return decorate
@@ -110,21 +123,21 @@ class ConflictAwarePenalty(Optimizer):
         """What was measured and decided in the last step: a copy on the device, without a host read."""
         return self.penalty.balance
 
-    @wraps(Penalty.observe)
+    @_documented_as(Penalty.observe)
     def observe(self, **errors: Tensor | float) -> None:
         self.penalty.observe(**errors)
 
-    @wraps(Penalty.coefficients)
+    @_documented_as(Penalty.coefficients)
     def coefficients(self) -> dict[str, float]:
         return self.penalty.coefficients()
 
-    @wraps(Penalty.coefficients_for)
+    @_documented_as(Penalty.coefficients_for)
     def coefficients_for(
         self, norms: Mapping[str, Tensor | float], errors: Mapping[str, Tensor | float] | None = None
     ) -> dict[str, float]:
         return self.penalty.coefficients_for(norms, errors)
 
-    @wraps(Penalty.remove)
+    @_documented_as(Penalty.remove)
     def remove(self) -> None:
         self.penalty.remove()
 

@@ -29,7 +29,14 @@ T = TypeVar("T")
 
 
 class Penalty:
-    """The penalty on one optimizer, as :func:`attach` returns it; the options are those of ConflictAwarePenalty."""
+    """The penalty on one optimizer, as :func:`attach` returns it; the options are those of ConflictAwarePenalty.
+
+    Example:
+        >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()])
+        >>> Penalty(optimizer, {"text": text, "audio": audio}, lambda m: m.coefficients, every=2).names
+        ('text', 'audio')
+    """
 
     def __init__(
         self,
@@ -68,10 +75,9 @@ class Penalty:
         assignment = grouping.assign(self._reader.param_groups, groups)
         way = way_to_scale(self._stepper) if acts and apply_to == "update" else None
         self._engine = Engine(self._reader, self._stepper, assignment, way, self._options)
-        self._hooks = StepHooks(self._stepper, self, self._before_step, self._engine.after_step)
         save = self._engine.save if persist else None
         self._checkpoint = Checkpoint(optimizer, (self._reader, self._stepper), save, self._engine.load)
-        self._checkpoint.take_in()
+        self._hooks = StepHooks(self._stepper, self, self._before_step, self._engine.after_step)
         vars(self._stepper)["__reduce_ex__"] = MethodType(self._reduce, self._stepper)
 
     @property
@@ -149,9 +155,11 @@ class Penalty:
         vars(self._stepper).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
-        """The groups with their sizes, the rule, where it acts, and the options that differ from the defaults."""
+        """The groups with their trainable sizes, the rule, where it acts, and the options that are not the defaults."""
         members = self._engine.assignment.parameters(self._reader.param_groups)
-        groups = ", ".join(f"{name}: {sum(p.numel() for p in own):,}" for name, own in members.items())
+        groups = ", ".join(
+            f"{name}: {sum(p.numel() for p in own if p.requires_grad):,}" for name, own in members.items()
+        )
         way = self._engine.way
         where = "gradient" if self._engine.into_gradients else "nothing" if way is None else f"update by {way.name}"
         shown = [f"{{{groups}}}", f"rule={self.rule!r}", f"on the {where}" if where != "nothing" else "on nothing"]

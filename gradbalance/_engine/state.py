@@ -1,6 +1,7 @@
 """What is remembered between the steps, as tensors on the device of the parameters."""
 
 from collections.abc import Mapping
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +65,7 @@ class State:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        unknown = float("nan")
-        nothing = dict.fromkeys(names, (unknown, unknown, unknown, 1.0))
+        nothing = dict.fromkeys(names, (None, None, None, 1.0))
         self.load({"step": 0.0, "groups": nothing, "errors": False}, torch.device("cpu"))
 
     @property
@@ -91,14 +91,14 @@ class State:
         inside = (self.step >= start) & (self.step < (float("inf") if stop is None else stop))
         return counts and bool(inside) if on_host(self.home) else counts & inside
 
-    def keep_deciding(self, window: Window, fresh: Tensor | bool) -> Tensor | bool:
-        """A step that is not measured: the coefficients stay as decided; whether it lies inside the window."""
-        due = self.inside(window, fresh)
+    def keep_deciding(self, window: Window, counts: Tensor | bool) -> Tensor | bool:
+        """A step that is not measured: the coefficients stay as decided; whether it counts and is inside the window."""
+        due = self.inside(window, counts)
         if isinstance(due, bool):
             self.coefficients = self.decided if due else self.ones
         else:
             self.coefficients = torch.where(due, self.decided, 1.0)
-        self.step.add_(1)
+        self.step.add_(counts)
         return due
 
     def remember(self, counts: Tensor | bool, **new: Tensor | None) -> None:
@@ -118,8 +118,9 @@ class State:
             self.load(self.numbers(), home)
 
     def numbers(self) -> dict[str, Any]:
-        """What is remembered, by group name, in builtin types; a host read."""
+        """What is remembered, by group name, in builtin types, None for what is not known; a host read."""
         columns = torch.stack((self.shares, self.coherences, self.errors, self.decided), 1).tolist()
+        columns = [[None if x != x else x for x in column] for column in columns]  # checkpoints may be compared
         groups = dict(zip(self.names, columns, strict=True))
         return {"step": self.step.item(), "groups": groups, "errors": self.has_errors}
 
@@ -137,7 +138,7 @@ class State:
             )
         home = self.home if home is None else home
         dtype = wide(home)
-        rows = [[groups[name][i] for name in self.names] for i in range(4)]
+        rows = [[nan if groups[name][i] is None else groups[name][i] for name in self.names] for i in range(4)]
         self.shares, self.coherences, self.errors, self.decided = (
             torch.tensor(row, dtype=dtype, device=home) for row in rows
         )

@@ -12,6 +12,7 @@ from gradbalance._gradients.layout import copies, local, reduced, wide
 ENTRIES = 1 << 13  # of all groups together: 32 KiB
 TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
+TINY = 32  # times smaller than the largest: not worth a read, as the biases beside a matrix
 
 
 class Pick(NamedTuple):
@@ -66,7 +67,8 @@ class Sketch:
 
     def take(self) -> dict[Any, Tensor]:
         """This rank's entries by mesh, each ``[N, Q]``, 0 elsewhere: over a mesh they add up to the sketch."""
-        torch._foreach_copy_([pick.to for pick in self._picks], [_read(pick) for pick in self._picks])
+        if self._picks:  # else all are frozen
+            torch._foreach_copy_([pick.to for pick in self._picks], [_read(pick) for pick in self._picks])
         return self._by_mesh
 
     def cosines(self, entries: Tensor) -> Tensor:
@@ -111,6 +113,7 @@ def _chosen(group: Sequence[Tensor], most: int, enough: int) -> list[Tensor]:
     """At most so many tensors, the smallest first: spread over those that are large enough, or the largest."""
     large = [p for p in group if p.numel() >= enough]
     largest = sorted(group, key=lambda p: -p.numel())[:most]
+    largest = [p for p in largest if TINY * p.numel() >= largest[0].numel()]
     return sorted(large[:: ceil(len(large) / most)] if len(large) >= most else largest, key=lambda p: p.numel())
 
 

@@ -88,11 +88,12 @@ class StatisticalLoss(nn.Module):
     Shape:
         ``prediction`` is ``[..., D]`` or a pair (mean ``[..., D]``, variance ``[..., D]``), ``target`` is
         ``[..., D]``, where the reduced axes may differ in size. ``mask`` and ``target_mask`` are boolean ``[...]``,
-        True where a sample counts; ``target_mask=None`` means ``mask``. The loss is 0-d, or ``[D]`` (with the kept axes
-        before it) without reduction; float32, or float64 for float64 data. A batch without a valid sample adds 0.
+        True where a sample counts; ``target_mask=None`` means ``mask``. A tensor ``[N]`` counts as ``[N, 1]``: N
+        samples of one feature. The loss is 0-d, or ``[D]`` (with the kept axes before it) without reduction; float32,
+        or float64 for float64 data. A batch without a valid sample adds 0.
 
     Raises:
-        TypeError: An input is not floating point or a mask is not boolean.
+        TypeError: An input is not floating point or not dense, or a mask is not boolean.
         ValueError: An option or a shape is out of range, or a predicted variance is negative. The last is seen on the
             CPU only, outside `torch.compile`: elsewhere it would make the device wait.
         RuntimeError: A pair under `torch.func.vmap`, which cannot look at the sign of a variance. Samples work there.

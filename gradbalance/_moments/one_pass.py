@@ -83,10 +83,7 @@ def _flat(x: Tensor, mask: Tensor | None, kept: int) -> tuple[Tensor, Tensor | N
 
 
 def _fused(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, for a CUDA tensor, where ``GRADBALANCE_TRITON=1`` asks for them.
-
-    They are tested under Triton's interpreter alone and have never run on a GPU: whoever sets the variable tries them.
-    """
+    """The Triton kernels, for a CUDA tensor and whoever asks for them: they have never run on a GPU."""
     if not x.is_cuda or torch.compiler.is_compiling() or os.environ.get("GRADBALANCE_TRITON") != "1":
         return None
     return importlib.import_module("gradbalance._moments.triton_kernel")

@@ -2,7 +2,7 @@
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
 """Central moments on CUDA: one read of the data forward, one read and one write backward; three launches in all.
 
-Only with ``GRADBALANCE_TRITON=1``: see `gradbalance._moments.one_pass`.
+Only with ``GRADBALANCE_TRITON=1``: see `gradbalance.moments`.
 """
 
 import torch

@@ -28,7 +28,8 @@ class Checkpoint:
         load: Callable[[dict[str, Any]], None],
     ) -> None:
         self._steppers, self._save, self._load = steppers, save, load
-        self._handles = []
+        self._handles: list[Any] = []
+        self.take_in()
         for layer in layers(optimizer):
             if "_optimizer_state_dict_post_hooks" in vars(layer):  # else it leaves both to the one that it wraps
                 self._handles.append(layer.register_state_dict_post_hook(self._saving))
@@ -43,23 +44,37 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Leave the checkpoints alone from now on."""
+        self.take_in()
         for handle in self._handles:
             handle.remove()
 
     def _saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.take_in()
         if self._save is not None and state_dict.get("param_groups"):
-            state_dict["param_groups"][0][KEY] = self._save()
+            # A tuple: of a dict torch.distributed.checkpoint would load only those keys that are there before.
+            first = state_dict["param_groups"][0]
+            first.pop(KEY, None)  # of the live one, see below: two checkpoints in turn are to be alike
+            first[KEY] = (self._save(),)
+            # And flattened (`flatten_optimizer_state_dict`) it loads only the keys of the live param_groups.
+            optimizer.param_groups[0][KEY] = ()
 
     def _loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        first, *others = state_dict["param_groups"]
+        first, *others = state_dict.get("param_groups") or [{}]
         if KEY not in first:
-            return None
+            return None  # what else is missing is for the optimizer to say
         first = dict(first)
         self._move(first)
         return {**state_dict, "param_groups": [first, *others]}
 
     def _move(self, group: dict[str, Any]) -> None:
-        remembered = group.pop(KEY)
-        if self._save is not None:
-            self._load(remembered)
+        saved = group[KEY]
+        try:
+            for remembered in saved if self._save is not None else ():
+                self._load(remembered)
+        except (KeyError, TypeError) as error:
+            missing = f"none of the key {error}" if isinstance(error, KeyError) else f"{type(saved).__name__}"
+            raise ValueError(
+                f"`state_dict` must hold what the penalty saved under {KEY!r} in its first param_group. Got {missing}. "
+                "Load a checkpoint of this version, or build with `persist=False`."
+            ) from error
+        del group[KEY]

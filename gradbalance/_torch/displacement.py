@@ -20,7 +20,7 @@ class Displacement:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._members: dict[int, list[Tensor]] = {}
-        self._before: list[tuple[float, list[Tensor], list[Tensor]]] = []
+        self._before: list[tuple[float, list[Tensor], list[Tensor]]] = []  # factor, parameters, copies
 
     def divide(self, group_of: Mapping[int, int]) -> None:
         """Note the parameters of each group.
@@ -43,12 +43,13 @@ class Displacement:
         factors = coefficients.tolist()
         for m, members in self._members.items():
             if factors[m] != 1.0:
-                moved = [local(p.detach()) for p in members if p.grad is not None]
-                self._before.append((factors[m], moved, [t.clone() for t in moved]))
+                moving = [p for p in members if p.grad is not None]
+                self._before.append((factors[m], moving, [local(p.detach()).clone() for p in moving]))
 
     def end(self) -> None:
         """Scale what has happened to them since; nothing if that was done."""
         for factor, moved, before in self._before:
             if moved:
-                torch._foreach_lerp_(moved, before, 1.0 - factor)
+                # Read now: some steps put another tensor into `p.data`.
+                torch._foreach_lerp_([local(p.detach()) for p in moved], before, 1.0 - factor)
         self._before = []

@@ -26,7 +26,7 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, owner: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
         self.owner = owner
         self._optimizer, self._before, self._after = optimizer, before, after
-        self._began = False
+        self._began = self._ran = False
         try:
             self._handles = [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -53,26 +53,31 @@ class StepHooks:
         self._began = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):  # some steps take something else there
-            self._before()
+            self._run_before()
             return None
 
         def closure_then_before() -> Any:  # the gradients are there only after the closure
             with torch.enable_grad():
                 loss = closure()
-            self._before()
+            self._run_before()
             return loss
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure_then_before}
         return (args[0], closure_then_before, *args[2:]), kwargs
 
+    def _run_before(self) -> None:
+        self._ran = True
+        self._before()
+
     @_disable_dynamo
     def _after_step(self, *_: Any) -> None:
-        self._after()
+        if self._ran:
+            self._after()
 
     @_disable_dynamo
     def _begin(self) -> None:
-        self._began = False
+        self._began = self._ran = False
         for handle, last in zip(self._handles, (True, False), strict=True):
             hooks = handle.hooks_dict_ref()
             if hooks is not None and handle.id in hooks and next(reversed(hooks) if last else iter(hooks)) != handle.id:
@@ -80,7 +85,8 @@ class StepHooks:
 
     @_disable_dynamo
     def _finish(self, raised: bool) -> None:
-        self._after()
+        if self._ran:
+            self._after()
         hooked = self._handles[0].id in (self._handles[0].hooks_dict_ref() or ())
         if hooked and not self._began and not raised:
             raise RuntimeError(_UNHOOKED.format(type(self._optimizer).__name__))

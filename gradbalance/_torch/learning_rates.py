@@ -85,7 +85,7 @@ class LearningRates:
             self._optimizer.param_groups = self._true
             for group, stand_in in zip(self._true, self._written, strict=True):
                 for key, value in stand_in.items():
-                    if isinstance(value, Tensor) and key != "lr":
+                    if key != "lr" and isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
                         group[key].copy_(value)
                     elif key not in ("params", "lr"):
                         group[key] = value

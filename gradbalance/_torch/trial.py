@@ -1,10 +1,7 @@
 """A trial of an optimizer on a twin with toy parameters: how its steps can be scaled, or that they cannot."""
 
-import copy
-import sys
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,47 +10,77 @@ from torch.optim import Optimizer
 
 from gradbalance._torch.displacement import Displacement
 from gradbalance._torch.learning_rates import LearningRates
-from gradbalance._torch.unwrap import parts
+from gradbalance._torch.twin import Twin, undisturbed
+from gradbalance._torch.unwrap import layers, unwrap
 
-# Their step is capped by a schedule of its own, which a trial of a few steps cannot see, or has no rate at all.
-WITHOUT_RATE = (torch.optim.Adafactor, torch.optim.Rprop)
-STEPS, FACTOR, TOLERANCE = 8, 0.5, 0.02
-RATE, SIDE = 1e-2, 8  # of the twin: float32 must resolve its steps
-MOST = 4  # parameters of each param_group
+# Torch's own whose step is no multiple of the rate: it is capped or decays by a schedule in which the rate stands.
+NOT_BY_RATE = (torch.optim.Adafactor, torch.optim.Rprop)
+# Their optimizers hand the step on as it is, and need more than parameters.
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "gradbalance",
+    "lightning",
+    "lightning_fabric",
+    "opacus",
+    "pytorch_lightning",
+    "torch",
+)
+STEPS, FACTOR = 24, 0.5  # more steps than slow weights wait
+TOLERANCE = 0.02
+AT_ONCE = 0.1  # of a factor that sets in later: what there is of averages follows slowly
+RESOLVED = 1e-6  # of a parameter: what float32 can tell of a displacement
+
+Way = type[LearningRates] | type[Displacement]
 
 
-def way_to_scale(optimizer: Optimizer) -> LearningRates | Displacement:
+def way_to_scale(optimizer: Any) -> LearningRates | Displacement:
     """How the steps of some parameters of the optimizer are scaled while those of the others stay as they are.
 
     The classes of torch are known. Any other optimizer is tried: on a twin with toy parameters its step is scaled by
-    the learning rate, and if the parameters do not move as they should, by their displacement.
+    the learning rate, and if the parameters do not move as they should, by their displacement. One around it is tried
+    too, unless it is a framework's.
 
     Raises:
-        ValueError: If neither works.
+        ValueError: If neither works, or if it cannot be tried.
     """
-    name = type(optimizer).__name__
+    _, stepper = unwrap(optimizer)
+    with undisturbed():
+        way = _way_alone(stepper)
+        wrapper = next(
+            (layer for layer in layers(optimizer) if isinstance(layer, Optimizer) and not _is_known(layer)), None
+        )
+        if wrapper is not None and wrapper is not stepper:
+            try:
+                trial = _Trial(wrapper, stepper, at_one=False)
+            except Exception:  # it may need a model
+                return way(stepper)
+            if not (trial.moves and trial.follows(way)):
+                raise _refusal(wrapper, f"which makes of the steps of {type(stepper).__name__} others", False)
+    return way(stepper)
+
+
+def _way_alone(optimizer: Optimizer) -> Way:
+    """The way for an optimizer around which there is no other."""
     has_rate = all(group.get("lr") is not None for group in optimizer.param_groups)
-    if is_torch(optimizer) and not isinstance(optimizer, torch.optim.ASGD):
-        by_rate = has_rate and not isinstance(optimizer, WITHOUT_RATE)
-        return LearningRates(optimizer) if by_rate else Displacement(optimizer)
-    inner = parts(optimizer)
-    if inner:  # what one of them does to its own parameters is scaled from outside
-        for part in inner:
-            way_to_scale(part)
-        return Displacement(optimizer)
+    if isinstance(optimizer, torch.optim.ASGD):
+        raise _refusal(optimizer, "which follows its rate a step late and keeps averages of the parameters", True)
+    if is_torch(optimizer):
+        return LearningRates if has_rate and not isinstance(optimizer, NOT_BY_RATE) else Displacement
     try:
-        plain, copied = _run(optimizer, None)
+        trial = _Trial(optimizer, optimizer, at_one=False)
     except Exception as error:
-        if not has_rate:
-            raise ValueError(_refusal(name, f"which cannot be tried: {error}")) from error
-        return LearningRates(optimizer)  # it may need its real parameters, or a compiler
-    if has_rate and _as_expected(plain, optimizer, LearningRates):
-        return LearningRates(optimizer)
-    if copied:
-        raise ValueError(_refusal(name, "whose step does not follow it and which keeps copies of the parameters"))
-    if _as_expected(plain, optimizer, Displacement):
-        return Displacement(optimizer)
-    raise ValueError(_refusal(name, "in which the steps of some parameters change those of others"))
+        raise _refusal(optimizer, f"which fails on a twin with small parameters: {error!r}", False) from error
+    if not trial.moves:
+        raise _refusal(optimizer, "whose `step()` hardly moves parameters, whatever its learning rate", False)
+    if has_rate and trial.follows(LearningRates) and not _is_capped(optimizer, trial):
+        return LearningRates
+    if not trial.copied and trial.follows(Displacement):
+        return Displacement
+    why = "which does not follow it and keeps copies of the parameters"
+    if not trial.copied:
+        why = "in which the steps of some parameters change those of others"
+    raise _refusal(optimizer, why, trial.follows(None))
 
 
 def is_torch(optimizer: Optimizer) -> bool:
@@ -61,96 +88,104 @@ def is_torch(optimizer: Optimizer) -> bool:
     return f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
-def _refusal(name: str, why: str) -> str:
-    return (
+def _is_known(optimizer: Optimizer) -> bool:
+    return is_torch(optimizer) or type(optimizer).__module__.split(".")[0] in FRAMEWORKS
+
+
+def _refusal(optimizer: Optimizer, why: str, gradients_count: bool) -> ValueError:
+    return ValueError(
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        f"learning rate or after the fact. Got {name}, {why}. "
-        'Use another optimizer, or `apply_to="gradient"` if its step is not the same for any scale of the gradient.'
+        f"learning rate or after the fact. Got {type(optimizer).__name__}, {why}. "
+        + ('Use `apply_to="gradient"`, or another optimizer.' if gradients_count else "Use another optimizer.")
     )
 
 
-def _as_expected(plain: list[Tensor], optimizer: Optimizer, way: type[LearningRates] | type[Displacement]) -> bool:
-    """Whether every other parameter moves by FACTOR as far as in a plain run, and the rest as before."""
+def _is_capped(optimizer: Optimizer, trial: "_Trial") -> bool:
+    """Whether at a rate of 1 and with gradients that agree the step can be scaled after the fact alone.
+
+    Then it has a cap or a rate of its own, which a few steps at a low rate do not show.
+    """
     try:
-        scaled, _ = _run(optimizer, way)
-    except Exception:  # not every step takes several param_groups
+        high = _Trial(optimizer, optimizer, at_one=True)
+    except Exception:
         return False
-    for i, (before, after) in enumerate(zip(plain, scaled, strict=True)):
-        expected = before * (FACTOR if i % 2 == 0 else 1.0)
-        if not (after - expected).norm() <= TOLERANCE * before.norm():
-            return False
-    return True
+    if trial.copied or high.copied or high.follows(LearningRates):
+        return False
+    return trial.follows(Displacement) and high.follows(Displacement)
 
 
-def _run(optimizer: Optimizer, kind: type[LearningRates] | type[Displacement] | None) -> tuple[list[Tensor], bool]:
-    """Some steps of a twin with every other parameter scaled: how far each moved, and whether copies are kept."""
-    with _undisturbed():
-        twin = _twin(optimizer)
-        toys = [p for group in twin.param_groups for p in group["params"]]
-        start = [p.detach().clone() for p in toys]
-        way = None if kind is None else kind(twin)
-        for _ in range(STEPS):
-            for p in toys:
-                p.grad = torch.randn_like(p)
-            if way is not None:
-                way.divide({id(p): 0 for p in toys[::2]})
-                way.begin(torch.full((1,), FACTOR, dtype=torch.float64, device=toys[0].device))
+def _all_move(places: list[list[Tensor]]) -> bool:
+    return all(bool((q - p).norm() > RESOLVED * p.norm()) for p, q in zip(places[0], places[-1], strict=True))
+
+
+class _Trial:
+    """Runs of an optimizer on a twin, plain and with every other parameter scaled.
+
+    Args:
+        optimizer: Is left as it is.
+        stepper: The same, or the one inside it whose steps are scaled.
+        at_one: Whether at a learning rate of 1 and with gradients that agree, instead of a low one and any gradients.
+    """
+
+    def __init__(self, optimizer: Optimizer, stepper: Optimizer, at_one: bool) -> None:
+        self._optimizer, self._stepper, self._at_one = optimizer, stepper, at_one
+        self._plain, twin = self._first_run()
+        self.copied = twin.keeps_copies()
+
+    def _first_run(self) -> tuple[list[list[Tensor]], Twin]:
+        """The plain run, as simple as goes: some steps need a closure, or state that is set up at construction."""
+        errors: list[Exception] = []
+        for self._with_closure, self._with_state in product((False, True), repeat=2):
             try:
-                twin.step()
-            finally:
-                if way is not None:
-                    way.end()
-        copied = any(
-            t.shape == p.shape and bool((t - p).abs().max() < 0.25)
-            for p in start
-            for t in _tensors([*twin.state.values(), *twin.param_groups], skip=toys)
-        )
-        return [p.detach() - before for p, before in zip(toys, start, strict=True)], copied
+                found = self._run(None, STEPS)
+            except Exception as error:
+                errors.append(error)
+            else:
+                if _all_move(found[0]):
+                    return found
+        if errors:
+            raise errors[0]
+        return found
 
+    @property
+    def moves(self) -> bool:
+        """Whether each toy moves by as much as can be told."""
+        return _all_move(self._plain)
 
-def _twin(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer with small parameters in place of its own, wherever it keeps them, and no state."""
-    twin: Optimizer = object.__new__(type(optimizer))
-    memo: dict[int, Any] = {id(optimizer): twin, id(optimizer.state): defaultdict(dict)}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            shape = [min(size, SIDE) for size in p.shape]
-            # Entries far from 0, with random signs: a copy of them in the state is known again.
-            toy = (torch.rand(shape, device=p.device) + 1) * (torch.randint(0, 2, shape, device=p.device) * 2 - 1)
-            memo[id(p)] = toy.requires_grad_()
-    own = {k: v for k, v in vars(optimizer).items() if k not in ("step", "__reduce_ex__")}
-    hooks: dict[str, Any] = {k: OrderedDict() for k, v in own.items() if k.startswith("_optimizer_")}
-    vars(twin).update(copy.deepcopy({k: v for k, v in own.items() if k not in hooks}, memo) | hooks)
-    for group in twin.param_groups:
-        group["params"] = group["params"][:MOST]
-        rate = group.get("lr")
-        if isinstance(rate, Tensor):
-            group["lr"] = torch.full_like(rate, RATE)
-        elif rate is not None:
-            group["lr"] = RATE
-        if group.get("weight_decay"):
-            group["weight_decay"] = 0.0
-    return twin
+    def follows(self, way: Way | None) -> bool:
+        """Whether the scaled parameters move FACTOR as far as in the plain run, and the others as before.
 
+        Args:
+            way: How they are scaled; None for their gradients.
+        """
+        late = self.copied or self._follows_from(STEPS // 2, way, AT_ONCE)
+        return late and self._follows_from(0, way, TOLERANCE)
 
-def _tensors(values: Any, skip: list[Tensor]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            if all(value is not p for p in skip):
-                yield value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value.values(), skip)
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value, skip)
+    def _follows_from(self, first: int, way: Way | None, tolerance: float) -> bool:
+        try:
+            scaled, _ = self._run(way, first)
+        except Exception:  # not every step takes several param_groups
+            return False
+        places = zip(self._plain[first], self._plain[-1], scaled[-1], strict=True)
+        for i, (start, plain, end) in enumerate(places):
+            moved = plain - start
+            expected = moved * (FACTOR if i % 2 == 0 else 1.0)
+            if not (end - start - expected).norm() <= tolerance * moved.norm():
+                return False
+        return True
 
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """The same random numbers each time, those of the user as they were, and nothing compiled."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if "torch._dynamo" not in sys.modules:
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"):
-            yield
+    def _run(self, kind: Way | None, first: int) -> tuple[list[list[Tensor]], Twin]:
+        """Where the toys are before each step and at the end, scaled from the first step on that is named."""
+        twin = Twin(self._optimizer, self._stepper, self._at_one, self._with_state)
+        places = [twin.places()]
+        for step in range(STEPS):
+            gradients = twin.gradients(agreeing=self._at_one)
+            if step >= first and kind is None:
+                gradients[::2] = [g * FACTOR for g in gradients[::2]]
+            if step == first and kind is not None:
+                way = kind(twin.stepper)
+                way.divide({id(p): 0 for p in twin.toys[::2]})
+                twin.around_each_step(partial(way.begin, twin.coefficient(FACTOR)), way.end)
+            twin.step(gradients, self._with_closure)
+            places.append(twin.places())
+        return places, twin

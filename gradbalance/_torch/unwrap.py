@@ -12,7 +12,7 @@ WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer",
 def layers(optimizer: Any) -> list[Any]:
     """The optimizer, the one that it wraps, and so on to the innermost."""
     found = [optimizer]
-    while (inner := _wrapped_by(found[-1])) is not None:
+    while (inner := _wrapped_by(found[-1])) is not None and all(inner is not outer for outer in found):
         found.append(inner)
     return found
 
@@ -45,7 +45,7 @@ def parts(optimizer: Any) -> list[Optimizer]:
             found += value
         else:
             found.append(value)
-    return list({id(o): o for o in found if isinstance(o, Optimizer)}.values())
+    return list({id(o): o for o in found if isinstance(o, Optimizer) and o is not optimizer}.values())
 
 
 def _wrapped_by(optimizer: Any) -> Optimizer | None:
@@ -78,6 +78,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
-            f"`optimizer` must take its step in `step()`. Got {type(optimizer).__name__} with "
-            "`overlap_with_ddp=True`, which steps during backward. Leave the overlap off."
+            f"`optimizer` must step after the backward pass. Got {type(optimizer).__name__} with "
+            "`overlap_with_ddp=True`, which steps during it. Leave the overlap off."
         )

@@ -80,9 +80,10 @@ class Coherence:
         signal = measured.coherences.clamp(min=0) + self.chance
         if measured.scale_free:
             least, clearest = signal.nan_to_num(nan=torch.inf).amin(), signal.nan_to_num(nan=0.0).amax()
-            further = (signal / least).square().clamp(max=self.most).nan_to_num(nan=1.0)
+            further = (signal / least).square().clamp(max=self.most)
             beta = ((clearest - self.chance) / self.clear).clamp(max=1.0)
-            return further * further.amax() ** (beta - 1)
+            paid = further.nan_to_num(nan=1.0).amax() ** (beta - 1)
+            return (further * paid).nan_to_num(nan=1.0)
         known = ~signal.isnan()
         shares = torch.where(known, measured.shares, 0.0)
         clearer = (signal[:, None] / signal).square().clamp(min=1.0)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moment_inputs
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradbalance._moments import one_pass, plain
 from gradbalance._moments.statistics import central_moments, moments
+from tests.strategies import moment_inputs
 
 from .reference import gamma
 

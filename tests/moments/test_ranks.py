@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import samples
 from torch.testing import assert_close
 
 from gradbalance._moments import one_pass
 from gradbalance._moments.ranks import merge
 from gradbalance._moments.statistics import Central, central_moments, standardise
+from tests.strategies import samples
 
 
 @given(data=st.data(), parts=st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any))

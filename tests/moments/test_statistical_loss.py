@@ -4,11 +4,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moment_inputs, samples
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from gradbalance import StatisticalLoss, statistical_loss
+from tests.strategies import moment_inputs, samples
 
 from . import reference
 

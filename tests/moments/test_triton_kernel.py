@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from gradbalance._moments import one_pass
+from tests import needs
 
-pytest.importorskip("triton")
+needs("triton")
 
 # Triton chooses between compiler and interpreter when it is imported, hence a process of its own.
 EQUAL = """

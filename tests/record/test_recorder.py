@@ -10,6 +10,7 @@ from torch import nn
 from gradbalance import Balance, ConflictAwarePenalty, Recorder, attach, rules
 from gradbalance._record.recorder import _BATCH
 from gradbalance._record.summary import dominance
+from tests import needs
 
 FIELDS = ("norms", "shares", "coherences", "errors", "coefficients", "conflicts")
 
@@ -258,7 +259,7 @@ def test_each_step_is_logged_once():
 
 
 def test_a_tensorboard_writer_takes_the_record(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = needs("tensorboard.backend.event_processing.event_accumulator")
     from torch.utils.tensorboard import SummaryWriter
 
     optimizer, step = make_penalty()
@@ -272,7 +273,7 @@ def test_a_tensorboard_writer_takes_the_record(tmp_path):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_folder_is_as_good_as_a_writer(kind, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = needs("tensorboard.backend.event_processing.event_accumulator")
     optimizer, step = make_penalty(rule=rules.Watch())
     recorder = Recorder(optimizer)
     for _ in range(2):

@@ -1,0 +1,173 @@
+"""Checkpoints: by the names of the groups and of the rule, through files, torch.distributed.checkpoint and a kill."""
+
+import os
+import signal
+from multiprocessing import get_context
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from gradbalance import ConflictAwarePenalty, rules
+from tests.contract.oracle import (
+    SMOOTHING,
+    Toy,
+    assert_same_coefficients,
+    assert_same_parameters,
+    groups_of,
+    loss_of,
+    put_on,
+    refused,
+    train,
+)
+from tests.contract.own_rules import RULES, Tiring
+from tests.contract.promises import saved
+
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.02)
+
+
+def build(rule, order=("text", "audio", "visual"), **options):
+    model = Toy()
+    groups = {name: groups_of(model)[name] for name in order}
+    return model, ConflictAwarePenalty(adamw(model), groups, RULES[rule][0](), smoothing=SMOOTHING, **options)
+
+
+@each_rule
+def test_groups_in_another_order_are_matched_by_name(rule):
+    model, optimizer = build(rule)
+    train(model, optimizer, range(3))
+    resumed, other = build(rule, order=("visual", "text", "audio"))
+    weights, state = saved(model, optimizer)
+    resumed.load_state_dict(weights)
+    other.load_state_dict(state)
+    assert other.balance.names == ("visual", "text", "audio")
+    assert_same_coefficients(train(resumed, other, range(3, 6)), train(model, optimizer, range(3, 6)))
+    assert_same_parameters(resumed, model)
+
+
+def renamed(model):
+    return {"text": model.text, "sound": model.audio, "visual": model.visual}
+
+
+def fewer(model):
+    return {"text": model.text, "audio": model.audio}
+
+
+@pytest.mark.parametrize("way", ["loaded", "wrapped after loading"])
+@pytest.mark.parametrize(
+    ("groups", "rule", "message"),
+    [
+        (renamed, Tiring(), "must hold the state of the groups text, sound, visual. Got text, audio, visual"),
+        (fewer, Tiring(), "must hold the state of the groups text, audio. Got text, audio, visual"),
+        (groups_of, rules.ConflictAware(), "must be of the rule `ConflictAware`. Got that of `Tiring`"),
+        (groups_of, lambda m: m.norms, "must be of the rule `<lambda>`. Got that of `Tiring`"),
+    ],
+)
+def test_a_checkpoint_of_other_groups_or_another_rule_is_refused_and_changes_nothing(
+    way, groups, rule, message, record_property
+):
+    model, optimizer = build("own")
+    train(model, optimizer, range(3))
+    weights, state = saved(model, optimizer)
+
+    other = Toy()
+    other.load_state_dict(weights)
+    plain = adamw(other)
+    if way == "loaded":
+        penalised = ConflictAwarePenalty(plain, groups(other), rule)
+        train(other, penalised, range(1), observe=False)
+        [before] = saved(penalised)
+        with refused(record_property, ValueError, message):
+            penalised.load_state_dict(state)
+        torch.testing.assert_close(penalised.state_dict()["state"], before["state"], rtol=0, atol=0)
+        assert penalised.state_dict()["param_groups"] == before["param_groups"]
+    else:
+        plain.load_state_dict(state)
+        with refused(record_property, ValueError, message):
+            ConflictAwarePenalty(plain, groups(other), rule)
+        again = put_on(plain, other, rule="own")  # nothing was lost by the attempt
+        assert train(other, again, range(3, 6)) == train(model, optimizer, range(3, 6))
+        assert_same_parameters(other, model, tolerance=0)
+
+
+def test_without_persist_checkpoints_are_those_of_the_plain_optimizer():
+    model, optimizer = build("own", persist=False)
+    train(model, optimizer, range(2))
+    plain = adamw(model)
+    assert set(optimizer.state_dict()["param_groups"][0]) == set(plain.state_dict()["param_groups"][0])
+
+    _, persistent = build("conflicts")
+    train(Toy(), persistent, range(2))
+    optimizer.load_state_dict(persistent.state_dict())  # of another rule: what it remembers is passed over
+    assert optimizer.balance.step.item() == 2
+    assert optimizer.optimizer.state_dict()["param_groups"][0].keys() == plain.state_dict()["param_groups"][0].keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@each_rule
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("before", [1, 3])
+def test_distributed_checkpoints_resume_in_a_fresh_process(rule, flatten, before, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def states(model, optimizer):
+        weights, moments = get_state_dict(model, optimizer, options=options)
+        return {"model": weights, "optimizer": moments}
+
+    model, optimizer = build(rule)
+    train(model, optimizer, range(before))
+    optimizer.zero_grad()
+    dcp.save(states(model, optimizer), checkpoint_id=tmp_path)
+    resumed, other = build(rule)
+    loaded = states(resumed, other)
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    set_state_dict(
+        resumed, other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+    )
+    assert train(resumed, other, range(before, 6)) == train(model, optimizer, range(before, 6))
+    assert_same_parameters(resumed, model, tolerance=0)
+    assert set(other.param_groups[0]) == set(adamw(resumed).param_groups[0])
+
+
+@each_rule
+def test_saving_leaves_the_param_groups_as_they_are_once_training_goes_on(rule):
+    model, optimizer = build(rule)
+    keys = set(optimizer.param_groups[0])
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    assert optimizer.state_dict()["param_groups"][0]["gradbalance"] == saved["param_groups"][0]["gradbalance"]
+    train(model, optimizer, range(2, 3))
+    assert set(optimizer.param_groups[0]) == keys
+
+
+def train_until_killed(rule, every, path):
+    """Saves after each of three steps, and dies in the fourth."""
+    model, optimizer = build(rule, every=every)
+    for step in range(4):
+        if step == 3:
+            loss_of(model, step).backward()
+            optimizer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        train(model, optimizer, [step])
+        torch.save([model.state_dict(), optimizer.state_dict()], path)
+
+
+@each_rule
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(rule, every, tmp_path):
+    process = get_context("fork").Process(target=train_until_killed, args=(rule, every, tmp_path / "last"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    weights, state = torch.load(tmp_path / "last", weights_only=True)
+    resumed, other = build(rule, every=every)
+    resumed.load_state_dict(weights)
+    other.load_state_dict(state)
+    model, optimizer = build(rule, every=every)
+    whole = train(model, optimizer, range(7))
+    assert train(resumed, other, range(3, 7)) == whole[3:]
+    assert_same_parameters(resumed, model, tolerance=0)

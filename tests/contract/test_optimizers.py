@@ -1,0 +1,126 @@
+"""The contract on every optimizer of torch, and what no optimizer is spared."""
+
+import copy
+import inspect
+import warnings
+
+import pytest
+import torch
+
+from gradbalance import ConflictAwarePenalty, rules
+from tests.contract.optimizers import GRADIENT_ONLY, MODES, TORCH, cancels
+from tests.contract.oracle import (
+    ByHand,
+    Toy,
+    assert_same_coefficients,
+    assert_same_parameters,
+    groups_of,
+    loss_of,
+    put_on,
+    refused,
+    train,
+)
+from tests.contract.own_rules import ByCoherence
+from tests.contract.promises import Contract, wrapped
+
+pytestmark = cancels
+
+
+class TestTorch(Contract):
+    cases = TORCH
+
+
+def test_the_contract_covers_every_class_of_torch_optim():
+    classes = {n for n in torch.optim.__all__ if inspect.isclass(getattr(torch.optim, n))}
+    assert classes - {"Optimizer", "LBFGS", "SparseAdam"} == {case.name.split("-")[0] for case in TORCH}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop])
+def test_a_step_that_raised_leaves_no_trace(base, mode):
+    class Fragile(base):
+        """Fails when told to, and steps by its base class's step, which has hooks of its own."""
+
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    model, twin = Toy(), ByHand(lambda g: base(g, lr=0.02), Toy(), mode, by_rate=base is not torch.optim.Rprop)
+    optimizer = put_on(Fragile(model.parameters(), lr=0.02), model, mode)
+    shown = copy.deepcopy(optimizer.state_dict()["param_groups"][0]["lr"])
+    seen = []
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.fails = optimizer.optimizer.fails = step == 1
+        if step == 1:
+            with pytest.raises(MemoryError):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == shown
+        assert len(optimizer.param_groups) == 1
+        seen.append(optimizer.coefficients())
+    expected = []
+    for step in range(4):
+        twin.optimizer.zero_grad()
+        loss_of(twin.model, step).backward()
+        if step == 1:
+            twin.decide()
+        else:
+            twin.step()
+        expected.append(twin.coefficients)
+    assert_same_coefficients(seen, expected)
+    assert_same_parameters(model, twin.model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", [ByCoherence(), lambda measured: torch.ones(3)])
+def test_a_step_that_calls_the_step_of_its_base_class_counts_once(mode, rule):
+    class Derived(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = Toy()
+    optimizer = put_on(Derived(model.parameters(), lr=0.02), model, mode, rule)
+    train(model, optimizer, range(3), observe=False)
+    assert optimizer.balance.step.item() == 3
+
+
+@pytest.mark.parametrize("case", [case for case in TORCH if not case.variant], ids=str)
+def test_a_gradient_whose_scale_cancels_is_warned_of_at_construction(case):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped(case, "gradient")
+        wrapped(case, "gradient", rules.Watch())
+    assert len(caught) == (case.name != "SGD")
+    assert all(w.category is UserWarning and "does nothing lasting" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("named", [True, False])
+def test_lbfgs_is_refused(mode, named, record_property):
+    model = Toy()
+    parameters = list(model.named_parameters()) if named else list(model.parameters())
+    with refused(record_property, ValueError, "LBFGS, which evaluates the closure many times"):
+        put_on(torch.optim.LBFGS(parameters), model, mode)
+
+
+@pytest.mark.parametrize("cls", GRADIENT_ONLY)
+def test_a_step_that_can_be_scaled_neither_by_a_rate_nor_after_the_fact_is_refused(cls, record_property):
+    model = Toy()
+    with refused(record_property, ValueError, 'Use `apply_to="gradient"`, or another optimizer'):
+        put_on(cls(model.parameters()), model)
+
+
+def test_an_optimizer_that_holds_no_group_is_refused(record_property):
+    """As where each parameter has an optimizer of its own, which steps in backward."""
+    model = Toy()
+    adamw = torch.optim.AdamW([model.text.weight])
+    with refused(record_property, ValueError, "must hold parameters of the optimizer"):
+        ConflictAwarePenalty(adamw, groups_of(model))
+    with refused(record_property, ValueError, "at least two groups"):
+        ConflictAwarePenalty(adamw, {"text": [model.text.weight]})

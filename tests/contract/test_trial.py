@@ -1,0 +1,377 @@
+"""What the trial of an optimizer finds out: how its steps can be scaled, or that they cannot."""
+
+import random
+import threading
+import warnings
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from gradbalance import attach, rules
+from tests.contract.fixed import Branches, assert_half_of_a_alone, displacements, feed
+
+
+class Descent(Optimizer):
+    """Plain descent, to be changed in one way at a time."""
+
+    def __init__(self, params, lr=0.01, **others):
+        super().__init__(params, {"lr": lr, **others})
+
+    def rate(self, group, p):
+        return group["lr"]
+
+    def update(self, group, p):
+        p.sub_(self.rate(group, p) * p.grad)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(group, p)
+
+
+class OwnRate(Descent):
+    def rate(self, group, p):
+        return 0.01
+
+
+class OwnRateForVectors(Descent):
+    def rate(self, group, p):
+        return group["lr"] if p.dim() == 2 else 0.01
+
+
+class OwnRateWhereFlagged(Descent):
+    def rate(self, group, p):
+        return 0.01 if group["flag"] else group["lr"]
+
+
+class RateOfTheFirstStep(Descent):
+    """As those that compute their own rate once, out of what the learning rate was then."""
+
+    def rate(self, group, p):
+        return self.state[p].setdefault("rate", group["lr"])
+
+
+class Capped(Descent):
+    """The cap falls from 1 and reaches a small rate late."""
+
+    def rate(self, group, p):
+        step = self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        return min(group["lr"], step**-0.5)
+
+
+class RateOfTheFirstGroup(Descent):
+    """As Prodigy and D-Adaptation: one rate for all."""
+
+    def rate(self, group, p):
+        return self.param_groups[0]["lr"]
+
+
+class RateByPosition(Descent):
+    """As AdaBound: settings beside the param_groups, one for each of them."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.base_rates = [group["lr"] for group in self.param_groups]
+
+    def step(self, closure=None):
+        self.rates = dict(zip(map(id, self.param_groups), self.base_rates, strict=False))
+        super().step()
+
+    def rate(self, group, p):
+        return self.rates[id(group)]
+
+
+class WithViews(OwnRate):
+    """As those of heavyball: keeps views of the parameters."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p]["view"] = p.view(p.shape)
+
+
+class AwayFromTheStart(Descent):
+    """As MADGRAD: the place is worked out anew from a copy of the start."""
+
+    def update(self, group, p):
+        state = self.state[p]
+        if not state:
+            state["start"], state["sum"] = p.clone(), torch.zeros_like(p)
+        state["sum"] += 0.01 * p.grad
+        p.copy_(state["start"] - state["sum"])
+
+
+class SlowWeights(Descent):
+    """As Ranger: each fifth step goes back half of the way, to a copy."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        state = self.state[p]
+        slow = state.setdefault("slow", p.clone())
+        state["step"] = state.get("step", 0) + 1
+        if state["step"] % 5 == 0:
+            slow.lerp_(p, 0.5)
+            p.copy_(slow)
+
+
+class OneForAll(Descent):
+    """How far a parameter moves depends on where all of them are."""
+
+    def step(self, closure=None):
+        total = sum(float(p.sum()) for group in self.param_groups for p in group["params"])
+        self.start = getattr(self, "start", total)
+        self.common = 0.01 * (1.5 + torch.tanh(torch.tensor(total - self.start)).item())
+        super().step()
+
+    def rate(self, group, p):
+        return self.common
+
+
+class InBackward(Descent):
+    """As LOMO: `step` is there for the looks."""
+
+    def step(self, closure=None):
+        return None
+
+
+class WithClosure(Descent):
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is None:
+            raise ValueError("a closure is needed")
+        with torch.enable_grad():
+            loss = closure()
+        super().step()
+        return loss
+
+
+class WithSecondDerivatives(Descent):
+    """As AdaHessian: gradients of gradients."""
+
+    def update(self, group, p):
+        if p.grad.grad_fn is None:
+            raise RuntimeError("a graph of the gradients is needed")
+        with torch.enable_grad():
+            (hessian,) = torch.autograd.grad(p.grad.sum(), p, retain_graph=True)
+        p.sub_(self.rate(group, p) * p.grad.detach() / hessian)
+
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        super().step()
+
+
+class Stochastic(Descent):
+    def update(self, group, p):
+        p.sub_(group["lr"] * p.grad * (torch.rand_like(p) < 0.5) * (random.random() < 0.9))
+
+
+class Locked(OwnRate):
+    """Something in it cannot be copied."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.lock = threading.Lock()
+
+
+class SetUpAtConstruction(Descent):
+    """As torch's Adagrad: state is there before the first step, of parameters and of none."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.state["all"] = 0
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"] = torch.zeros_like(p)
+
+    def update(self, group, p):
+        self.state["all"] += 1
+        p.sub_(group["lr"] * self.state[p]["sum"].add_(p.grad))
+
+
+class InTrainMode(Descent):
+    """As schedule-free ones: built for evaluation, set to training by the loop."""
+
+    def train(self):
+        for group in self.param_groups:
+            group["training"] = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not all(group.get("training") for group in self.param_groups):
+            raise RuntimeError("not in train mode")
+        super().step()
+
+
+class SlowFromConstruction(Descent):
+    """Slow weights that are copied when it is built."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for p in self.param_groups[0]["params"]:
+            self.state[p].update(slow=p.detach().clone(), step=0)
+
+    def update(self, group, p):
+        super().update(group, p)
+        state = self.state[p]
+        state["step"] += 1
+        if state["step"] % 5 == 0:
+            p.copy_(state["slow"].lerp_(p, 0.5))
+
+
+class RateInTheStart(Descent):
+    """As Gravity: the momentum starts from random numbers, divided by the learning rate."""
+
+    def update(self, group, p):
+        velocity = self.state[p].setdefault("velocity", torch.randn(p.shape) * 0.1 / group["lr"])
+        p.sub_(group["lr"] * velocity.mul_(0.9).add_(p.grad))
+
+
+class Projected(Descent):
+    """As Nero: parameters have the length 1 from the first step on."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        p.div_(p.norm())
+
+
+class TracedBySize(Descent):
+    """Fails where a parameter is not as large as the true one."""
+
+    def update(self, group, p):
+        p.view(30, 20).sub_(self.rate(group, p) * p.grad.view(30, 20))
+
+
+def of(cls, **options):
+    return lambda model: cls(model.parameters(), **options)
+
+
+@pytest.mark.parametrize("cls", [Descent, SlowWeights, SlowFromConstruction, SetUpAtConstruction])
+def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
+    assert_half_of_a_alone(of(cls), "learning rate")
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        OwnRate,
+        OwnRateForVectors,
+        RateOfTheFirstStep,
+        RateInTheStart,
+        RateOfTheFirstGroup,
+        RateByPosition,
+        Locked,
+        WithViews,
+    ],
+)
+def test_a_step_that_does_not_follow_the_rate_everywhere_is_scaled_after_the_fact(cls):
+    assert_half_of_a_alone(of(cls), "displacement")
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.001])
+def test_a_cap_on_the_rate_is_found_however_late_it_shows(lr):
+    assert_half_of_a_alone(of(Capped, lr=lr), "displacement")
+
+
+def test_param_groups_of_other_settings_are_tried_too():
+    def make(model):
+        first, *rest = model.parameters()
+        return OwnRateWhereFlagged([{"params": [first], "flag": False}, {"params": rest, "flag": True}])
+
+    assert_half_of_a_alone(make, "displacement")
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.Rprop])
+def test_torchs_own_with_a_schedule_inside_are_scaled_after_the_fact(cls):
+    assert_half_of_a_alone(of(cls, lr=0.001), "displacement")
+
+
+def test_random_steps_are_compared_with_the_same_random_numbers():
+    _, handle = displacements(of(Stochastic), rule=rules.ByHand(a=0.5))
+    assert "update by" in repr(handle)
+
+
+@pytest.mark.parametrize("cls", [WithClosure, WithSecondDerivatives])
+def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
+    model = Branches()
+    handle = attach(of(cls)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(handle)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (AwayFromTheStart, "keeps copies of the parameters"),
+        (InBackward, "hardly moves parameters"),
+        (Projected, "steps of some parameters change those of others"),
+        (OneForAll, "steps of some parameters change those of others"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused_by_its_name(cls, why):
+    model = Branches()
+    with pytest.raises(ValueError, match=f"(?s)`apply_to.*Got {cls.__name__}, .*{why}"):
+        attach(of(cls)(model), model.groups)
+
+
+def test_what_cannot_be_tried_is_refused_with_its_own_words():
+    weight, other = (torch.nn.Parameter(torch.ones(600)) for _ in range(2))
+    with pytest.raises(ValueError, match=r"TracedBySize, which fails on a twin with small parameters.*shape"):
+        attach(TracedBySize([weight, other]), {"a": [weight], "b": [other]})
+
+
+def test_a_refusal_advises_the_gradient_mode_only_where_the_step_follows_the_gradient():
+    class SignAwayFromTheStart(AwayFromTheStart):
+        def update(self, group, p):
+            p.grad = p.grad.sign()
+            super().update(group, p)
+
+    model = Branches()
+    with pytest.raises(ValueError, match='Use `apply_to="gradient"`, or another optimizer'):
+        attach(of(AwayFromTheStart)(model), model.groups)
+    with pytest.raises(ValueError, match=r"parameters\. Use another optimizer\.$"):
+        attach(of(SignAwayFromTheStart)(model), model.groups)
+
+
+@pytest.mark.parametrize("cls", [Descent, OwnRate, Stochastic])
+def test_a_trial_leaves_no_trace(cls):
+    model = Branches()
+    optimizer = of(cls)(model)
+    feed(model, 0)
+    optimizer.step()
+    state, numbers = repr(optimizer.state_dict()), (torch.random.get_rng_state(), random.getstate())
+    values = [p.detach().clone() for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle = attach(optimizer, model.groups, persist=False)
+    assert repr(optimizer.state_dict()) == state
+    assert torch.equal(torch.random.get_rng_state(), numbers[0])
+    assert random.getstate() == numbers[1]
+    assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    handle.remove()
+
+
+def test_a_rate_of_zero_before_a_warm_up_is_no_obstacle():
+    model = Branches()
+    handle = attach(of(Descent, lr=0.0)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(handle)
+
+
+def test_what_steps_in_a_mode_of_training_alone_is_tried_in_it():
+    model = Branches()
+    optimizer = of(InTrainMode)(model)
+    handle = attach(optimizer, model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(handle)
+    assert "training" not in optimizer.param_groups[0]
+
+
+def test_a_rate_in_a_tensor_is_tried_as_a_tensor():
+    assert_half_of_a_alone(of(Descent, lr=torch.tensor(0.01)), "learning rate")
+
+
+def test_no_trial_is_held_where_nothing_is_scaled():
+    model = Branches()
+    attach(of(InBackward)(model), model.groups, rule=rules.Watch())

@@ -1,0 +1,67 @@
+"""Two branches and a head in a plain loop."""
+
+import math
+
+import torch
+from torch import nn
+
+from gradbalance.rules import ConflictAware
+
+# The norms of this step alone decide: text is damped, whose norm is always the larger one.
+PLAIN = {"rule": ConflictAware(), "smoothing": 0.0}
+
+
+def conflict_aware(**options):
+    return {"rule": ConflictAware(**options), "smoothing": 0.0}
+
+
+class TwoBranches(nn.Module):
+    """Two encoders of unequal strength and a head that belongs to no group."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.text, self.audio, self.head = nn.Linear(4, 3), nn.Linear(5, 3), nn.Linear(3, 1)
+
+    def forward(self, batch):
+        return self.head(torch.tanh(self.text(batch[:, :4]) * 3) + torch.tanh(self.audio(batch[:, 4:])))
+
+
+def groups_of(model):
+    return {"text": model.text, "audio": model.audio}
+
+
+def backward(model, step=0):
+    model.zero_grad()
+    batch = torch.randn(16, 9, generator=torch.Generator().manual_seed(step))
+    loss = (model(batch) - 1).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(model, optimizer, steps):
+    """Some steps; the coefficients after each."""
+    seen = []
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        seen.append(optimizer.coefficients() if hasattr(optimizer, "coefficients") else None)
+    return seen
+
+
+def gradients(module):
+    return [p.grad.clone() for p in module.parameters()]
+
+
+def parameters(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def slow_norm(module):
+    return math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in module.parameters()))
+
+
+def equal(one, other):
+    """Bitwise, tensor by tensor, NaN where the other has it."""
+    return all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in zip(one, other, strict=True))

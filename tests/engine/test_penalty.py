@@ -1,0 +1,379 @@
+"""The penalty on an optimizer in a plain loop: what is scaled, by how much, and what is left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gradbalance import ConflictAwarePenalty, attach
+from gradbalance.rules import ConflictAware
+from tests.engine.models import PLAIN, backward, conflict_aware, gradients, groups_of, slow_norm
+from tests.reference import Reference, SlowConflictAware
+
+
+def test_gradient_mode_scales_the_gradients_of_each_group_in_place(model):
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to="gradient", **conflict_aware(eta=0.25)
+    )
+    backward(model)
+    before = {name: gradients(m) for name, m in model.named_children()}
+    optimizer.step()
+    c = optimizer.coefficients()
+    assert sorted(c.values()) == [0.25, 1.0]
+    for name, module in model.named_children():
+        factor = c.get(name, 1.0)
+        assert all(torch.equal(p.grad, factor * g) for p, g in zip(module.parameters(), before[name], strict=True))
+
+
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_run_equals_plain_sgd_with_coefficients_by_hand(model, mode, observed):
+    other, rule = copy.deepcopy(model), ConflictAware(eta=0.3, threshold=1.2)
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.05), groups_of(model), rule, apply_to=mode, smoothing=0.5
+    )
+    plain, slow = torch.optim.SGD(other.parameters(), lr=0.05), Reference(SlowConflictAware(rule), smoothing=0.5)
+    for step in range(10):
+        errors = [0.5 + 0.1 * step, 1.0] if observed else None
+        backward(model, step)
+        if observed:
+            optimizer.observe(text=errors[0] - 0.1, audio=torch.tensor(1.25))
+            optimizer.observe(text=errors[0] + 0.1, audio=0.75)
+        optimizer.step()
+        backward(other, step)
+        expected = slow.step([slow_norm(other.text), slow_norm(other.audio)], errors)
+        assert list(optimizer.coefficients().values()) == pytest.approx(expected, rel=1e-6)
+        for module, c in zip((other.text, other.audio), expected, strict=True):
+            for p in module.parameters():
+                p.grad *= c
+        plain.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+@pytest.mark.parametrize("layout", ["one param_group", "one per module", "interleaved"])
+def test_any_layout_of_param_groups_gives_the_same_run(model, mode, layout):
+    def run(model, parameters):
+        optimizer = ConflictAwarePenalty(
+            torch.optim.SGD(parameters, lr=0.01, momentum=0.9), groups_of(model), apply_to=mode, **PLAIN
+        )
+        for step in range(5):
+            backward(model, step)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    other = copy.deepcopy(model)
+    parameters = {
+        "one param_group": list(other.parameters()),
+        "one per module": [{"params": m.parameters()} for m in other.children()],
+        "interleaved": [{"params": list(other.parameters())[i::2]} for i in (0, 1)],
+    }[layout]
+    assert all(map(torch.equal, run(model, list(model.parameters())), run(other, parameters)))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_the_balance_holds_no_graph_of_the_gradients(model):
+    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), max_norm=1.0)
+    for step in range(2):
+        model.zero_grad()
+        batch = torch.randn(16, 9, generator=torch.Generator().manual_seed(step))
+        model(batch).square().mean().backward(create_graph=True)
+        optimizer.step()
+    assert model.text.weight.grad.requires_grad
+    assert not any(part.requires_grad for part in optimizer.balance[:-1])
+
+
+def test_weight_decay_that_is_decoupled_is_scaled_in_update_mode(model):
+    optimizer = ConflictAwarePenalty(
+        torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, eps=1e30),
+        groups_of(model),
+        **conflict_aware(eta=0.5),
+    )  # an eps this large leaves nothing of the step but the decay
+    before = {name: m.weight.detach().clone() for name, m in model.named_children()}
+    backward(model)
+    optimizer.step()
+    for name, c in optimizer.coefficients().items():
+        torch.testing.assert_close(getattr(model, name).weight.detach(), before[name] * (1 - c * 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_max_norm_clips_as_clip_grad_norm_does_after_the_penalty(model, mode, max_norm):
+    clipped, by_hand = model, copy.deepcopy(model)
+    options = {"apply_to": mode, **conflict_aware(eta=0.5)}
+    optimizer = attach(torch.optim.SGD(clipped.parameters(), lr=0.1), groups_of(clipped), max_norm=max_norm, **options)
+    backward(clipped)
+    optimizer._stepper.step()
+    backward(by_hand)
+    if mode == "gradient":
+        for name, c in optimizer.coefficients().items():
+            for p in getattr(by_hand, name).parameters():
+                p.grad *= c
+    nn.utils.clip_grad_norm_(by_hand.parameters(), max_norm)
+    for p, q in zip(clipped.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_noise_has_the_spread_of_each_gradient_and_is_repeatable():
+    wide, narrow, pair, single = parameters = [nn.Parameter(torch.zeros(n)) for n in (20000, 20000, 2, 1)]
+
+    def noisy(seed):
+        optimizer = ConflictAwarePenalty(
+            torch.optim.SGD(parameters, lr=0.0),
+            {"wide": [wide], "narrow": [narrow, pair, single]},
+            noise=0.5,
+            generator=torch.Generator().manual_seed(seed),
+            apply_to="gradient",
+            **conflict_aware(eta=0.5),
+        )
+        generator = torch.Generator().manual_seed(1)
+        for p, spread in ((wide, 10.0), (narrow, 0.1)):
+            p.grad = 3 + spread * torch.randn(20000, generator=generator)
+        pair.grad, single.grad = torch.tensor([1.0, 3.0]), torch.ones(1)
+        clean = [p.grad.clone() for p in parameters]
+        optimizer.step()
+        c = [0.5, 1.0, 1.0, 1.0]
+        return [p.grad - f * g for p, f, g in zip(parameters, c, clean, strict=True)]
+
+    first = noisy(7)
+    assert first[0].std().item() == pytest.approx(0.5 * 10.0, rel=0.05)
+    assert first[1].std().item() == pytest.approx(0.5 * 0.1, rel=0.05)
+    assert (first[2] != 0).all()
+    assert first[3].item() == 0.0
+    assert all(map(torch.equal, first, noisy(7)))
+    assert not torch.equal(first[0], noisy(8)[0])
+
+
+def test_a_second_step_on_the_same_gradients_does_not_compound(model):
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to="gradient", **PLAIN
+    )
+    backward(model)
+    optimizer.step()
+    before = gradients(model)
+    optimizer.step()
+    assert all(map(torch.equal, gradients(model), before))
+    backward(model)
+    optimizer.step()
+    assert optimizer.balance.step == 2
+
+
+def test_gradients_that_the_step_itself_wrote_are_not_taken_for_new_ones(model):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    inner.register_step_post_hook(lambda optimizer, *_: [p.grad.mul_(0.5) for p in model.parameters()])
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **PLAIN)
+    backward(model)
+    optimizer.step()
+    before = gradients(model)
+    optimizer.step()
+    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model), before, strict=True))
+    assert optimizer.balance.step == 1
+
+
+def test_a_step_that_failed_before_the_penalty_acted_is_made_good(model):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **conflict_aware(eta=0.5))
+    backward(model)
+    optimizer.step()
+    backward(model, 1)
+    before, parameters = gradients(model), inner.param_groups[0]["params"]
+    inner.param_groups[0]["params"] = parameters[:1]
+    with pytest.raises(RuntimeError, match="Got other parameters"):
+        optimizer.step()
+    assert all(map(torch.equal, gradients(model), before))
+    inner.param_groups[0]["params"] = parameters
+    optimizer.step()
+    assert optimizer.coefficients()["text"] == 0.5
+    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model.text), before, strict=False))
+
+
+def test_learning_rates_are_restored_after_a_step_that_raised(model):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            self.shown = [group["lr"] for group in self.param_groups]
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    Failing.fails = False
+    inner = Failing(model.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), **conflict_aware(eta=0.1))
+    Failing.fails = True
+    param_groups = inner.param_groups
+    backward(model)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert sorted(inner.shown) == pytest.approx([0.01, 0.1, 0.1])
+    assert inner.param_groups is param_groups
+    assert [group["lr"] for group in param_groups] == [0.1]
+
+
+@pytest.mark.parametrize("where", ["a hook", "the closure"])
+def test_a_step_that_fails_before_its_gradients_are_used_leaves_them_new(model, where):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **conflict_aware(eta=0.5))
+    backward(model)
+    optimizer.step()
+    backward(model, 1)
+    before = gradients(model)
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = inner.register_step_pre_hook(fail) if where == "a hook" else None
+    with pytest.raises(MemoryError):
+        optimizer.step(*([] if handle else [fail]))
+    if handle:
+        handle.remove()
+    optimizer.step()
+    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model.text), before, strict=False))
+    assert optimizer.balance.step == 2
+
+
+@pytest.mark.parametrize("first", ["text", "audio"])
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_what_the_step_writes_into_its_param_group_stays_as_without_the_penalty(model, lr, first):
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["count"], group["used"] = group.get("count", 0) + 1, float(group["lr"])
+            return super().step(closure)
+
+    groups = dict(sorted(groups_of(model).items(), key=lambda item: item[0] != first))
+    optimizer = ConflictAwarePenalty(Counting(model.parameters(), lr=lr), groups, **PLAIN)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    assert min(optimizer.coefficients().values()) < 1
+    assert optimizer.param_groups[0]["count"] == 3
+    assert optimizer.param_groups[0]["used"] == 0.5
+    assert optimizer.balance.step == 3
+
+
+class Showing(torch.optim.SGD):
+    """Writes into its param_groups, as schedule-free optimizers do, what depends on their learning rates."""
+
+    def step(self, closure=None):
+        self.shown = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["used"] = group["lr"]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("order", [("text", "audio"), ("audio", "text")])
+def test_what_the_step_of_the_least_damped_group_writes_stays_where_all_are_in_groups(model, order):
+    groups = {name: groups_of(model)[name] for name in order}
+    inner = Showing([p for group in groups.values() for p in group.parameters()], lr=0.5)
+    optimizer = ConflictAwarePenalty(inner, groups, **conflict_aware(eta=0.5))
+    backward(model)
+    optimizer.step()
+    assert sorted(inner.shown) == [0.25, 0.5]
+    assert inner.param_groups[0]["used"] == 0.5
+
+
+def test_a_step_in_which_no_group_is_damped_sees_the_param_groups_themselves(model):
+    inner = Showing(model.parameters(), lr=0.5)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), window=(1, 2), **PLAIN)
+    shown = []
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        shown.append(len(inner.shown))
+    assert shown == [1, 3, 1]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_gets_all_that_it_is_given_beside_the_closure(model, by_name):
+    class Repeating(torch.optim.SGD):
+        def step(self, closure=None, times=1, lr=0.1):
+            self.given = times, lr
+            return super().step(closure)
+
+    inner = Repeating(model.parameters(), lr=0.1)
+    penalty = attach(inner, groups_of(model))
+    if by_name:
+        inner.step(closure=lambda: backward(model), times=2, lr=0.2)
+    else:
+        inner.step(lambda: backward(model), 2, 0.2)
+    assert inner.given == (2, 0.2)
+    assert penalty.balance.step == 1
+
+
+def test_a_learning_rate_tensor_is_scaled_without_being_replaced(model):
+    lr = torch.tensor(0.1)
+    other = copy.deepcopy(model)
+    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=lr), groups_of(model), **PLAIN)
+    twin = ConflictAwarePenalty(torch.optim.SGD(other.parameters(), lr=0.1), groups_of(other), **PLAIN)
+    backward(model)
+    optimizer.step()
+    backward(other)
+    twin.step()
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == 0.1
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_remove_gives_the_optimizer_back(model):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
+    attributes = set(vars(inner))
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), **PLAIN)
+    optimizer.remove()
+    assert set(vars(inner)) == attributes
+    assert not any("gradbalance" in key for key in inner.state_dict()["param_groups"][0])
+    backward(model)
+    optimizer.step()
+    scheduler.step()
+    assert set(optimizer.coefficients().values()) == {1.0}
+    ConflictAwarePenalty(inner, groups_of(model))
+
+
+def test_remove_leaves_a_schedule_built_since_in_place(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty = attach(optimizer, groups_of(model))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    step = optimizer.step
+    penalty.remove()
+    assert optimizer.step == step
+    backward(model)
+    optimizer.step()
+    scheduler.step()  # would warn if the step it counts were gone
+    assert set(penalty.coefficients().values()) == {1.0}
+
+
+def test_coefficients_for_applies_the_rule_to_norms_from_elsewhere(model):
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), **conflict_aware(eta=0.5))
+    assert penalty.coefficients_for({"audio": 1.0, "text": torch.tensor(2.0)}) == {"text": 0.5, "audio": 1.0}
+    assert penalty.coefficients_for({"audio": 1.0, "text": 2.0}, {"text": 2.0, "audio": 1.0})["text"] == 1.0
+    assert penalty.balance.step == 2
+    with pytest.raises(ValueError, match="`norms` must name exactly the groups"):
+        penalty.coefficients_for({"text": 1.0})
+
+
+def test_the_representation_names_groups_sizes_and_changed_settings(model):
+    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), every=2)
+    assert "text: 15, audio: 18" in repr(optimizer)
+    assert "rule=Coherence(" in repr(optimizer)
+    assert "every=2" in repr(optimizer)
+    assert "smoothing" not in repr(optimizer)
+    assert "SGD" in repr(optimizer)
+
+
+@pytest.mark.parametrize("back", ["base", "wrapper", None])
+def test_the_innermost_of_optimizers_around_optimizers_is_hooked(model, back):
+    class Around(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = Around(Around(inner))
+    if back is not None:  # some tell that nothing is inside, some know their wrapper
+        setattr(inner, back, inner if back == "base" else outer.optimizer)
+    penalty = attach(outer, groups_of(model))
+    backward(model)
+    inner.step()
+    assert penalty.balance.step == 1

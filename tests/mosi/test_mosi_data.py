@@ -1,0 +1,305 @@
+"""The data of the MOSI example: reading, checks, splits, batches, and the fallback."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.mosi.config import Config
+from examples.mosi.data import Ragged, atomic, load, standardise
+from examples.mosi.files import UTTERANCES, VISUAL, WORDS
+from examples.mosi.simulated import simulate
+from examples.mosi.text import states, tokenise
+from tests.mosi import samples
+
+lengths = st.lists(st.integers(1, 6), min_size=1, max_size=12)
+
+
+@pytest.fixture
+def columns():
+    return samples.table()
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return samples.dataset(simulate())
+
+
+@given(lengths=lengths, data=st.data())
+def test_padding_keeps_every_row_and_marks_the_rest(lengths, data):
+    parts = [torch.randn(length, 3) for length in lengths]
+    index = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1)))
+    padded, mask = Ragged.of(parts).pad(index)
+    assert padded.shape[1] == max(lengths[i] for i in index)
+    for row, exists, i in zip(padded, mask, index, strict=True):
+        assert torch.equal(row[exists], parts[i])
+        assert exists.sum() == lengths[i]
+
+
+@given(size=st.integers(1, 300), seed=st.integers(0, 9))
+def test_an_epoch_holds_each_utterance_once_in_batches_of_nearly_one_size(simulated, size, seed):
+    batches = simulated.batches("train", size, torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.cat(batches).sort().values, simulated.corpus.split["train"])
+    assert max(map(len, batches)) <= size
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+def test_shuffling_depends_on_the_seed_alone(simulated):
+    def epoch(seed):
+        return torch.cat(simulated.batches("train", 32, torch.Generator().manual_seed(seed)))
+
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(1), epoch(2))
+
+
+@given(size=st.integers(2, 9), world=st.integers(1, 4))
+def test_shards_divide_a_batch(simulated, size, world):
+    batch = simulated.batch(torch.arange(size), ["audio", "timing"])
+    shards = [batch.shard(rank, world) for rank in range(world)]
+    assert sorted(torch.cat([shard.index for shard in shards]).tolist()) == list(range(size))
+    for shard in shards:
+        rows = shard.index
+        assert torch.equal(shard.labels, batch.labels[rows])
+        assert torch.equal(shard.text, batch.text[rows])
+        assert torch.equal(shard.features["timing"], batch.features["timing"][rows])
+        assert shard.size == size
+
+
+def test_word_features_follow_their_sub_words(columns, tmp_path):
+    corpus = load(str(samples.write(tmp_path, columns)))
+    words = Ragged.of([torch.zeros(8, 4)] * len(corpus.ids))
+    word_of = torch.tensor([-1, 0, 0, 1, 2, 3, 4, -1]).repeat(len(corpus.ids))
+    batch = samples.Dataset(corpus, words, word_of).batch(torch.tensor([0, 3]), ["timing", "audio"])
+    assert batch.masks["timing"].tolist() == [[False, *[True] * 6, False]] * 2
+    assert torch.equal(batch.features["timing"][:, 1], batch.features["timing"][:, 2])
+    assert not torch.equal(batch.features["timing"][:, 2], batch.features["timing"][:, 3])
+    assert not batch.features["timing"][:, 0].any()
+    assert batch.features["audio"].shape == (2, 1, 73)
+
+
+def test_words_that_the_aligner_missed_have_no_timing(columns, tmp_path):
+    said = samples.spoken(columns)
+    del said[0]["words"][3]
+    timing = load(str(samples.write(tmp_path, columns, said))).features["timing"]
+    assert timing.at.rows[:5].tolist() == [0, 1, -1, 2, 3]
+    seconds, _, before, after, start, _ = timing.rows[1].tolist()
+    assert (seconds, before, after) == pytest.approx((0.25, 0.25, 0.75))
+    assert start == pytest.approx(1.0 / 2.75)
+
+
+def test_an_utterance_without_words_has_no_timing_and_still_counts(columns, tmp_path):
+    said = samples.spoken(columns)
+    said[0]["words"] = []
+    data = samples.dataset(load(str(samples.write(tmp_path, columns, said))))
+    batch = data.batch(torch.tensor([0]), ["timing"])
+    assert not batch.masks["timing"].any()
+    assert torch.isfinite(batch.features["timing"]).all()
+
+
+def test_statistics_come_from_the_training_rows_alone():
+    rows, at = torch.randn(10, 3) * 5 + 2, Ragged.of([torch.arange(i, i + 2) for i in range(0, 10, 2)])
+    train = at.pad(torch.tensor([0, 1, 2]))
+    scaled = standardise(rows, train)
+    torch.testing.assert_close(scaled[:6].mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scaled[:6].std(0, correction=0), torch.ones(3))
+    rows[6:] = 1e9
+    assert torch.equal(standardise(rows, train)[:6], scaled[:6])
+    assert (standardise(rows, train)[6:] == 10).all()
+
+
+def test_other_utterances_do_not_change_what_training_sees(columns, tmp_path):
+    train = torch.from_numpy(np.flatnonzero(columns["split"] == "train"))
+    before = samples.dataset(load(str(samples.write(tmp_path, columns)))).batch(train, ["audio"])
+    columns["acoustic73"][columns["split"] != "train"] *= 100
+    after = samples.dataset(load(str(samples.write(tmp_path, columns)))).batch(train, ["audio"])
+    assert torch.equal(before.features["audio"], after.features["audio"])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
+def test_a_constant_column_becomes_zero(value):
+    rows = torch.full((5, 1), value)
+    rows[4] = value + 1
+    train = Ragged(torch.arange(5), torch.arange(6)).pad(torch.arange(4))
+    assert standardise(rows, train).tolist() == [[0.0]] * 5
+
+
+def test_the_poria_split_keeps_the_videos_of_its_parts_apart(columns, tmp_path):
+    corpus = load(str(samples.write(tmp_path, columns)), "poria")
+    videos = [set(columns["video"][index]) for index in corpus.split.values()]
+    assert all(videos)
+    assert sum(map(len, videos)) == len(set.union(*videos)) == 12
+    assert set(columns["poria_split"][corpus.split["test"]]) == {"test"}
+    assert "LEAK" in corpus.banner
+
+
+def test_leaking_features_are_not_in_the_standard_split(columns, tmp_path):
+    corpus = load(str(samples.write(tmp_path, columns)))
+    assert set(corpus.features) == {"audio", "timing"}
+    assert "LEAK" not in corpus.banner
+
+
+def test_data_may_be_the_file_its_folder_or_the_folder_above(columns, tmp_path):
+    folder = tmp_path / "mosi"
+    folder.mkdir()
+    samples.write(folder, columns)
+    digests = {load(str(place)).digest() for place in (tmp_path, folder, folder / UTTERANCES)}
+    assert len(digests) == 1
+
+
+def test_auto_takes_the_folder_of_the_environment_first(columns, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADBALANCE_DATA", str(samples.write(tmp_path, columns)))
+    assert load().ids == columns["id"].tolist()
+    assert load().source == "real"
+
+
+def test_the_digest_sees_every_part_of_the_corpus(columns, tmp_path):
+    corpus = load(str(samples.write(tmp_path, columns)))
+    audio = corpus.features["audio"]
+    others = [
+        dataclasses.replace(corpus, labels=-corpus.labels),
+        dataclasses.replace(corpus, words=[["other"], *corpus.words[1:]]),
+        dataclasses.replace(corpus, split=corpus.split | {"train": corpus.split["train"][1:]}),
+        dataclasses.replace(corpus, features=corpus.features | {"audio": audio._replace(rows=audio.rows + 1)}),
+    ]
+    assert len({corpus.digest(), *(other.digest() for other in others)}) == 5
+
+
+def spoil(name, row, value):
+    def change(columns):
+        columns[name][row] = value
+
+    return change
+
+
+def shorten(columns):
+    columns["label"] = columns["label"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "message"),
+    [
+        (
+            spoil("label", 5, 3.2),
+            "standard",
+            r"`label` of .*npz must be within \[-3, 3\].*3.2.* in row 5 \(video01_1\)",
+        ),
+        (spoil("label", 5, np.nan), "standard", r"`label` of .*npz must be finite. Got nan in row 5 \(video01_1\)"),
+        (spoil("acoustic73", (7, 2), np.inf), "standard", r"`acoustic73` .* Got inf in row 7 \(video01_3\), column 2"),
+        (spoil(VISUAL, (1, 9), np.nan), "poria", rf"`{VISUAL}` .* Got nan in row 1 \(video00_1\), column 9"),
+        (shorten, "standard", r"`label` of .*npz must have one row per `id`. Got 47 rows for 48"),
+        (lambda columns: columns.pop("acoustic73"), "standard", r"must hold the fields .*'acoustic73"),
+    ],
+)
+def test_bad_values_are_named_by_file_field_and_row(columns, tmp_path, change, split, message):
+    change(columns)
+    samples.write(tmp_path, columns)
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path), split)
+
+
+def test_timing_that_is_not_finite_is_named_by_utterance(columns, tmp_path):
+    said = samples.spoken(columns)
+    said[2]["words"][1][2] = float("nan")
+    with pytest.raises(ValueError, match=rf"`words` of .*{WORDS} must be finite.*\(video00_2\)"):
+        load(str(samples.write(tmp_path, columns, said)))
+
+
+def test_an_utterance_that_the_word_file_lacks_is_named(columns, tmp_path):
+    with pytest.raises(ValueError, match=r"must cover every utterance. Got nothing for video00_0"):
+        load(str(samples.write(tmp_path, columns, samples.spoken(columns)[1:])))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_named(columns, tmp_path, keep):
+    for name in (UTTERANCES, WORDS):
+        path = samples.write(tmp_path, columns) / name
+        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+        with pytest.raises(ValueError, match=rf"{name}` must be a complete"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [UTTERANCES, WORDS])
+def test_a_missing_file_is_named(columns, tmp_path, name):
+    (samples.write(tmp_path, columns) / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load(str(tmp_path))
+
+
+def test_a_pickled_column_is_refused(columns, tmp_path):
+    columns["text"] = columns["text"].astype(object)
+    with pytest.raises(ValueError, match="must be a complete npz file"):
+        load(str(samples.write(tmp_path, columns)))
+
+
+def test_the_simulation_has_the_size_split_and_videos_of_mosi():
+    corpus = simulate()
+    assert {part: len(index) for part, index in corpus.split.items()} == {"train": 1284, "valid": 229, "test": 686}
+    videos = [{corpus.ids[i].split("_")[0] for i in index} for index in corpus.split.values()]
+    assert [len(v) for v in videos] == [52, 10, 31]
+    assert len(set.union(*videos)) == 93
+    assert len(set(corpus.ids)) == 2199
+    assert corpus.labels.abs().max() <= 3
+    assert (corpus.source, "SIMULATED" in corpus.banner) == ("simulated", True)
+    assert corpus.digest() == simulate().digest() != simulate(seed=1).digest()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.8])
+def test_a_simulated_modality_tells_as_much_of_the_label_as_asked(strength):
+    corpus = simulate(audio=strength)
+    x, y = corpus.features["audio"].rows.double(), corpus.labels.double()
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    fitted = x @ torch.linalg.lstsq(x, y[:, None]).solution
+    assert float(torch.corrcoef(torch.stack([fitted[:, 0], y]))[0, 1]) == pytest.approx(strength, abs=0.1)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail():
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return samples.encoder(tmp_path_factory.mktemp("encoder"), words=["the"])
+
+
+def test_states_are_those_of_each_sentence_alone_and_are_computed_once(encoder, tmp_path, monkeypatch):
+    from examples.mosi import text
+
+    monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path))
+    corpus = SimpleNamespace(ids=["a", "b", "c"], words=[["the", "cat"], [], ["the", *["dog"] * 20]])
+    tokens, made = tokenise(corpus, encoder), states(corpus, Config(text="frozen", text_encoder=encoder))
+    assert tokens.word_of.tolist()[:6] == [-1, 0, 1, 1, 1, -1]
+    assert len(tokens.rows.rows) == len(made.rows.rows) == len(tokens.word_of)
+    model = text.transformer(encoder).eval()
+    for i in range(3):
+        numbers, _ = tokens.rows.pad(torch.tensor([i]))
+        alone = model(input_ids=numbers).last_hidden_state[0]
+        torch.testing.assert_close(made.rows.pad(torch.tensor([i]))[0][0], alone, atol=1e-5, rtol=1e-5)
+    monkeypatch.delattr(text, "encode")
+    assert torch.equal(states(corpus, Config(text="frozen", text_encoder=encoder)).rows.rows, made.rows.rows)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_of_another_kind_is_not_read_as_words(columns, tmp_path):
+    samples.write(tmp_path, columns)
+    (tmp_path / WORDS).write_text(json.dumps({"id": 1}))
+    with pytest.raises(ValueError, match=rf"{WORDS}` must be a complete"):
+        load(str(tmp_path))

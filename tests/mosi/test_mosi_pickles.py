@@ -1,0 +1,270 @@
+"""Pickles of others: files in the two usual formats are read, hostile ones are refused and run nothing."""
+
+import io
+import os
+import pickle
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.mosi import pickles
+from examples.mosi.config import Config
+from examples.mosi.data import load
+from examples.mosi.train import train
+from tests.mosi.samples import dataset
+
+PLACES = [
+    Path(os.environ.get("GRADBALANCE_DATA", ".")),
+    Path(__file__).resolve().parents[2] / "../shared/data/mosi",
+]
+REAL = next((path for place in PLACES if (path := place / "mosi_dev229_wordaligned.npz").is_file()), None)
+SPLIT = {"train": slice(0, 40), "dev": slice(40, 50), "test": slice(50, 60)}
+
+
+@pytest.fixture(scope="module")
+def utterances():
+    """60 real utterances; a machine that runs CI must have them."""
+    if REAL is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("mosi_dev229_wordaligned.npz must be there in CI. Got none. Set $GRADBALANCE_DATA.")
+        pytest.skip("needs mosi_dev229_wordaligned.npz of CMU-MOSI: set $GRADBALANCE_DATA to its folder")
+    file = np.load(REAL)
+    ends = file["offset"]
+    return [
+        (
+            (
+                file["words"][start:stop].tolist(),
+                file["visual47"][start:stop],
+                file["acoustic74"][start:stop],
+            ),
+            label.reshape(1, 1),
+            str(segment),
+        )
+        for start, stop, label, segment in zip(ends, ends[1:], file["label"], file["segment"], strict=False)
+    ][:60]
+
+
+def mag(utterances):
+    return {part: utterances[rows] for part, rows in SPLIT.items()}
+
+
+def mmsa(utterances, steps=50):
+    def table(part):
+        def padded(rows, width):
+            rows = rows[:steps, :width]
+            return np.concatenate([rows, np.zeros((steps - len(rows), width), np.float32)])
+
+        return {
+            "raw_text": np.array([" ".join(words) for (words, _, _), _, _ in part]),
+            "audio": np.stack([padded(acoustic, 5) for (_, _, acoustic), _, _ in part]).astype(np.float64),
+            "vision": np.stack([padded(visual, 20) for (_, visual, _), _, _ in part]),
+            "text_bert": np.zeros((len(part), 3, steps), np.float32),
+            "regression_labels": np.array([label.item() for _, label, _ in part], np.float32),
+            "id": [segment for *_, segment in part],
+            "audio_lengths": [len(words) for (words, _, _), _, _ in part],
+        }
+
+    return {"valid" if part == "dev" else part: table(utterances[rows]) for part, rows in SPLIT.items()}
+
+
+def write(folder, content, protocol=4):
+    path = folder / "mosi.pkl"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_file_of_mag_bert_is_read_as_it_was_written(utterances, tmp_path, protocol):
+    corpus = load(str(write(tmp_path, mag(utterances), protocol)))
+    assert {part: len(index) for part, index in corpus.split.items()} == {"train": 40, "valid": 10, "test": 10}
+    for name, column in (("audio", 2), ("visual", 1)):
+        expected = np.concatenate([parts[column] for parts, _, _ in utterances])
+        assert np.array_equal(corpus.features[name].rows.numpy(), expected)
+        assert corpus.features[name].at.lengths.tolist() == [len(parts[0]) for parts, _, _ in utterances]
+    assert corpus.words == [[word.lower() for word in parts[0]] for parts, _, _ in utterances]
+    assert corpus.labels.tolist() == [label.item() for _, label, _ in utterances]
+
+
+def test_words_are_laid_along_the_tokens(utterances, tmp_path):
+    data = dataset(load(str(write(tmp_path, mag(utterances)))))
+    batch = data.batch(torch.tensor([3]), ["audio", "visual"])
+    words = len(utterances[3][0][0])
+    assert batch.masks["audio"][0].tolist() == [False, *[True] * words, False]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_file_of_mmsa_gives_the_mean_of_the_steps_that_exist(utterances, tmp_path, protocol):
+    corpus = load(str(write(tmp_path, mmsa(utterances), protocol)))
+    for name, column, width in (("audio", 2, 5), ("visual", 1, 20)):
+        expected = np.stack([parts[column][:50, :width].mean(0) for parts, _, _ in utterances])
+        np.testing.assert_allclose(corpus.features[name].rows.numpy(), expected, rtol=2e-4, atol=1e-5)
+    assert corpus.labels.tolist() == [np.float32(label.item()) for _, label, _ in utterances]
+
+
+def test_a_modality_of_padding_alone_is_absent(utterances, tmp_path):
+    content = mmsa(utterances)
+    content["train"]["audio"][0] = 0
+    corpus = load(str(write(tmp_path, content)))
+    assert corpus.features["audio"].at.rows[:2].tolist() == [-1, 0]
+
+
+def test_the_logarithm_of_silence_becomes_zero(utterances, tmp_path):
+    content = mag(utterances)
+    content["train"][0][0][2][0, 0] = -np.inf
+    assert load(str(write(tmp_path, content))).features["audio"].rows[0, 0] == 0
+
+
+def test_a_pickle_can_be_trained_on(utterances, tmp_path):
+    corpus = load(str(write(tmp_path, mag(utterances))))
+    result = train(Config(epochs=1, hidden=8, fused=8, balance="paper"), dataset(corpus))
+    assert result["banner"].startswith("mosi.pkl, the format of MAG-BERT, real data, the file's own split (40/10/10)")
+
+
+class Hostile:
+    def __init__(self, call, *arguments):
+        self.made = call, arguments
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    ("call", "arguments", "name"),
+    [
+        (os.system, ("touch {}",), f"{os.name}.system"),
+        (eval, ("open('{}', 'w')",), r"(builtins|__builtin__)\.eval"),
+        (getattr, ("", "join"), r"(builtins|__builtin__)\.getattr"),
+        (io.open, ("{}", "w"), r"_?io\.open"),
+        (np.load, ("{}",), r"numpy\.load"),
+    ],
+)
+def test_a_foreign_global_is_refused_by_name_and_not_run(tmp_path, protocol, call, arguments, name):
+    target = tmp_path / "ran"
+    content = {"train": [Hostile(call, *(argument.format(target) for argument in arguments))]}
+    with pytest.raises(ValueError, match=rf"`.*mosi\.pkl` must .* Got the global {name} at byte \d+\. Nothing"):
+        load(str(write(tmp_path, content, protocol)))
+    assert not target.exists()
+
+
+HOSTILE = {
+    "a truncated array": (pickle.dumps(np.arange(100.0))[:-200], "Got "),
+    "an empty file": (b"", "Got an empty file"),
+    "no pickle": (b"<html>404</html>", "Got "),
+    "a deep list": (b"]" * 200_000 + b"a" * 199_999 + b".", "must have the structure"),
+    "a hash without end": (b"(" + b"(" * 9 + b"t" + b"\x85" * 50_000 + b"K\x01d.", "Got a key of type tuple"),
+    "a huge length": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"abc.", "Got expected 1099511627776 bytes"),
+    "a huge memo": (b"]r\xff\xff\xff\xff.", "must have the structure"),
+    "an instance": (b"(S'x'\nios\nsystem\n.", "Got opcode INST"),
+    "an extension": (b"\x82\x01.", "Got opcode EXT1"),
+    "a persistent id": (b"Px\n.", "Got opcode PERSID"),
+    "a buffer from outside": (b"\x80\x05\x97.", "Got opcode NEXT_BUFFER"),
+    "a call of a string": (b"S'os.system'\n(t" + b"R.", "Got a call of something that is no function"),
+    "a call of ndarray": (b"cnumpy\nndarray\n(tR.", "Got a call of something that is no function"),
+    "a codec": (b"c_codecs\nencode\n(S'eJw'\nS'zlib'\ntR.", "Got codec other than latin1"),
+    "a state of a list": (b"](tb.", "Got a state of something that is no array"),
+    "a global as a value": (b"]c_codecs\nencode\na.", "Got a global among the values"),
+    "a get of nothing": (b"h\x07.", "Got KeyError"),
+    "an empty stack": (b".", "Got IndexError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_stream_is_refused(tmp_path, name):
+    content, message = HOSTILE[name]
+    with pytest.raises(ValueError, match=message):
+        load(str(write(tmp_path, content)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "data", "message"),
+    [
+        (b"S'O'\n", b"(K\x01t", b"](K\x01ta", "array of objects that are not strings"),
+        (b"S'f8'\n", b"(K\x64K\x64K\x64K\x64t", b"S'x'\n", "shape is not that of its bytes"),
+        (b"S'V8'\n", b"(K\x01t", b"S'xxxxxxxx'\n", "dtype 'V8'"),
+        (b"S'f8'\n", b"(I-1\nt", b"S''\n", "array of a strange shape"),
+        (b"S'(2,)f8'\n", b"(K\x01t", b"S''\n", "dtype"),
+    ],
+)
+def test_a_hostile_array_is_refused(tmp_path, dtype, shape, data, message):
+    made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tS'b'\ntR"
+    state = b"(K\x01" + shape + b"cnumpy\ndtype\n(" + dtype + b"I00\nI01\ntR" + b"I00\n" + data + b"t"
+    with pytest.raises(ValueError, match=message):
+        load(str(write(tmp_path, made + state + b"b.")))
+
+
+@pytest.mark.parametrize(("word", "width"), [("a", 74), ("a" * 100_000, 1)])
+def test_one_example_under_many_references_is_refused(tmp_path, word, width):
+    rows = np.ones((100, width), np.float32)
+    example = (([word] * 100, rows, rows), np.ones((1, 1)), "segment")
+    content = dict.fromkeys(("train", "dev", "test"), [example] * 1000)
+    with pytest.raises(ValueError, match=r"more than the \d+ bytes of the file can hold"):
+        load(str(write(tmp_path, content)))
+
+
+def test_an_array_of_objects_may_hold_strings_alone(tmp_path):
+    assert pickles.load(write(tmp_path, np.array(["a", "film"], dtype=object))) == ["a", "film"]
+    with pytest.raises(ValueError, match="array of objects that are not strings"):
+        pickles.load(write(tmp_path, np.array(["a", 1], dtype=object)))
+
+
+def test_nested_references_cost_nothing(tmp_path):
+    laughs = ["ha"]
+    for _ in range(100):
+        laughs = [laughs] * 10
+    with pytest.raises(ValueError, match="must have the structure"):
+        load(str(write(tmp_path, laughs)))
+
+
+def test_the_number_of_opcodes_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 1000)
+    with pytest.raises(ValueError, match="Got more than 1000 opcodes"):
+        load(str(write(tmp_path, list(range(2000)))))
+
+
+@given(content=st.binary(max_size=200))
+def test_random_bytes_are_read_or_refused(content, tmp_path_factory):
+    path = write(tmp_path_factory.getbasetemp(), content)
+    with suppress(ValueError):
+        pickles.load(path)
+
+
+@given(cut=st.floats(0, 1), protocol=st.integers(0, 5))
+def test_a_truncated_file_is_refused(cut, protocol, tmp_path_factory):
+    rows = {"train": [((["a", "b"], np.ones((2, 3)), np.ones((2, 4))), np.ones((1, 1)), "s")]}
+    content = pickle.dumps(rows, protocol)
+    path = write(tmp_path_factory.getbasetemp(), content[: int(cut * (len(content) - 1))])
+    with pytest.raises(ValueError, match="must be a whole pickle"):
+        pickles.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("test"), "StopIteration"),
+        (lambda c: c["train"][0][0][0].append("word"), "features of shape .* for .* words in"),
+        (lambda c: c["train"].__setitem__(0, (c["train"][0][0], np.full((1, 1), 4.0), "s")), "a label outside"),
+        (lambda c: c["dev"].clear(), "no utterance in valid"),
+    ],
+)
+def test_a_file_of_another_structure_is_refused(utterances, tmp_path, change, message):
+    content = pickle.loads(pickle.dumps(mag(utterances)))
+    change(content)
+    with pytest.raises(ValueError, match=f"must have the structure of mosi.pkl .*{message}"):
+        load(str(write(tmp_path, content)))
+
+
+def test_a_missing_file_says_how_to_fetch_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Fetch it: python -m examples\.mosi\.download"):
+        load(str(tmp_path / "mosi.pkl"))
+
+
+def test_a_pickle_has_no_other_split(utterances, tmp_path):
+    with pytest.raises(ValueError, match='`split` must be "standard" with a pickle'):
+        load(str(write(tmp_path, mag(utterances))), "poria")
