@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks._statistics import interval
-from benchmarks.balancing import cells, data, goals, grid, report, rivals, runs, testbeds
+from benchmarks.balancing import cells, data, goals, grid, report, rivals, rules, runs, testbeds
 from benchmarks.balancing.data import gaussians
 from benchmarks.balancing.model import Model, losses, probe, score
 from benchmarks.balancing.runs import APART, Results, Run, train
@@ -55,27 +55,25 @@ def gradients_of(rival, knob=None):
 
 
 def test_ogm_damps_the_branch_of_the_higher_score_by_one_minus_tanh():
-    found = rivals.OGM(0.5)(measured(errors=[0.1, 0.7]))
+    found = rules.OGM(0.5)(measured(errors=[0.1, 0.7]))
     assert_close(found, torch.tensor([1 - math.tanh(1.5), 1.0], dtype=torch.float64))
 
 
 def test_ogm_compares_with_the_mean_of_several_others():
-    found = rivals.OGM(1.0)(measured((1.0, 1.0, 1.0), errors=[0.4, 0.9, 0.8]))
+    found = rules.OGM(1.0)(measured((1.0, 1.0, 1.0), errors=[0.4, 0.9, 0.8]))
     assert_close(found, torch.tensor([1 - math.tanh(0.6 / 0.15), 1.0, 1.0], dtype=torch.float64))
 
 
 def test_ogm_scores_by_the_probability_of_the_class_in_each_contribution():
     model, part = model_and_batch()
-    step = rivals.Rival(
-        lambda *_: rivals.OGM(0.3), options={"smoothing": 0.0, "apply_to": "gradient"}, observe="missed"
-    )
+    step = rivals.Rival(lambda *_: rules.OGM(0.3), options={"smoothing": 0.0, "apply_to": "gradient"}, observe="missed")
     plain = gradients_of("none")
     run = step.step(model, runs.optimizer_for("SGD", model, 0.0), None)
     with torch.no_grad():
         parts = model.contributions(model.features(part.inputs))
         scores = torch.stack([p.softmax(1).gather(1, part.target[:, None]).mean() for p in parts])
     run(*part)
-    expected = rivals.OGM(0.3)(measured(errors=(1 - scores).tolist()))
+    expected = rules.OGM(0.3)(measured(errors=(1 - scores).tolist()))
     assert expected.min() < 1
     for name, k in zip("ab", expected.float(), strict=True):
         assert_close(model.encoders[name][0][0].weight.grad, k * plain[f"encoders.{name}.0.0.weight"])
@@ -97,7 +95,7 @@ def test_noise_alone_leaves_the_joint_layer_alone_and_no_branch():
 
 
 def test_the_epochwise_rule_halves_the_branch_that_is_used_by_more_than_its_lead():
-    rule = rivals.Epochwise(lead=0.2)
+    rule = rules.Epochwise(lead=0.2)
     assert rule(measured(errors=[0.3, 0.6])).tolist() == [0.5, 1.0]
     assert rule(measured(errors=[0.5, 0.6])).tolist() == [1.0, 1.0]
     assert rule(measured()).tolist() == [1.0, 1.0]
@@ -111,7 +109,7 @@ def test_the_signal_of_adam_is_1_where_all_gradients_are_alike_and_that_of_chanc
         alike.grad, noisy.grad = torch.ones(2000), torch.randn(2000, generator=generator)
         adam.step()
     seen = []
-    rule = rivals.SignalToNoise(adam.param_groups, adam.state, lambda m: seen.append(m.coherences) or m.norms)
+    rule = rules.SignalToNoise(adam.param_groups, adam.state, lambda m: seen.append(m.coherences) or m.norms)
     rule(measured())
     assert seen[0].tolist() == pytest.approx([1 - 0.1 / 1.9, 0.0], abs=0.02)
 
@@ -119,7 +117,7 @@ def test_the_signal_of_adam_is_1_where_all_gradients_are_alike_and_that_of_chanc
 def test_the_update_goes_with_the_signal_or_against_it():
     clear = measured(coherences=(0.4, 0.1))
     for power, order in ((1.0, [True, False]), (-1.0, [False, True])):
-        found = rivals.in_proportion(power)(clear)
+        found = rules.in_proportion(power)(clear)
         assert (found > 1).tolist() == order
 
 
@@ -281,8 +279,8 @@ def test_a_rule_with_a_rate_of_its_own_takes_the_best_one_for_itself(monkeypatch
 
     monkeypatch.setattr(runs, "train", fake)
     results = Results(tmp_path / "runs.jsonl")
-    for own, rules in ((False, ("none",)), (True, ("Coherence",))):
-        grid.measure(results, grid.Part("SGD", ("tiny",), rules, seeds=range(200, 202), own=own))
+    for own, rule in ((False, "none"), (True, "Coherence")):
+        grid.measure(results, grid.Part("SGD", ("tiny",), (rule,), seeds=range(200, 202), own=own))
     known = cells.Cells(results)
     assert [known.rate("tiny", "SGD", rule) for rule in ("none", "Coherence")] == [0.04, 0.01]
     assert known.own("tiny", "Coherence", "SGD").mean == pytest.approx(100 * (0.01 - 0.04))
