@@ -42,7 +42,7 @@ def test_busy_scaling_leaves_the_last_group_alone_and_no_other():
     [
         (31, "AdamW", {}),
         (14, "AdamW", {"rule": rules.Watch()}),
-        (9, "AdamW", {"rule": rules.ByHand(a=0.5)}),
+        (11, "AdamW", {"rule": rules.ByHand(a=0.5)}),
         (45, "SGD", {}),
         (49, "SGD", {"apply_to": "gradient"}),
     ],
