@@ -1,7 +1,7 @@
 """What was measured, by testbed, rule and optimizer, and its changes against no balancing."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from benchmarks._statistics import interval
@@ -84,16 +84,24 @@ class Cells:
         return Change.of(value(cell[s]) - value(others[s]) for s in sorted(cell) if s in others)
 
     def mean(
-        self, bed: str, rule: str, optimizer: str = "AdamW", *, value: Value = lambda f: f["test"]
+        self,
+        bed: str,
+        rule: str,
+        optimizer: str = "AdamW",
+        lr: float | None = None,
+        *,
+        value: Value = lambda found: found["test"],
     ) -> float | None:
         """In points."""
-        cell = self.cell(bed, rule, optimizer)
-        return 100 * sum(map(value, cell.values())) / len(cell) if cell else None
+        cell = self.cell(bed, rule, optimizer, lr)
+        return 100 * fmean(map(value, cell.values())) if cell else None
 
-    def branches(self, bed: str, rule: str, key: str, optimizer: str = "AdamW") -> list[Change | None]:
+    def branches(
+        self, bed: str, rule: str, key: str, optimizer: str = "AdamW", lr: float | None = None
+    ) -> list[Change | None]:
         """The change of ``probes`` or ``missing``, for each branch."""
         names = range(len(BEDS[bed].branches))
-        return [self.change(bed, rule, optimizer, value=lambda found, m=m: found[key][m]) for m in names]
+        return [self.change(bed, rule, optimizer, lr, value=lambda found, m=m: found[key][m]) for m in names]
 
     def headroom(self, bed: str, optimizer: str = "AdamW") -> tuple[Change | None, list[Change | None]]:
         """What encoders trained alone have more than jointly: their outputs added up, and the probe on each."""

@@ -52,27 +52,27 @@ TELLING = (
 )  # fmt: skip
 
 ONCE = TUNING[:1]
+DEFAULT = 1e-3  # the rate that torch proposes for Adam and AdamW, at which most people train
 SMALL = ("POMN", "D", "POM", "YB")  # half a second a run
 PARTS = [
     Part("AdamW", FIRST, BASE),
     Part("SGD", OLD, BASE, seeds=LANDED, tuning=ONCE),
-    Part("AdamW", ("C0",), BASE, lr=1e-3),
-    Part("AdamW", SMALL, TELLING),
-    Part("Adam", SMALL, BASE, tuning=ONCE),
+    Part("AdamW", ("C0", "VC", "C2", *SMALL), BASE, lr=DEFAULT),
+    Part("AdamW", SMALL, TELLING, lr=DEFAULT),
     Part("AdamW", FIRST, (APART,), seeds=FEW),
-    Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16")),
-    Part("AdamW", SMALL, FORMULA),
-    Part("AdamW", (*SMALL, "C0"), ("Coherence",), own=True),
-    Part("AdamW", OTHERS, BASE, tuning=ONCE),
-    Part(
-        "AdamW", ("V2", "C0"), ("by hand", "own heads", "own heads and Coherence", "OGM-GE", "raise only", "damp only")
-    ),
-    Part("Muon", SMALL, BASE, tuning=ONCE),
     Part("AdamW", ("C0", "C2", "VC"), BASE, lr=3e-3),
-    Part("AdamW", ("V2", "C0", "S2"), TELLING),
-    Part("AdamW", ("V2", "C0"), FORMULA),
-    Part("Adam", ("V2", "C0", "S2"), BASE, tuning=ONCE),
-    Part("AdamW", OTHERS, (APART,), seeds=FEW),
+    Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16"), lr=DEFAULT),
+    Part("Adam", SMALL, BASE, tuning=ONCE),
+    Part("Muon", SMALL, BASE, tuning=ONCE),
+    Part("AdamW", ("C0",), TELLING[:4], lr=DEFAULT),
+    Part("AdamW", SMALL[:3], FORMULA, lr=DEFAULT),
+    Part("AdamW", OTHERS, BASE, lr=DEFAULT),
+    Part("AdamW", ("C0", "V2"), TELLING, lr=DEFAULT),
+    Part("AdamW", SMALL, ("Coherence",), own=True),
+    Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
+    Part("AdamW", ("C0", "V2", "YB"), FORMULA, lr=DEFAULT),
+    Part("AdamW", OTHERS, BASE, tuning=ONCE),
+    Part("AdamW", ("C0", "V2"), ("Coherence",), own=True),
 ]
 
 
