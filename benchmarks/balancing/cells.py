@@ -48,13 +48,22 @@ class Cells:
         for run, found in runs.items():
             if run.seed not in TUNING:
                 self._cells.setdefault((run.bed, run.rule, run.optimizer, run.lr), {})[run.seed] = found
-        self._rates: dict[tuple[str, str], float] = {}
+        self._rates: dict[tuple[str, str, str], float] = {}
 
-    def rate(self, bed: str, optimizer: str) -> float:
-        """The learning rate that is best without balancing."""
-        if (bed, optimizer) not in self._rates:
-            self._rates[bed, optimizer] = best_rate(self._runs, bed, optimizer)
-        return self._rates[bed, optimizer]
+    def rate(self, bed: str, optimizer: str, rule: str = "none") -> float:
+        """The learning rate that is best without balancing, or for a rule if that was tried."""
+        key = bed, optimizer, rule
+        if key not in self._rates:
+            self._rates[key] = best_rate(self._runs, bed, optimizer, rule)
+        return self._rates[key]
+
+    def own(self, bed: str, rule: str, optimizer: str = "AdamW") -> Change | None:
+        """What a rule gains at its own best rate against no balancing at its."""
+        others, cell = (
+            self.cell(bed, "none", optimizer),
+            self.cell(bed, rule, optimizer, self.rate(bed, optimizer, rule)),
+        )
+        return Change.of(cell[s]["test"] - others[s]["test"] for s in sorted(cell) if s in others)
 
     def cell(self, bed: str, rule: str, optimizer: str = "AdamW", lr: float | None = None) -> dict[int, Found]:
         """The runs by seed, at the best rate if ``lr`` is None."""

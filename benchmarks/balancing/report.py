@@ -108,6 +108,20 @@ def other_rates(cells: Cells) -> list[str]:
     return table(["AdamW", "rate", "none", "Coherence"], rows)
 
 
+def own_rates(cells: Cells) -> list[str]:
+    rows = [
+        [
+            BEDS[bed].title,
+            f"{cells.rate(bed, 'AdamW'):g}",
+            f"{cells.rate(bed, 'AdamW', 'Coherence'):g}",
+            cells.own(bed, "Coherence"),
+        ]
+        for bed in BEDS
+        if cells.rate(bed, "AdamW", "Coherence") > 0 and cells.own(bed, "Coherence")
+    ]
+    return table(["AdamW", "best rate without", "best with Coherence", "change"], rows)
+
+
 def describe(runs: Mapping[Run, Found]) -> str:
     """All tables as Markdown."""
     cells = Cells(runs)
@@ -128,6 +142,8 @@ def describe(runs: Mapping[Run, Found]) -> str:
         *(line for o in SCALE_FREE for line in (f"## Coherence under {o}\n", *changes(cells, o))),
         "## Other rates\n",
         *other_rates(cells),
+        "Each with the rate of five that is best for it:\n",
+        *own_rates(cells),
         "## Coherence under SGD\n",
         *descent(cells),
         "## Rivals under AdamW\n",

@@ -56,8 +56,8 @@ def draw(path: Path) -> None:
             for line, label, colour in zip(zip(*found[key], strict=True), names, COLOURS, strict=False):
                 panel.plot(found["step"], line, label=label, color=colour, linewidth=1.6)
             panel.spines[["top", "right"]].set_visible(False)
-        column[0].plot(found["step"], [loss / 5 for loss in found["loss"]], color="#bbbbbb", linewidth=0.9, zorder=0)
-        column[0].annotate("training loss / 5", (found["step"][8], found["loss"][8] / 5), color="#888888", fontsize=8)
+        losses = [loss / 5 for loss in found["loss"]]
+        column[0].plot(found["step"], losses, label="training loss / 5", color="#bbbbbb", linewidth=0.9, zorder=0)
         column[0].axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
         column[0].set_title(BEDS[name].title, fontsize=10)
         column[0].legend(frameon=False, fontsize=9)

@@ -185,9 +185,11 @@ class Engine:
                 "Build with the same rule, or with `persist=False`."
             )
         self.state.load(kept)
-        self._steps, self._sketch = kept["phase"], kept["sketch"]
-        if self._meter is not None:
-            self._meter.load(self.state.names, self._sketch)
+        self._steps = kept["phase"]
+        if self._meter is None:
+            self._sketch = kept["sketch"]
+        else:
+            self._meter.load(self.state.names, kept["sketch"])
         if "rule_state" in kept and hasattr(self._rule, "load_state_dict"):
             self._rule.load_state_dict(kept["rule_state"])
 

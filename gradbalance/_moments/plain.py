@@ -40,7 +40,8 @@ def central_moments(
     else:
         valid = mask[..., None]
         weight = valid.to(x.dtype)
-        count, n = mask.sum(axes), weight.sum(axes).clamp_min_(1)
+        total = weight.sum(axes)
+        count, n = total.squeeze(-1).long(), total.clamp_min_(1)
         x = torch.where(valid, x, 0)  # not a product, which would let NaN padding through
         mean = x.sum(axes) / n
         deviation = x - weight * mean

@@ -106,18 +106,14 @@ def central_moments(
     ``in_two_parts`` asks for the mean as shift and remainder; ``name`` is what errors call ``x``.
     """
     _check(x, mask, order, name)
-    reduced = _axes(x, dim)
-    kept = [axis for axis in range(x.dim()) if axis not in reduced]
-    if x.dim() == 1:  # one feature
-        x, kept = x[:, None], [*kept, 1]
-    scalars = not kept or kept[-1] < x.dim() - 1  # the features are reduced too: every number is a sample
-    if scalars:
+    reduced, kept, scalars = _axes(x, dim)
+    if x.dim() == 1:
+        x = x[:, None]
+    elif scalars:
         if covariance:
             raise ValueError(f"`dim` must leave the last axis to the covariance. Got {dim!r}. Reduce samples alone.")
         mask = None if mask is None else mask[..., None].expand(x.shape)
         x = x[..., None]
-    else:
-        kept.pop()
     small = bool(reduced) and not in_two_parts and plain.suits(x)
     if kept:
         axes = reduced + kept if small else kept + reduced
@@ -140,7 +136,7 @@ def standardise(central: Central) -> Moments:
 
     It counts as 0 below the rounding error of the mean, and where its square would leave the range of the dtype.
     """
-    variance, skewness, kurtosis, *_ = [*central.powers, None, None, None]
+    variance, skewness, kurtosis, *_ = (*central.powers, None, None, None)
     mean = central.shift if central.remainder is None else central.shift + central.remainder
     if skewness is not None:
         limits = torch.finfo(mean.dtype)
@@ -161,15 +157,14 @@ def _check(x: Tensor, mask: Tensor | None, order: int, name: str) -> None:
             f"`{name}` must be a dense tensor. Got {found}. Pass x.values() for the moments of all samples, or pad it "
             "and give the mask."
         )
-    if x.dim() == 0 or x.shape[-1] == 0:
+    shape = x.shape
+    if not shape or shape[-1] == 0:
         raise ValueError(f"`{name}` must have the shape [..., D], D >= 1. Got {list(x.shape)}. Add a feature axis.")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"`mask` must be a boolean tensor. Got {kind}. Write mask.bool(), or compare it with 0.")
-        if mask.is_nested:
-            raise TypeError("`mask` must be a dense tensor. Got a nested one. Pad it with False.")
-        samples = x.shape[:-1] or x.shape
+        samples = shape[:-1] or shape
         if mask.shape != samples:
             raise ValueError(
                 f"`mask` must hold one flag per sample, {list(samples)} for samples of shape {list(x.shape)}. "
@@ -179,14 +174,20 @@ def _check(x: Tensor, mask: Tensor | None, order: int, name: str) -> None:
         raise ValueError(f"`order` must be 1, 2, 3 or 4. Got {order!r}. Higher moments are not offered.")
 
 
-def _axes(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
-    """The reduced axes, sorted, none negative."""
+def _axes(x: Tensor, dim: int | Sequence[int] | None) -> tuple[list[int], list[int], bool]:
+    """The reduced axes; the kept ones but for that of the features; whether even that is reduced.
+
+    Then every number is a sample. A tensor of one axis has another one for its feature, which is kept.
+    """
+    last = x.dim() - 1
     if dim is None:
-        return list(range(x.dim() - 1)) or [0]
+        return list(range(last)) or [0], [], False
     axes = [dim] if isinstance(dim, int) else list(dim)
     if any(not -x.dim() <= axis < x.dim() for axis in axes) or len({axis % x.dim() for axis in axes}) < len(axes):
         raise ValueError(
             f"`dim` must hold different axes from {-x.dim()} to {x.dim() - 1} for the shape {list(x.shape)}. "
             f"Got {dim!r}. Name each axis once."
         )
-    return sorted(axis % x.dim() for axis in axes)
+    reduced = sorted(axis % x.dim() for axis in axes)
+    kept = [axis for axis in range(last + 1) if axis not in reduced and (axis < last or last == 0)]
+    return reduced, kept, last in reduced and last > 0

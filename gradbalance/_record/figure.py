@@ -71,7 +71,7 @@ def draw(record: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray) -
     if "conflicts" in panels:
         _title(panels["conflicts"], "In conflict", "the darker, the more of the others with it, and the more often")
         _bands(panels["conflicts"], steps, conflicts.sum(2) / (n - 1), names)
-    _title(panels["dominance"], "Dominance", "largest norm over the mean of the others; 1 is balance")
+    _title(panels["dominance"], "Dominance", "largest norm over the mean of the others; after: times coefficients")
     panels["dominance"].axhline(1, color="#BBBBBB", linewidth=0.8)
     dominance = np.stack([before, after], 1)
     _lines(panels["dominance"], steps, dominance, ["before", "after"], ("#888888", "#000000"), gap=0.12, log=True)

@@ -59,14 +59,22 @@ class Checkpoint:
             optimizer.param_groups[0][KEY] = ()
 
     def _loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        first, *others = state_dict["param_groups"]
+        first, *others = state_dict.get("param_groups") or [{}]
         if KEY not in first:
-            return None
+            return None  # what else is missing is for the optimizer to say
         first = dict(first)
         self._move(first)
         return {**state_dict, "param_groups": [first, *others]}
 
     def _move(self, group: dict[str, Any]) -> None:
-        for remembered in group[KEY] if self._save is not None else ():
-            self._load(remembered)
+        saved = group[KEY]
+        try:
+            for remembered in saved if self._save is not None else ():
+                self._load(remembered)
+        except (KeyError, TypeError) as error:
+            missing = f"none of the key {error}" if isinstance(error, KeyError) else f"{type(saved).__name__}"
+            raise ValueError(
+                f"`state_dict` must hold what the penalty saved under {KEY!r} in its first param_group. Got {missing}. "
+                "Load a checkpoint of this version, or build with `persist=False`."
+            ) from error
         del group[KEY]

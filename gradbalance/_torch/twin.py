@@ -17,12 +17,10 @@ from torch.optim import Optimizer
 from gradbalance._torch.unwrap import parts
 
 SIDE = 8  # of a toy
-RATE = 1e-2  # at least: at a lower one float32 cannot tell the steps of those that go by the size of a parameter
+# Some steps are the rate times the size of the parameter. At a higher one the parameters would change so much that the
+# steps do; at a lower one float32 could not tell the steps.
+RATE = 2e-3
 FAR = 100.0  # steps of a size like the rate: toys are that large, so that they change little in a trial
-
-
-def _nothing() -> None:
-    pass
 
 
 class Twin:
@@ -30,18 +28,20 @@ class Twin:
 
     Args:
         optimizer: The true one, whose inner optimizers get twins too.
-        at_least: The least learning rate.
+        stepper: The same, or the one inside it whose steps are to be scaled.
+        at_one: Whether the learning rate is that of the true one, 1 at least, instead of a low one.
         with_state: Whether the twin starts with the state of the parameters, which some set up at construction.
 
     Attributes:
         optimizer: The twin.
+        stepper: The twin of the stepper.
         toys: Its parameters: for each kind of settings and each number of axes two, if there are two.
     """
 
-    def __init__(self, optimizer: Optimizer, at_least: float, with_state: bool) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: Optimizer, at_one: bool, with_state: bool) -> None:
         torch.manual_seed(0)
         random.seed(0)
-        self._at_least, self._with_state = at_least, with_state
+        self._at_one, self._with_state = at_one, with_state
         self._memo: dict[int, Any] = {}
         chosen = _chosen(optimizer)
         for group in _groups(optimizer):
@@ -51,7 +51,12 @@ class Twin:
         self.toys: list[Tensor] = [self._memo[key] for key in chosen]
         self._start = self.places()
         self.optimizer = self._copy(optimizer)
+        self.stepper: Optimizer = self._memo[id(stepper)]
         self._cut(self.optimizer)
+        for each in (self.stepper, self.optimizer):
+            train = getattr(each, "train", None)
+            if callable(train):  # schedule-free ones step in this mode alone
+                train()
 
     def gradients(self, *, agreeing: bool) -> list[Tensor]:
         """The next gradient of each toy: always the same, or of any direction and size."""
@@ -67,47 +72,54 @@ class Twin:
         """As the engine gives it."""
         return torch.full((1,), factor, device=self.toys[0].device)
 
-    def step(
-        self,
-        gradients: list[Tensor],
-        with_closure: bool,
-        before: Callable[[], None] = _nothing,
-        after: Callable[[], None] = _nothing,
-    ) -> None:
-        """A step with these gradients, ``before`` called when they are there, and ``after`` at the end."""
+    def step(self, gradients: list[Tensor], with_closure: bool) -> None:
+        """A step with these gradients."""
 
         def closure() -> Tensor:
             with torch.enable_grad():
-                pairs = list(zip(self.toys, gradients, strict=True))
                 # Wherever the toys are: a loss of 1, this gradient, and a Hessian of the identity.
-                moves = [((p - p.detach()), g) for p, g in pairs]
-                loss = sum(((m * g).sum() + 0.5 * m.square().sum() for m, g in moves), torch.ones(()))
+                moves = [((p - p.detach()), g) for p, g in zip(self.toys, gradients, strict=True)]
+                one = torch.ones((), device=self.toys[0].device)
+                loss = sum(((m * g).sum() + 0.5 * m.square().sum() for m, g in moves), one)
                 for p in self.toys:
                     p.grad = None
                 torch.autograd.backward(loss, create_graph=True)
-            before()
             return loss
 
-        try:
-            if with_closure:
-                self.optimizer.step(closure)  # type: ignore[arg-type]
-            else:
-                for p, g in zip(self.toys, gradients, strict=True):
-                    p.grad = g
+        for p, g in zip(self.toys, gradients, strict=True):
+            p.grad = g
+        self.optimizer.step(*([closure] if with_closure else []))  # type: ignore[arg-type]
+
+    def around_each_step(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """From now on: ``before`` when the gradients are there, after the closure, and ``after`` at the end."""
+        step = self.stepper.step
+
+        def wrapped(closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+            def closure_then_before() -> Any:
+                loss = closure()
                 before()
-                self.optimizer.step()
-        finally:
-            after()
+                return loss
+
+            try:
+                if callable(closure):
+                    return step(closure_then_before, *args, **kwargs)
+                before()
+                return step(*args, **kwargs)
+            finally:
+                after()
+
+        vars(self.stepper)["step"] = wrapped
 
     def keeps_copies(self) -> bool:
         """Whether the optimizer holds tensors that lie close to the first or last values of a toy."""
-        kept = [t for t in _tensors(vars(self.optimizer), set(map(id, self.toys))) if t.is_floating_point()]
+        toys = {p.data_ptr() for p in self.toys}  # and no views of them
+        found = (t.detach() for t in _tensors(vars(self.optimizer), set(map(id, self.toys))))
+        kept = [t for t in found if t.is_floating_point() and t.data_ptr() not in toys]
         pairs = zip(self.toys, self._start, strict=True)
         return any(_is_close(t, p.detach()) or _is_close(t, start) for p, start in pairs for t in kept)
 
     def _rate(self, group: Mapping[str, Any]) -> float:
-        rate = group.get("lr")
-        return max(self._at_least, 0.0 if rate is None else float(rate))
+        return max(1.0, float(group.get("lr") or 0.0)) if self._at_one else RATE
 
     def _toy(self, p: Tensor, rate: float) -> Tensor:
         shape = [min(size, SIDE) for size in p.shape]
@@ -138,9 +150,7 @@ class Twin:
             for p, kept in state.items():
                 toy = self._memo.get(id(p))
                 if toy is not None:
-                    part = tuple(map(slice, toy.shape))
-                    small = {k: v[part] for k, v in kept.items() if isinstance(v, Tensor) and v.shape == p.shape}
-                    mine[toy] = copy.deepcopy({**kept, **small})
+                    mine[toy] = {k: self._copied(_part(v, p, toy)) for k, v in kept.items()}
         return mine
 
     def _copied(self, value: Any) -> Any:
@@ -183,6 +193,15 @@ def _chosen(optimizer: Optimizer) -> Iterable[int]:
             if len(found) < 2:
                 found.append(id(p))
     return dict.fromkeys(chain.from_iterable(of_kind.values()))
+
+
+def _part(value: Any, p: Tensor, toy: Tensor) -> Any:
+    """Of a tensor like a parameter what there is for its toy: the toy, if it is a copy of the parameter."""
+    if not isinstance(value, Tensor) or value.shape != p.shape:
+        return value
+    if value.dtype == p.dtype and torch.equal(value, p):
+        return toy.detach().clone()
+    return value[tuple(map(slice, toy.shape))]
 
 
 def _marks(p: Tensor) -> dict[str, Any]:

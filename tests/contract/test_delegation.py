@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from gradbalance import ConflictAwarePenalty, attach, rules
+from gradbalance._torch.trial import way_to_scale
 from tests.contract.fixed import Branches, assert_half_of_a_alone, feed
 
 
@@ -125,46 +126,46 @@ def test_lookahead_of_timm_is_scaled_and_counted(name):
     assert optimizer.balance.step == 20
 
 
-class Bare(Optimizer):
-    """Does not call the constructor of Optimizer."""
-
-    def __init__(self, params):
-        self.param_groups, self.state, self.defaults = [{"params": list(params), "lr": 0.01}], {}, {}
+class Rescaling(Around):
+    """Goes as far in all as the longest step that its inner one has taken."""
 
     def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        super().step(closure)
         with torch.no_grad():
-            for p in self.param_groups[0]["params"]:
-                if p.grad is not None:
-                    p -= self.param_groups[0]["lr"] * p.grad
+            total = sum((p - b).square().sum() for p, b in zip(params, before, strict=True)).sqrt()
+            for p, b in zip(params, before, strict=True):
+                p.copy_(b + (p - b) * 0.01 / total)
 
 
-@pytest.mark.parametrize("rule", [rules.ByHand(a=0.5), rules.Watch()])
-def test_an_optimizer_without_the_constructor_of_torch_is_refused_in_words(rule):
-    model = Branches()
-    with pytest.raises(ValueError, match=r"must run its step hooks. Got Bare.*super"):
-        attach(Bare(model.parameters()), model.groups, rule=rule)
+class SlowlyAround(Around):
+    """As Lookahead: each fifth step goes back half of the way."""
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.slow = getattr(self, "slow", [p.detach().clone() for p in params])
+        self.count = getattr(self, "count", 0) + 1
+        super().step(closure)
+        if self.count % 5 == 0:
+            with torch.no_grad():
+                for p, slow in zip(params, self.slow, strict=True):
+                    p.copy_(slow.lerp_(p, 0.5))
 
 
-class Unhooked(SGD):
-    """Puts its own step in place of the one that runs hooks."""
-
-    def __init__(self, params):
-        super().__init__(params, lr=0.01)
-        self.step = lambda closure=None: None
-
-
-def test_a_step_that_ran_no_hook_is_noticed():
-    model = Branches()
-    optimizer = Unhooked(model.parameters())
-    attach(optimizer, model.groups, rule=rules.Watch())
-    feed(model, 0)
-    with pytest.raises(RuntimeError, match=r"must run its step hooks. Got Unhooked"):
-        optimizer.step()
+class NeedsAModel(Around):
+    def step(self, closure=None):
+        if not hasattr(self.param_groups[0]["params"][0], "model"):
+            raise AttributeError("model")
+        return super().step(closure)
 
 
-def test_empty_param_groups_are_refused_in_words():
-    model = Branches()
-    optimizer = SGD(model.parameters(), lr=0.1)
-    optimizer.param_groups.clear()
-    with pytest.raises(ValueError, match=r"`optimizer` must hold parameters. Got empty `param_groups`"):
-        attach(optimizer, model.groups)
+def test_a_wrapper_is_tried_with_what_it_wraps():
+    def around(cls):
+        return cls(AdamW(Branches().parameters(), weight_decay=0.0))
+
+    with pytest.raises(ValueError, match="Got Rescaling, which makes of the steps of AdamW others"):
+        way_to_scale(around(Rescaling))
+    for cls in (Around, SlowlyAround, NeedsAModel):
+        way = way_to_scale(around(cls))
+        assert way.name == "learning rate"

@@ -84,6 +84,14 @@ class RateByPosition(Descent):
         return self.rates[id(group)]
 
 
+class WithViews(OwnRate):
+    """As those of heavyball: keeps views of the parameters."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p]["view"] = p.view(p.shape)
+
+
 class AwayFromTheStart(Descent):
     """As MADGRAD: the place is worked out anew from a copy of the start."""
 
@@ -183,6 +191,36 @@ class SetUpAtConstruction(Descent):
         p.sub_(group["lr"] * self.state[p]["sum"].add_(p.grad))
 
 
+class InTrainMode(Descent):
+    """As schedule-free ones: built for evaluation, set to training by the loop."""
+
+    def train(self):
+        for group in self.param_groups:
+            group["training"] = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not all(group.get("training") for group in self.param_groups):
+            raise RuntimeError("not in train mode")
+        super().step()
+
+
+class SlowFromConstruction(Descent):
+    """Slow weights that are copied when it is built."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for p in self.param_groups[0]["params"]:
+            self.state[p].update(slow=p.detach().clone(), step=0)
+
+    def update(self, group, p):
+        super().update(group, p)
+        state = self.state[p]
+        state["step"] += 1
+        if state["step"] % 5 == 0:
+            p.copy_(state["slow"].lerp_(p, 0.5))
+
+
 class RateInTheStart(Descent):
     """As Gravity: the momentum starts from random numbers, divided by the learning rate."""
 
@@ -210,13 +248,23 @@ def of(cls, **options):
     return lambda model: cls(model.parameters(), **options)
 
 
-@pytest.mark.parametrize("cls", [Descent, SlowWeights, SetUpAtConstruction])
+@pytest.mark.parametrize("cls", [Descent, SlowWeights, SlowFromConstruction, SetUpAtConstruction])
 def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
     assert_half_of_a_alone(of(cls), "learning rate")
 
 
 @pytest.mark.parametrize(
-    "cls", [OwnRate, OwnRateForVectors, RateOfTheFirstStep, RateInTheStart, RateOfTheFirstGroup, RateByPosition, Locked]
+    "cls",
+    [
+        OwnRate,
+        OwnRateForVectors,
+        RateOfTheFirstStep,
+        RateInTheStart,
+        RateOfTheFirstGroup,
+        RateByPosition,
+        Locked,
+        WithViews,
+    ],
 )
 def test_a_step_that_does_not_follow_the_rate_everywhere_is_scaled_after_the_fact(cls):
     assert_half_of_a_alone(of(cls), "displacement")
@@ -310,6 +358,14 @@ def test_a_rate_of_zero_before_a_warm_up_is_no_obstacle():
     model = Branches()
     handle = attach(of(Descent, lr=0.0)(model), model.groups, rule=rules.ByHand(a=0.5))
     assert "update by learning rate" in repr(handle)
+
+
+def test_what_steps_in_a_mode_of_training_alone_is_tried_in_it():
+    model = Branches()
+    optimizer = of(InTrainMode)(model)
+    handle = attach(optimizer, model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(handle)
+    assert "training" not in optimizer.param_groups[0]
 
 
 def test_a_rate_in_a_tensor_is_tried_as_a_tensor():

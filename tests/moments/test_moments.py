@@ -257,7 +257,6 @@ def test_unmasked_vmap_equals_a_loop():
             r"`x` must be a dense tensor\. Got a nested one\. Pass x\.val",
         ),
         (lambda x: moments(x.to_sparse()), TypeError, r"`x` must be a dense tensor\. Got torch\.sparse_coo\."),
-        (lambda x: moments(x, jagged(x) > 0), TypeError, r"`mask` must be a dense tensor\. Got a nested one\."),
         (lambda x: moments(x, [True]), TypeError, r"`mask` must be a boolean tensor\. Got list\."),
         (lambda x: moments(x[0, 0], torch.ones(2) > 0), ValueError, r"\[3\] for samples of shape \[3\]\. Got \[2\]"),
         (lambda x: moments(x, torch.ones(4, 5)), TypeError, r"`mask` must be a boolean tensor\. Got torch\.float32\."),
