@@ -377,3 +377,14 @@ def test_the_innermost_of_optimizers_around_optimizers_is_hooked(model, back):
     backward(model)
     inner.step()
     assert penalty.balance.step == 1
+
+
+@pytest.mark.parametrize("options", [{"apply_to": "gradient"}, {"max_norm": 0.01}, {"noise": 1.0}])
+def test_gradients_that_cannot_be_written_are_named(model, options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(optimizer, groups_of(model), rule=ByHand(text=0.5), **options)
+    with torch.inference_mode():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="Got inference tensors"):
+        optimizer.step()
