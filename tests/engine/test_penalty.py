@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance.rules import ConflictAware
+from gradbalance.rules import ByHand, ConflictAware
 from tests.engine.models import PLAIN, backward, conflict_aware, gradients, groups_of, slow_norm
 from tests.reference import Reference, SlowConflictAware
 
