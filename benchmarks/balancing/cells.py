@@ -1,7 +1,7 @@
 """What was measured, by testbed, rule and optimizer, and its changes against no balancing."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from benchmarks._statistics import interval
@@ -48,13 +48,22 @@ class Cells:
         for run, found in runs.items():
             if run.seed not in TUNING:
                 self._cells.setdefault((run.bed, run.rule, run.optimizer, run.lr), {})[run.seed] = found
-        self._rates: dict[tuple[str, str], float] = {}
+        self._rates: dict[tuple[str, str, str], float] = {}
 
-    def rate(self, bed: str, optimizer: str) -> float:
-        """The learning rate that is best without balancing."""
-        if (bed, optimizer) not in self._rates:
-            self._rates[bed, optimizer] = best_rate(self._runs, bed, optimizer)
-        return self._rates[bed, optimizer]
+    def rate(self, bed: str, optimizer: str, rule: str = "none") -> float:
+        """The learning rate that is best without balancing, or for a rule if that was tried."""
+        key = bed, optimizer, rule
+        if key not in self._rates:
+            self._rates[key] = best_rate(self._runs, bed, optimizer, rule)
+        return self._rates[key]
+
+    def own(self, bed: str, rule: str, optimizer: str = "AdamW") -> Change | None:
+        """What a rule gains at its own best rate against no balancing at its."""
+        others, cell = (
+            self.cell(bed, "none", optimizer),
+            self.cell(bed, rule, optimizer, self.rate(bed, optimizer, rule)),
+        )
+        return Change.of(cell[s]["test"] - others[s]["test"] for s in sorted(cell) if s in others)
 
     def cell(self, bed: str, rule: str, optimizer: str = "AdamW", lr: float | None = None) -> dict[int, Found]:
         """The runs by seed, at the best rate if ``lr`` is None."""
@@ -75,16 +84,24 @@ class Cells:
         return Change.of(value(cell[s]) - value(others[s]) for s in sorted(cell) if s in others)
 
     def mean(
-        self, bed: str, rule: str, optimizer: str = "AdamW", *, value: Value = lambda f: f["test"]
+        self,
+        bed: str,
+        rule: str,
+        optimizer: str = "AdamW",
+        lr: float | None = None,
+        *,
+        value: Value = lambda found: found["test"],
     ) -> float | None:
         """In points."""
-        cell = self.cell(bed, rule, optimizer)
-        return 100 * sum(map(value, cell.values())) / len(cell) if cell else None
+        cell = self.cell(bed, rule, optimizer, lr)
+        return 100 * fmean(map(value, cell.values())) if cell else None
 
-    def branches(self, bed: str, rule: str, key: str, optimizer: str = "AdamW") -> list[Change | None]:
+    def branches(
+        self, bed: str, rule: str, key: str, optimizer: str = "AdamW", lr: float | None = None
+    ) -> list[Change | None]:
         """The change of ``probes`` or ``missing``, for each branch."""
         names = range(len(BEDS[bed].branches))
-        return [self.change(bed, rule, optimizer, value=lambda found, m=m: found[key][m]) for m in names]
+        return [self.change(bed, rule, optimizer, lr, value=lambda found, m=m: found[key][m]) for m in names]
 
     def headroom(self, bed: str, optimizer: str = "AdamW") -> tuple[Change | None, list[Change | None]]:
         """What encoders trained alone have more than jointly: their outputs added up, and the probe on each."""

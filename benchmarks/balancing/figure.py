@@ -9,7 +9,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.balancing.cells import Cells
-from benchmarks.balancing.grid import TELLING
+from benchmarks.balancing.grid import DEFAULT, TELLING
 from benchmarks.balancing.testbeds import BEDS
 
 RIVALS = {
@@ -21,16 +21,21 @@ OURS, GREY = "#c23b22", "#8a8a8a"
 
 def dots(cells: Cells, optimizer: str) -> dict[str, tuple[float, float]]:
     """Mean change where nothing is wrong and where something is, over the testbeds that all rules have in common."""
-    rules = [rule for rule in ("Coherence", *RIVALS[optimizer]) if any(cells.change(b, rule, optimizer) for b in BEDS)]
-    beds = [b for b in BEDS if rules and all(cells.change(b, rule, optimizer) for rule in rules)]
-    wrong = [b for b in beds if (BEDS[b].starved if optimizer == "SGD" else BEDS[b].wrong)]
-    right = [b for b in beds if b not in wrong]
-    if not wrong or not right:
+    lr = DEFAULT if optimizer == "AdamW" else None
+
+    def gains(rule: str) -> dict[str, float]:
+        return {bed: change.mean for bed in BEDS if (change := cells.change(bed, rule, optimizer, lr))}
+
+    found = {rule: gains(rule) for rule in ("Coherence", *RIVALS[optimizer])}
+    most = max(map(len, (beds for rule, beds in found.items() if rule != "Coherence")), default=0)
+    found = {rule: beds for rule, beds in found.items() if most and len(beds) >= most}
+    common = set.intersection(*map(set, found.values())) if found else set()
+    wrong = {bed for bed in common if (BEDS[bed].starved if optimizer == "SGD" else BEDS[bed].wrong)}
+    if not wrong or wrong == common:
         return {}
-    mean = {
-        rule: [fmean(cells.change(b, rule, optimizer).mean for b in part) for part in (right, wrong)] for rule in rules
+    return {
+        rule: (fmean(beds[b] for b in common - wrong), fmean(beds[b] for b in wrong)) for rule, beds in found.items()
     }
-    return {rule: (x, y) for rule, (x, y) in mean.items()}
 
 
 def draw(cells: Cells, path: Path) -> None:
@@ -47,7 +52,7 @@ def draw(cells: Cells, path: Path) -> None:
                 label, (x, y), textcoords="offset points", xytext=(6, 3), fontsize=10 if ours else 7.5,
                 color=OURS if ours else "#555555", weight="bold" if ours else "normal",
             )  # fmt: skip
-        panel.set_title(optimizer)
+        panel.set_title("AdamW, rate 0.001" if optimizer == "AdamW" else optimizer)
         panel.set_xlabel("change where nothing is wrong, points")
         panel.margins(x=0.25, y=0.12)
         panel.spines[["top", "right"]].set_visible(False)

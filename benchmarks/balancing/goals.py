@@ -32,7 +32,12 @@ def goals(cells: Cells) -> list[Goal]:
         change = cells.change(bed, "Coherence", "AdamW", lr)
         if change:
             rate = f"at {lr or cells.rate(bed, 'AdamW'):g}"
-            found.append(Goal(f"AdamW, {BEDS[bed].title} {rate}: at least +{least}", str(change), change.mean >= least))
+            others = {r: cells.change(bed, "Coherence", "AdamW", r) for r in (1e-3, 3e-3) if lr is None}
+            room = cells.headroom(bed)[0] if lr is None else None
+            shown = [f"{c} at {r:g}" for r, c in others.items() if c and r != cells.rate(bed, "AdamW")]
+            shown += [f"headroom {room}"] if room else []
+            reached = "; ".join([str(change), *shown])
+            found.append(Goal(f"AdamW, {BEDS[bed].title} {rate}: at least +{least}", reached, change.mean >= least))
     for optimizer in ("AdamW", "Adam", "Muon"):
         changes = {bed: cells.change(bed, "Coherence", optimizer) for bed in BEDS}
         known = {bed: change for bed, change in changes.items() if change}

@@ -17,7 +17,10 @@ TUNING = range(90, 93)
 
 
 class Part(NamedTuple):
-    """Some testbeds under one optimizer with some rules; ``lr`` is chosen if None, among those of RATES."""
+    """Some testbeds under one optimizer with some rules.
+
+    ``lr`` is chosen if None, among those of RATES: the one best without balancing, or for the rule with ``own``.
+    """
 
     optimizer: str
     beds: tuple[str, ...]
@@ -25,6 +28,7 @@ class Part(NamedTuple):
     lr: float | None = None
     seeds: Iterable[int] = SEEDS
     tuning: Iterable[int] = TUNING
+    own: bool = False
 
 
 ALL = tuple(BEDS)
@@ -48,51 +52,55 @@ TELLING = (
 )  # fmt: skip
 
 ONCE = TUNING[:1]
+DEFAULT = 1e-3  # the rate that torch proposes for Adam and AdamW, at which most people train
 SMALL = ("POMN", "D", "POM", "YB")  # half a second a run
 PARTS = [
     Part("AdamW", FIRST, BASE),
     Part("SGD", OLD, BASE, seeds=LANDED, tuning=ONCE),
-    Part("AdamW", ("C0",), BASE, lr=1e-3),
-    Part("AdamW", SMALL, TELLING),
-    Part("Adam", SMALL, BASE, tuning=ONCE),
+    Part("AdamW", ("C0", "VC", "C2", *SMALL), BASE, lr=DEFAULT),
+    Part("AdamW", SMALL, TELLING, lr=DEFAULT),
     Part("AdamW", FIRST, (APART,), seeds=FEW),
-    Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16")),
-    Part("AdamW", SMALL, FORMULA),
-    Part("AdamW", OTHERS, BASE, tuning=ONCE),
-    Part(
-        "AdamW", ("V2", "C0"), ("by hand", "own heads", "own heads and Coherence", "OGM-GE", "raise only", "damp only")
-    ),
-    Part("Muon", SMALL, BASE, tuning=ONCE),
     Part("AdamW", ("C0", "C2", "VC"), BASE, lr=3e-3),
-    Part("AdamW", ("V2", "C0", "S2"), TELLING),
-    Part("AdamW", ("V2", "C0"), FORMULA),
-    Part("Adam", ("V2", "C0", "S2"), BASE, tuning=ONCE),
-    Part("AdamW", OTHERS, (APART,), seeds=FEW),
+    Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16"), lr=DEFAULT),
+    Part("Adam", SMALL, BASE, tuning=ONCE),
+    Part("Muon", SMALL, BASE, tuning=ONCE),
+    Part("AdamW", ("C0",), TELLING[:4], lr=DEFAULT),
+    Part("AdamW", SMALL[:3], FORMULA, lr=DEFAULT),
+    Part("AdamW", OTHERS, BASE, lr=DEFAULT),
+    Part("AdamW", ("C0", "V2"), TELLING, lr=DEFAULT),
+    Part("AdamW", SMALL, ("Coherence",), own=True),
+    Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
+    Part("AdamW", ("C0", "V2", "YB"), FORMULA, lr=DEFAULT),
+    Part("AdamW", OTHERS, BASE, tuning=ONCE),
+    Part("AdamW", ("C0", "V2"), ("Coherence",), own=True),
 ]
 
 
-def best_rate(runs: Mapping[Run, Found], bed: str, optimizer: str) -> float:
-    """The learning rate that is best without balancing, by the mean over the seeds of tuning."""
+def best_rate(runs: Mapping[Run, Found], bed: str, optimizer: str, rule: str = "none") -> float:
+    """The learning rate that is best for a rule, by the mean over the seeds of tuning."""
     scores: dict[float, list[float]] = {}
     for run, found in runs.items():
-        if run[:3] == (bed, "none", optimizer) and run.seed in TUNING:
+        if run[:3] == (bed, rule, optimizer) and run.seed in TUNING:
             scores.setdefault(run.lr, []).append(found["valid"])
     return max(scores, key=lambda lr: fmean(scores[lr]), default=nan)
 
 
 def measure(results: Results, part: Part, carry_out: Callable[..., Iterable[Found]] = map) -> None:
     """The learning rates first, then the knobs, then every seed."""
-    starts = [
-        Run(bed, "none", part.optimizer, lr, None, seed)
-        for bed in part.beds
-        for lr in RATES[part.optimizer]
-        for seed in part.tuning
-    ]
     if not part.lr:
-        results.complete(starts, carry_out)
+        results.complete(
+            (
+                Run(bed, rule, part.optimizer, lr, None, seed)
+                for bed in part.beds
+                for rule in (part.rules if part.own else ("none",))
+                for lr in RATES[part.optimizer]
+                for seed in part.tuning
+            ),
+            carry_out,
+        )
 
     def tries(bed: str, rule: str) -> list[Run]:
-        lr = part.lr or best_rate(results, bed, part.optimizer)
+        lr = part.lr or best_rate(results, bed, part.optimizer, rule if part.own else "none")
         knobs = RIVALS[rule].knobs if rule in RIVALS else (None,)
         return [Run(bed, rule, part.optimizer, lr, knob, TUNING[0]) for knob in knobs]
 

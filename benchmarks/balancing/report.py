@@ -10,12 +10,11 @@ from benchmarks._markdown import table
 from benchmarks.balancing.cells import Cells, shown
 from benchmarks.balancing.figure import draw
 from benchmarks.balancing.goals import goals
-from benchmarks.balancing.grid import FORMULA, OLD, TELLING
-from benchmarks.balancing.runs import Found, Run
+from benchmarks.balancing.grid import DEFAULT, FORMULA, OLD, TELLING
+from benchmarks.balancing.runs import RATES, Found, Run
 from benchmarks.balancing.testbeds import BEDS
 
 SCALE_FREE = ("AdamW", "Adam", "Muon")
-RATES = {"C0": (1e-3, 3e-3), "V2": (3e-3,), "C2": (3e-3,), "VC": (3e-3,)}
 
 
 def points(value: float | None) -> str:
@@ -43,32 +42,20 @@ def headroom(cells: Cells) -> list[str]:
     return table(["AdamW", "rate", "joint", "alone and added up", "probe alone / jointly", "joint score without"], rows)
 
 
-def changes(cells: Cells, optimizer: str, rule: str = "Coherence") -> list[str]:
+def changes(cells: Cells, optimizer: str, lr: float | None = None) -> list[str]:
     rows = []
     for name, bed in BEDS.items():
-        change = cells.change(name, rule, optimizer)
+        change = cells.change(name, "Coherence", optimizer, lr)
         if change is None:
             continue
-        cell = cells.cell(name, rule, optimizer)
-        ends = [sum(f["coefficients"][m] for f in cell.values()) / len(cell) for m in range(len(bed.branches))]
         names = [branch.name for branch in bed.branches]
         columns = [
-            shown(f"{n} {c}" for n, c in zip(names, cells.branches(name, rule, key, optimizer), strict=True))
+            shown(f"{n} {c}" for n, c in zip(names, cells.branches(name, "Coherence", key, optimizer, lr), strict=True))
             for key in ("probes", "missing")
         ]
-        last = shown(f"{n} {c:.1f}" for n, c in zip(names, ends, strict=True))
-        score = points(cells.mean(name, "none", optimizer))
-        rows.append([bed.title, f"{cells.rate(name, optimizer):g}", score, change, *columns, last])
-    head = [
-        optimizer,
-        "rate",
-        "none",
-        "Coherence",
-        "probe of a branch",
-        "score without a branch",
-        "coefficients at the end",
-    ]
-    return table(head, rows)
+        score, rate = points(cells.mean(name, "none", optimizer, lr)), lr or cells.rate(name, optimizer)
+        rows.append([bed.title, f"{rate:g}", score, change, *columns])
+    return table([optimizer, "rate", "none", "Coherence", "probe of a branch", "score without a branch"], rows)
 
 
 def descent(cells: Cells) -> list[str]:
@@ -82,30 +69,45 @@ def descent(cells: Cells) -> list[str]:
     return table(["SGD", "none", "Coherence", "the rule before", "difference"], rows)
 
 
-def compared(cells: Cells, rules: Iterable[str], base: str = "none") -> list[str]:
-    """Rules against another under AdamW, where they were run."""
-    rules = [rule for rule in rules if any(cells.change(bed, rule, base=base) for bed in BEDS)]
-    beds = [bed for bed in BEDS if any(cells.change(bed, rule, base=base) for rule in rules if rule != "Coherence")]
+def compared(cells: Cells, rules: Iterable[str]) -> list[str]:
+    """Rules under AdamW at its default rate, where they were run."""
+    rules = [rule for rule in rules if any(cells.change(bed, rule, lr=DEFAULT) for bed in BEDS)]
+    beds = [bed for bed in BEDS if any(cells.change(bed, r, lr=DEFAULT) for r in rules if r != "Coherence")]
     rows = [
-        [rule, *(cells.change(bed, rule, base=base) for bed in beds), _times(cells.slowdown(rule))] for rule in rules
+        [rule, *(cells.change(bed, rule, lr=DEFAULT) for bed in beds), _times(cells.slowdown(rule))] for rule in rules
     ]
-    return table(["AdamW", *(BEDS[bed].title for bed in beds), "time"], rows)
+    return table([f"AdamW at {DEFAULT:g}", *(BEDS[bed].title for bed in beds), "time"], rows)
 
 
 def _times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}"
 
 
-def other_rates(cells: Cells) -> list[str]:
+def rates(cells: Cells) -> list[str]:
+    """The change at every rate that was run beside the best one, and at the best rate for each."""
     rows = []
-    for bed, rates in RATES.items():
-        for lr in sorted({*rates, cells.rate(bed, "AdamW")}):
-            change, runs = cells.change(bed, "Coherence", "AdamW", lr), cells.cell(bed, "none", "AdamW", lr)
-            if change:
-                best = " (best)" if lr == cells.rate(bed, "AdamW") else ""
-                joint = 100 * sum(found["test"] for found in runs.values()) / len(runs)
-                rows.append([BEDS[bed].title, f"{lr:g}{best}", points(joint), change])
-    return table(["AdamW", "rate", "none", "Coherence"], rows)
+    for bed in BEDS:
+        tried = {lr: cells.change(bed, "Coherence", "AdamW", lr) for lr in RATES["AdamW"]}
+        if sum(change is not None for change in tried.values()) > 1:
+            scores = (cells.mean(bed, "none", "AdamW", lr) for lr in tried)
+            marks = ("best: " if lr == cells.rate(bed, "AdamW") else "" for lr in tried)
+            shown = [f"{m}{s:.1f}, {c}" if c else None for m, s, c in zip(marks, scores, tried.values(), strict=True)]
+            rows.append([BEDS[bed].title, *shown])
+    return table(["AdamW: none, Coherence", *(f"{lr:g}" for lr in RATES["AdamW"])], rows)
+
+
+def own_rates(cells: Cells) -> list[str]:
+    rows = [
+        [
+            BEDS[bed].title,
+            f"{cells.rate(bed, 'AdamW'):g}",
+            f"{cells.rate(bed, 'AdamW', 'Coherence'):g}",
+            cells.own(bed, "Coherence"),
+        ]
+        for bed in BEDS
+        if cells.rate(bed, "AdamW", "Coherence") > 0 and cells.own(bed, "Coherence")
+    ]
+    return table(["AdamW", "best rate without", "best with Coherence", "change"], rows)
 
 
 def describe(runs: Mapping[Run, Found]) -> str:
@@ -125,14 +127,18 @@ def describe(runs: Mapping[Run, Found]) -> str:
         *table(["goal", "reached", ""], rows),
         "## Headroom under AdamW\n",
         *headroom(cells),
-        *(line for o in SCALE_FREE for line in (f"## Coherence under {o}\n", *changes(cells, o))),
-        "## Other rates\n",
-        *other_rates(cells),
+        *(line for o in SCALE_FREE for line in (f"## Coherence under {o}, at its best rate\n", *changes(cells, o))),
+        f"## Coherence under AdamW at its default rate, {DEFAULT:g}\n",
+        *changes(cells, "AdamW", DEFAULT),
+        "## At every rate\n",
+        *rates(cells),
+        "Each with the rate of five that is best for it:\n",
+        *own_rates(cells),
         "## Coherence under SGD\n",
         *descent(cells),
-        "## Rivals under AdamW\n",
+        "## Rivals\n",
         *compared(cells, ("Coherence", *TELLING)),
-        "## Parts of the formula, change against no balancing\n",
+        "## Parts of the formula\n",
         *compared(cells, ("Coherence", *FORMULA, "every 4", "every 16")),
     ]
     return "\n".join(parts) + "\n"

@@ -42,7 +42,7 @@ class Config:
     fused: int = setting(64, "width of the gated fusion")
     latent: int = setting(0, "width of z; 0: that of the modality")
     ame: bool = setting(True, "adaptive modality encoders; otherwise z = mu", action=argparse.BooleanOptionalAction)
-    draws: int = setting(32, "of the latent noise, whose mean prediction is evaluated")
+    draws: int = setting(16, "of the latent noise, whose mean prediction is evaluated")
     gate: bool = setting(True, "gated fusion; otherwise the mean", action=argparse.BooleanOptionalAction)
     beta: float = setting(1.0, "weight of the fused modalities beside the text")
     task: str = setting("l1", "loss of the prediction and of the heads", choices=("l1", "mse"))

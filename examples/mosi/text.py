@@ -47,7 +47,7 @@ def transformer(encoder: str) -> nn.Module:
     logging.disable_progress_bar()
     try:
         model = AutoModel.from_pretrained(locate(encoder), dtype=torch.float32, attn_implementation="eager")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # missing, damaged, of another kind: half a dozen kinds of error
         raise ValueError(
             "`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. "
             f"Got {encoder}, and: {str(error).splitlines()[0]} Copy the whole folder, or give another."
@@ -62,7 +62,7 @@ def tokenise(corpus: Corpus, encoder: str) -> Tokens:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(encoder), use_fast=True, add_prefix_space=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ValueError(
             f"`text_encoder` must be minilm, a folder with a tokenizer, or a name on the hub. Got {encoder}, and: "
             f"{str(error).splitlines()[0]} Copy the whole folder, or give another."

@@ -112,7 +112,9 @@ class Twin:
 
     def keeps_copies(self) -> bool:
         """Whether the optimizer holds tensors that lie close to the first or last values of a toy."""
-        kept = [t.detach() for t in _tensors(vars(self.optimizer), set(map(id, self.toys))) if t.is_floating_point()]
+        toys = {p.data_ptr() for p in self.toys}  # and no views of them
+        found = (t.detach() for t in _tensors(vars(self.optimizer), set(map(id, self.toys))))
+        kept = [t for t in found if t.is_floating_point() and t.data_ptr() not in toys]
         pairs = zip(self.toys, self._start, strict=True)
         return any(_is_close(t, p.detach()) or _is_close(t, start) for p, start in pairs for t in kept)
 

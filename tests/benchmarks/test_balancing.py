@@ -275,6 +275,19 @@ def test_a_rate_that_is_given_is_not_tuned(monkeypatch, tmp_path):
     assert [(run.lr, run.seed) for run in results] == [(0.5, 0), (0.5, 1)]
 
 
+def test_a_rule_with_a_rate_of_its_own_takes_the_best_one_for_itself(monkeypatch, tmp_path):
+    def fake(run):
+        return run._asdict() | {"valid": float(run.lr == (0.01 if run.rule == "Coherence" else 0.04)), "test": run.lr}
+
+    monkeypatch.setattr(runs, "train", fake)
+    results = Results(tmp_path / "runs.jsonl")
+    for own, rules in ((False, ("none",)), (True, ("Coherence",))):
+        grid.measure(results, grid.Part("SGD", ("tiny",), rules, seeds=range(200, 202), own=own))
+    known = cells.Cells(results)
+    assert [known.rate("tiny", "SGD", rule) for rule in ("none", "Coherence")] == [0.04, 0.01]
+    assert known.own("tiny", "Coherence", "SGD").mean == pytest.approx(100 * (0.01 - 0.04))
+
+
 def test_every_part_of_the_grid_names_testbeds_and_rivals():
     for part in grid.PARTS:
         assert set(part.beds) <= set(testbeds.BEDS)

@@ -84,6 +84,14 @@ class RateByPosition(Descent):
         return self.rates[id(group)]
 
 
+class WithViews(OwnRate):
+    """As those of heavyball: keeps views of the parameters."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p]["view"] = p.view(p.shape)
+
+
 class AwayFromTheStart(Descent):
     """As MADGRAD: the place is worked out anew from a copy of the start."""
 
@@ -93,6 +101,14 @@ class AwayFromTheStart(Descent):
             state["start"], state["sum"] = p.clone(), torch.zeros_like(p)
         state["sum"] += 0.01 * p.grad
         p.copy_(state["start"] - state["sum"])
+
+
+class BackAfterLong(OwnRate):
+    """Keeps a copy of the start for later than any trial lasts."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p].setdefault("start", p.clone())
 
 
 class SlowWeights(Descent):
@@ -246,7 +262,17 @@ def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
 
 
 @pytest.mark.parametrize(
-    "cls", [OwnRate, OwnRateForVectors, RateOfTheFirstStep, RateInTheStart, RateOfTheFirstGroup, RateByPosition, Locked]
+    "cls",
+    [
+        OwnRate,
+        OwnRateForVectors,
+        RateOfTheFirstStep,
+        RateInTheStart,
+        RateOfTheFirstGroup,
+        RateByPosition,
+        Locked,
+        WithViews,
+    ],
 )
 def test_a_step_that_does_not_follow_the_rate_everywhere_is_scaled_after_the_fact(cls):
     assert_half_of_a_alone(of(cls), "displacement")
@@ -259,8 +285,8 @@ def test_a_cap_on_the_rate_is_found_however_late_it_shows(lr):
 
 def test_param_groups_of_other_settings_are_tried_too():
     def make(model):
-        first, *rest = model.parameters()
-        return OwnRateWhereFlagged([{"params": [first], "flag": False}, {"params": rest, "flag": True}])
+        first, rest = list(model.a.parameters()), [*model.b.parameters(), *model.head.parameters()]
+        return OwnRateWhereFlagged([{"params": rest, "flag": False}, {"params": first, "flag": True}])
 
     assert_half_of_a_alone(make, "displacement")
 
@@ -286,6 +312,7 @@ def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
     ("cls", "why"),
     [
         (AwayFromTheStart, "keeps copies of the parameters"),
+        (BackAfterLong, "keeps copies of the parameters"),
         (InBackward, "hardly moves parameters"),
         (Projected, "steps of some parameters change those of others"),
         (OneForAll, "steps of some parameters change those of others"),

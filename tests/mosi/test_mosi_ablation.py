@@ -16,6 +16,7 @@ from benchmarks.mosi.rows import config, study
 from examples.mosi.build import balancing
 from examples.mosi.config import Config
 from examples.mosi.simulated import simulate
+from tests import needs
 from tests.mosi import samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +161,7 @@ def test_every_row_of_the_paper_has_its_numbers():
 
 
 def test_the_search_gives_both_models_as_many_trials_and_hides_the_test(tmp_path):
+    needs("optuna", extra="bench")
     from benchmarks.mosi.search import search
 
     seen = []

@@ -17,7 +17,7 @@ from examples.mosi import pickles
 from examples.mosi.config import Config
 from examples.mosi.data import load
 from examples.mosi.train import train
-from tests.mosi.mosi_samples import dataset
+from tests.mosi.samples import dataset
 
 PLACES = [
     Path(os.environ.get("GRADBALANCE_DATA", ".")),

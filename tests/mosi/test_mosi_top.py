@@ -162,8 +162,13 @@ def test_settings_that_the_encoder_does_not_have_are_refused(small, tmp_path, se
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_encoder_without_weights_is_refused(small, tmp_path):
-    (tmp_path / "encoder/model.safetensors").unlink()
+@pytest.mark.parametrize("left", [None, 100])
+def test_an_encoder_without_whole_weights_is_refused(small, tmp_path, left):
+    weights = tmp_path / "encoder/model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if left:
+        weights.write_bytes(content[:left])
     with pytest.raises(ValueError, match=r"`text_encoder` must be minilm, a folder with config.json and weights"):
         train.train(Config(**small), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
