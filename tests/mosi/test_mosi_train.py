@@ -283,14 +283,14 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert finish(start("--out", out, "--epochs", 8)).startswith("SIMULATED MOSI")
+    assert finish(start("--out", out, "--epochs", 16)).startswith("SIMULATED MOSI")
     return out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
     out = tmp_path / "killed"
-    process = start("--out", out, "--epochs", 8)
+    process = start("--out", out, "--epochs", 16)
     log = out / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
         time.sleep(0.01)
