@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # else each process imports it at its first step
 
 from benchmarks.census.optimizers import PACKAGES, Make, listed
-from benchmarks.census.report import table
+from benchmarks.census.report import table, versions
 from benchmarks.census.run import Verdict, verdict
 
 RESULTS = Path(__file__).parent / "results.md"
@@ -65,7 +65,7 @@ def main() -> None:
                 print(json.dumps([package, name, *found]), flush=True)
     report = table(rows)
     if not arguments.names:
-        arguments.out.write_text(report)
+        arguments.out.write_text(f"{report}\n{versions(PACKAGES)}")
     print(report.split("\n## ")[0])
     sys.exit(any(found.outcome == "SILENT" for *_, found in rows))
 

@@ -1,8 +1,17 @@
 """The table of the census."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from benchmarks.census.run import OUTCOMES, Verdict
+
+DISTRIBUTIONS = {"torch.optim": "torch", "torchao.optim": "torchao"}  # where they differ from the name
+
+
+def versions(packages: Sequence[str]) -> str:
+    """A line with the version of each package."""
+    found = {DISTRIBUTIONS.get(package, package): None for package in packages}
+    return f"Measured with {', '.join(f'{name} {version(name)}' for name in found)}, on the CPU.\n"
 
 
 def table(rows: Sequence[tuple[str, str, Verdict]]) -> str:

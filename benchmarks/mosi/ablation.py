@@ -31,7 +31,14 @@ RESULTS = Path(__file__).parent / "results"
 MPNET = Path("~/.cache/gradbalance/encoders/all-mpnet-base-v2").expanduser()
 STUDIES = {
     "frozen": {"epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
-    "top": {"text_encoder": str(MPNET), "text_layers": 6, "epochs": 5, "precision": "bf16", "draws": 32},
+    "top": {
+        "text_encoder": str(MPNET),
+        "text_layers": 6,
+        "text_lr": 5e-5,
+        "epochs": 5,
+        "precision": "bf16",
+        "draws": 32,
+    },
     # The paper's own settings, for a GPU.
     "finetune": {"text_encoder": "microsoft/deberta-v3-base", "text_lr": 1e-5, "epochs": 30, "batch_size": 8},
 }

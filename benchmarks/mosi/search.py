@@ -24,7 +24,7 @@ def search(rows: dict[str, Row], train: Callable[..., dict], path: Path, trials:
     for model, row in MODELS.items():
 
         def objective(trial: optuna.Trial, row: Row = rows[row]) -> float:
-            own = config(row, {row.tuned: suggest(trial)}, **SEARCH, **common)
+            own = config(row, {row.tuned: suggest(trial)}, **common | SEARCH)
             value = min(line["valid"]["mae"] for line in train(own)["history"])
             print(f"{row.title}: validation MAE {value:.3f} with {trial.params}", flush=True)
             return value

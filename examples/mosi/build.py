@@ -55,7 +55,8 @@ def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generato
     """AdamW, under the penalty if there is more than one modality to balance."""
     slow = trainable(model.text) if isinstance(model.text, Transformer) else []
     fast = [p for p in trainable(model) if all(p is not q for q in slow)]
-    parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": config.text_lr}] * bool(slow)
+    slow_lr = config.text_lr or 1e-4 * 384 / model.width
+    parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": slow_lr}] * bool(slow)
     optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay, fused=True)
     groups = {name: trainable(module) for name, module in model.groups().items()}
     if config.balance == "paper" and len(groups.keys() - {"text"}) < 2:

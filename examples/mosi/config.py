@@ -33,7 +33,7 @@ class Config:
     balance: str = setting("default", "which rule of the penalty; default: the library's", choices=BALANCE)
     penalty: dict[str, Any] = field(default_factory=dict)  # further options of ConflictAwarePenalty, for studies
     lr: float = setting(1e-3, "peak learning rate of AdamW")
-    text_lr: float = setting(5e-5, "the same for a text encoder that is trained")
+    text_lr: float = setting(0.0, "the same for a trained text encoder; 0: 1e-4 at a width of 384, 5e-5 at 768")
     weight_decay: float = setting(1e-2, "of AdamW")
     warmup: float = setting(0.1, "share of the steps before the peak")
     max_norm: float = setting(1.0, "at which the gradient is clipped; 0 leaves it as it is")

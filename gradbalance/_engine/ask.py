@@ -126,6 +126,11 @@ def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | N
             f"{name_of(rule)} must give finite coefficients >= 0 of shape {tuple(norms.shape)}. "
             f"Got {shown or tuple(coefficients.shape)}. Mind the NaN before a mean is known."
         )
+    if conflicts is not None and conflicts.shape != (len(norms), len(norms)):
+        raise ValueError(
+            f"{name_of(rule)} must give conflicts of shape {(len(norms), len(norms))}. Got {tuple(conflicts.shape)}. "
+            "Return the coefficients alone, or with who is damped for whose sake."
+        )
     return coefficients.to(norms, copy=True), conflicts  # a rule may go on writing to its answer
 
 

@@ -15,7 +15,7 @@ from gradbalance._engine.groups import Assignment
 from gradbalance._engine.state import Balance, State
 from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
-from gradbalance._gradients.layout import Layout, on_host
+from gradbalance._gradients.layout import Gathered, Layout, on_host
 from gradbalance._gradients.meter import Meter, Reading
 from gradbalance._gradients.write import add_noise_, spreads, write_
 from gradbalance._torch.displacement import Displacement
@@ -94,13 +94,24 @@ class Engine:
             due = state.keep_deciding(self._window, fresh)
             norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
 
-        stds = spreads(gathered, len(state.names)) if self._noise else []
-        write_(gathered, norms, state.coefficients if self.into_gradients else None, self._max_norm)
-        if self._noise:
-            add_noise_(gathered, len(state.names), stds, self._noise, due, self._generator)
+        if self._writes:
+            self._write(gathered, norms, due)
         if self.way is not None:
             self.way.begin(state.coefficients)
         self._left, self._in_step, self._acted = Fingerprint(meter.layout), True, True
+
+    def _write(self, gathered: list[Gathered], norms: Tensor | None, due: Flag) -> None:
+        """Scale and clip the gradients, and add noise."""
+        n, coefficients = len(self.state.names), self.state.coefficients if self.into_gradients else None
+        stds = spreads(gathered, n) if self._noise else []
+        try:
+            write_(gathered, norms, coefficients, self._max_norm)
+            if self._noise:
+                add_noise_(gathered, n, stds, self._noise, due, self._generator)
+        except RuntimeError as error:
+            if any(t.is_inference() for g in gathered for t in g.write):
+                raise RuntimeError(_INFERENCE) from error
+            raise
 
     def _current_meter(self) -> Meter:
         """The meter, made anew when the optimizer holds other parameters, or other ones of them are trained."""
@@ -194,6 +205,10 @@ class Engine:
             self._rule.load_state_dict(kept["rule_state"])
 
 
+_INFERENCE = (
+    'The gradients must be writable for `apply_to="gradient"`, `max_norm` and `noise`. Got inference tensors. Make '
+    "them outside `torch.inference_mode()`, or scale the update alone."
+)
 _NO_GRADIENTS = (
     "The optimizer must hold parameters that get gradients. Got none with a gradient on this rank. Build it after "
     "wrapping or sharding the model: FSDP1 replaces the parameters."

@@ -73,7 +73,7 @@ class Penalty:
                 stacklevel=3,
             )
         assignment = grouping.assign(self._reader.param_groups, groups)
-        way = way_to_scale(self._stepper) if acts and apply_to == "update" else None
+        way = way_to_scale(optimizer) if acts and apply_to == "update" else None
         self._engine = Engine(self._reader, self._stepper, assignment, way, self._options)
         save = self._engine.save if persist else None
         self._checkpoint = Checkpoint(optimizer, (self._reader, self._stepper), save, self._engine.load)

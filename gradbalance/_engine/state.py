@@ -63,6 +63,9 @@ class State:
         complete: Whether every mean that is measured is known, of every group.
     """
 
+    step: Tensor
+    ones: Tensor
+
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         nothing = dict.fromkeys(names, (None, None, None, 1.0))
@@ -98,7 +101,7 @@ class State:
             self.coefficients = self.decided if due else self.ones
         else:
             self.coefficients = torch.where(due, self.decided, 1.0)
-        self.step.add_(counts)
+        self._count(counts)
         return due
 
     def remember(self, counts: Tensor | bool, **new: Tensor | None) -> None:
@@ -110,7 +113,13 @@ class State:
                 else:
                     old = getattr(self, name)
                     old.copy_(torch.where(counts, value, old))
-        self.step.add_(counts)
+        self._count(counts)
+
+    def _count(self, counts: Tensor | bool) -> None:
+        if isinstance(counts, bool):
+            self.step = self.step + counts  # anew, as a rule may keep the one that it was given
+        else:
+            self.step.add_(counts)
 
     def to(self, home: torch.device) -> None:
         """Move to the device of the parameters."""

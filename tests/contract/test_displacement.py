@@ -155,19 +155,6 @@ def test_a_counter_in_a_tensor_of_the_param_group_counts_once_a_step(there):
     assert [optimizer.param_groups[0]["step"] for optimizer in kept] == [10, 10]
 
 
-def test_the_lambs_of_timm_count_once_a_step():
-    timm_optim = pytest.importorskip("timm.optim")
-    for name in ("lamb", "lambc", "lambcd", "lambcw", "lambw", "clamb", "clambw"):
-        kept = []
-
-        def make(model, name=name, kept=kept):
-            kept.append(timm_optim.create_optimizer_v2(model.parameters(), opt=name, lr=1e-3, weight_decay=0.0))
-            return kept[-1]
-
-        assert_half_of_a_alone(make, "learning rate", steps=10)
-        assert [optimizer.param_groups[0]["step"] for optimizer in kept] == [10, 10]
-
-
 def rprop(model):
     return Rprop(model.parameters(), lr=1e-3)
 

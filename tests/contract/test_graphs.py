@@ -22,6 +22,7 @@ from tests.contract.own_rules import RULES
 
 pytestmark = cancels
 
+ERRORS = errors_at(0).items()
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
 
 
@@ -76,8 +77,9 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "on_host", lambda device: False)
 
 
-@pytest.mark.parametrize("told", [None, {name: torch.tensor(e) for name, e in errors_at(0).items()}])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "told"), [*((rule, None) for rule in RULES), ("conflicts", {n: torch.tensor(e) for n, e in ERRORS})]
+)
 @pytest.mark.parametrize(
     ("case", "mode"), [pytest.param(c, m, id=f"{c}-{m}") for c in TORCH if not c.variant for m in c.modes]
 )

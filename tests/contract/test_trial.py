@@ -103,6 +103,14 @@ class AwayFromTheStart(Descent):
         p.copy_(state["start"] - state["sum"])
 
 
+class BackAfterLong(OwnRate):
+    """Keeps a copy of the start for later than any trial lasts."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p].setdefault("start", p.clone())
+
+
 class SlowWeights(Descent):
     """As Ranger: each fifth step goes back half of the way, to a copy."""
 
@@ -277,8 +285,8 @@ def test_a_cap_on_the_rate_is_found_however_late_it_shows(lr):
 
 def test_param_groups_of_other_settings_are_tried_too():
     def make(model):
-        first, *rest = model.parameters()
-        return OwnRateWhereFlagged([{"params": [first], "flag": False}, {"params": rest, "flag": True}])
+        first, rest = list(model.a.parameters()), [*model.b.parameters(), *model.head.parameters()]
+        return OwnRateWhereFlagged([{"params": rest, "flag": False}, {"params": first, "flag": True}])
 
     assert_half_of_a_alone(make, "displacement")
 
@@ -304,6 +312,7 @@ def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
     ("cls", "why"),
     [
         (AwayFromTheStart, "keeps copies of the parameters"),
+        (BackAfterLong, "keeps copies of the parameters"),
         (InBackward, "hardly moves parameters"),
         (Projected, "steps of some parameters change those of others"),
         (OneForAll, "steps of some parameters change those of others"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance.rules import ConflictAware
+from gradbalance.rules import ByHand, ConflictAware
 from tests.engine.models import PLAIN, backward, conflict_aware, gradients, groups_of, slow_norm
 from tests.reference import Reference, SlowConflictAware
 
@@ -377,3 +377,14 @@ def test_the_innermost_of_optimizers_around_optimizers_is_hooked(model, back):
     backward(model)
     inner.step()
     assert penalty.balance.step == 1
+
+
+@pytest.mark.parametrize("options", [{"apply_to": "gradient"}, {"max_norm": 0.01}, {"noise": 1.0}])
+def test_gradients_that_cannot_be_written_are_named(model, options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(optimizer, groups_of(model), rule=ByHand(text=0.5), **options)
+    with torch.inference_mode():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="Got inference tensors"):
+        optimizer.step()

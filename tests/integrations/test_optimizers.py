@@ -96,8 +96,7 @@ PLACES = ["pid2config", "index2config", "module_weight_config_triple"]
 
 @pytest.mark.parametrize("where", PLACES)
 def test_settings_of_bitsandbytes_beside_the_param_groups_are_scaled_after_the_fact(where, overrides):
-    def distances(damped):
-        model = Toy()
+    def distances(model, damped):
         overrides(model, where)
         optimizer = taken_from("bitsandbytes").optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
         if damped:
@@ -108,7 +107,8 @@ def test_settings_of_bitsandbytes_beside_the_param_groups_are_scaled_after_the_f
         optimizer.step()
         return {n: (p - p0).norm().item() for (n, p), p0 in zip(model.named_parameters(), start, strict=True)}
 
-    plain, damped = distances(damped=False), distances(damped=True)
+    models = Toy(), Toy()  # both alive: the manager knows parameters by their id
+    plain, damped = distances(models[0], damped=False), distances(models[1], damped=True)
     for name in plain:
         assert damped[name] == pytest.approx((0.5 if "text" in name else 1.0) * plain[name], rel=1e-3)
 

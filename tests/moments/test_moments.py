@@ -150,6 +150,12 @@ def test_zero_variance_gives_zero_higher_moments_and_a_finite_gradient(value, ma
     assert x.grad.abs().max() <= 1e-6 * max(1, abs(value))
 
 
+def test_the_covariance_stays_accurate_a_million_deviations_from_the_origin():
+    x = gamma(97, 3, offset=1.4e6)
+    found, expected = (central_moments(part, covariance=True).covariance for part in (x, x.double()))
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("spread", [1e-12, 1e-20, 1e-38])
 def test_a_spread_too_small_for_float32_counts_as_zero_variance(spread):
     x = torch.tensor([[0.0], [0.0], [spread]], requires_grad=True)

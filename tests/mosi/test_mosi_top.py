@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
 from examples.mosi import text, train
-from examples.mosi.build import build
+from examples.mosi.build import build, optimizer_of
 from examples.mosi.config import Config
 from examples.mosi.data import Ragged
 from examples.mosi.draw import Draw
@@ -232,3 +232,12 @@ def test_ragged_states_keep_their_utterances(corpus, small):
     rows = text.states(corpus, Config(**small)).rows
     assert isinstance(rows, Ragged)
     assert len(rows.offset) == len(corpus.ids) + 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0.0, 1e-4 * 384 / 32), (3e-5, 3e-5)])
+def test_the_layers_of_the_encoder_have_a_learning_rate_of_their_own(small, given, expected):
+    config = Config(**small, text_lr=given, modalities=("text",))
+    model = build(config, train.prepare(config), [], Draw(torch.device("cpu")))
+    others, encoder = optimizer_of(model, config, 10, torch.Generator()).param_groups
+    assert {id(p) for p in encoder["params"]} == {id(p) for p in model.text.parameters() if p.requires_grad}
+    assert (others["lr"], encoder["lr"]) == (config.lr, pytest.approx(expected))

@@ -259,10 +259,10 @@ def start(encoder, tmp_path_factory):
     """Starts the command in a process of its own, on simulated data with a small encoder."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(*flags, text="frozen", launcher=(sys.executable, "-m")):
+    def start(*flags, launcher=(sys.executable, "-m")):
         environment = os.environ | {"GRADBALANCE_CACHE": str(cache)}
         settings = ["--data", "simulated:8", "--text-encoder", encoder, "--hidden", "16", "--fused", "16"]
-        settings += ["--text", text, "--text-layers", "1", "--draws", "4"]
+        settings += ["--text", "top", "--text-layers", "1", "--draws", "4"]
         settings = [] if "--resume" in flags else settings
         return subprocess.Popen(
             [*launcher, "examples.mosi", *settings, *map(str, flags)],
@@ -280,20 +280,17 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-@pytest.fixture(scope="module", params=["frozen", "top"])
-def whole(request, start, tmp_path_factory):
-    """A run that was left alone, and the flags that start it."""
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    flags = ("--epochs", 8)
-    assert finish(start("--out", out, *flags, text=request.param)).startswith("SIMULATED MOSI")
-    return out, flags, request.param
+    assert finish(start("--out", out, "--epochs", 16)).startswith("SIMULATED MOSI")
+    return out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
-    unharmed, flags, text = whole
     out = tmp_path / "killed"
-    process = start("--out", out, *flags, text=text)
+    process = start("--out", out, "--epochs", 16)
     log = out / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
         time.sleep(0.01)
@@ -305,15 +302,15 @@ def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
         assert process.returncode == 130
         assert f"python -m examples.mosi --resume {out}" in errors.splitlines()[-1]
     finish(start("--resume", out))
-    assert_same_run(unharmed, out)
+    assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("text", ["frozen", "top"])
-def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path, text):
+def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    flags = ("--epochs", 1, "--warmup", 0.5)
-    finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags, text=text))
-    finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, text=text, launcher=torchrun))
+    # Signs of the L1 loss can cancel to exactly 0 in one process alone, and Adam takes a whole step for the rest.
+    flags = ("--epochs", 1, "--warmup", 0.5, "--task", "mse")
+    finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags))
+    finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, launcher=torchrun))
     assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
     tests = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "two")]
     assert tests[0]["mae"] == pytest.approx(tests[1]["mae"], abs=1e-4)

@@ -7,7 +7,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import _markdown, _overhead_report, _overhead_rivals, _timing, gpu, overhead
+from benchmarks import _markdown, _timing, gpu
+from benchmarks.overhead import measure as overhead
+from benchmarks.overhead import report as overhead_report
+from benchmarks.overhead import rivals, small
+from gradbalance import rules
 
 
 def norm_of(groups):
@@ -20,17 +24,31 @@ def test_the_step_that_is_timed_acts_every_time(mode):
     step = overhead.penalty(groups, overhead.MODES[f"{mode} + max_norm"])
     for _ in range(3):
         overhead.renewal(groups)()
-        assert norm_of(groups) > 1.005 * _overhead_rivals.MAX_NORM
+        assert norm_of(groups) > 1.005 * rivals.MAX_NORM
         step()
-        assert norm_of(groups) == pytest.approx(_overhead_rivals.MAX_NORM, rel=2e-3)
+        assert norm_of(groups) == pytest.approx(rivals.MAX_NORM, rel=2e-3)
 
 
-def test_busy_scaling_leaves_the_smallest_group_alone_and_no_other():
+def test_busy_scaling_leaves_the_last_group_alone_and_no_other():
     groups = overhead.with_gradients(3, 3, 50, "cpu")
     before = [float(p.grad.norm()) for group in groups.values() for p in group]
     overhead.penalty(groups, overhead.MODES["gradient"])()
     after = [float(p.grad.norm()) for group in groups.values() for p in group]
-    assert [a < b for a, b in zip(after, before, strict=True)] == [b > min(before) for b in before]
+    assert [a < b for a, b in zip(after, before, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("most", "optimizer", "options"),
+    [
+        (31, "AdamW", {}),
+        (14, "AdamW", {"rule": rules.Watch()}),
+        (11, "AdamW", {"rule": rules.ByHand(a=0.5)}),
+        (45, "SGD", {}),
+        (49, "SGD", {"apply_to": "gradient"}),
+    ],
+)
+def test_a_step_dispatches_no_more_operators_than_are_told(most, optimizer, options):
+    assert len(small.operators(optimizer, **options)) <= most
 
 
 @pytest.mark.parametrize("n_groups", [2, 3, 7])
@@ -43,7 +61,7 @@ def test_gradients_are_dealt_to_all_groups(n_groups):
 def test_zclip_clips_an_outlier_and_nothing_else():
     groups = overhead.with_gradients(2, 4, 50, "cpu")
     parameters = [p for group in groups.values() for p in group]
-    clip = _overhead_rivals.ZClip(parameters, warm_up=4)
+    clip = rivals.ZClip(parameters, warm_up=4)
     for scale in (1.0, 1.1, 0.9, 1.05):
         for p in parameters:
             p.grad.fill_(scale)
@@ -59,7 +77,7 @@ def test_ogm_ge_damps_the_better_branch_alone():
     torch.manual_seed(0)
     groups = overhead.with_gradients(2, 2, 10_000, "cpu")
     before = {name: group[0].grad.clone() for name, group in groups.items()}
-    _overhead_rivals.OGMGE(groups, alpha=1.0)([torch.tensor(3.0), torch.tensor(1.0)])
+    rivals.OGMGE(groups, alpha=1.0)([torch.tensor(3.0), torch.tensor(1.0)])
     for (name, (p,)), factor in zip(groups.items(), (1 - torch.tanh(torch.tensor(3.0)), 1.0), strict=True):
         noise = p.grad - factor * before[name]
         assert float((noise * before[name]).mean()) == pytest.approx(0, abs=0.05)
@@ -114,10 +132,10 @@ def test_a_cell_holds_the_figure_of_the_gpu_or_says_why_it_does_not(results, sho
 
 
 def test_the_reports_show_what_the_gpu_gave():
-    figures = json.loads(overhead.JSON.read_text())
-    assert _overhead_report.report(figures, {}).count(_markdown.NOT_RUN) == 13
+    figures = json.loads(overhead_report.JSON.read_text())
+    assert overhead_report.report(figures, {}).count(_markdown.NOT_RUN) == 13
     on_gpu = {"overhead": {**figures, "steps": [*figures["steps"], {"error": "no"}]}, "graph_difference": 0.0}
-    shown = _overhead_report.report(figures, on_gpu)
+    shown = overhead_report.report(figures, on_gpu)
     assert shown.count(_markdown.NOT_RUN) == 5
     for row in shown.splitlines():
         if row.startswith(("| whole step /", "| gradient mode")):
