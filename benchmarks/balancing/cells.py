@@ -104,8 +104,14 @@ class Cells:
         return [self.change(bed, rule, optimizer, lr, value=lambda found, m=m: found[key][m]) for m in names]
 
     def headroom(self, bed: str, optimizer: str = "AdamW") -> tuple[Change | None, list[Change | None]]:
-        """What encoders trained alone have more than jointly: their outputs added up, and the probe on each."""
-        return self.change(bed, APART, optimizer), self.branches(bed, APART, "probes", optimizer)
+        """What encoders trained alone have more than jointly.
+
+        Returns:
+            That of their outputs added up, or of the best alone if that is more; and that of the probe on each.
+        """
+        joint, apart = self.cell(bed, "none", optimizer), self.cell(bed, APART, optimizer)
+        whole = (max(apart[s]["test"], *apart[s]["alone"]) - joint[s]["test"] for s in sorted(apart) if s in joint)
+        return Change.of(whole), self.branches(bed, APART, "probes", optimizer)
 
     def slowdown(self, rule: str, optimizers: Sequence[str] = ("AdamW",)) -> float | None:
         """Processor time of a training against the plain one, the median over all pairs."""

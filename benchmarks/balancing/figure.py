@@ -16,6 +16,15 @@ RIVALS = {
     "SGD": ("landed", "faster by hand", "slower by hand", "OGM-GE", "clip groups", "paper"),
     "AdamW": TELLING,
 }
+NAMES = {
+    "landed": "the rule before",
+    "by hand": "rates by hand, tuned",
+    "faster by hand": "faster by hand, tuned",
+    "slower by hand": "slower by hand, tuned",
+    "epochwise, as MILES": "epoch rule, as MILES",
+    "update over signal to noise": "update / signal to noise",
+    "update times signal to noise": "update × signal to noise",
+}
 OURS, GREY = "#c23b22", "#8a8a8a"
 
 
@@ -44,14 +53,22 @@ def draw(cells: Cells, path: Path) -> None:
     for panel, optimizer in zip(panels, RIVALS, strict=True):
         panel.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
         panel.axvline(0, color="#cccccc", linewidth=0.8, zorder=0)
-        for rule, (x, y) in sorted(dots(cells, optimizer).items(), key=lambda dot: dot[1]):
+        found = sorted(dots(cells, optimizer).items(), key=lambda dot: dot[1][1])
+        gap = 0.05 * (found[-1][1][1] - found[0][1][1]) if found else 0.0
+        low = -float("inf")
+        for rule, (x, y) in found:
             ours = rule == "Coherence"
             panel.scatter(x, y, s=70 if ours else 28, color=OURS if ours else GREY, zorder=3 if ours else 2)
-            label = "the rule before" if rule == "landed" else rule
+            low = max(y, low + gap)  # names do not overlap
             panel.annotate(
-                label, (x, y), textcoords="offset points", xytext=(6, 3), fontsize=10 if ours else 7.5,
-                color=OURS if ours else "#555555", weight="bold" if ours else "normal",
-            )  # fmt: skip
+                NAMES.get(rule, rule),
+                (x, low),
+                textcoords="offset points",
+                xytext=(7, -3),
+                fontsize=10 if ours else 7.5,
+                color=OURS if ours else "#555555",
+                weight="bold" if ours else "normal",
+            )
         panel.set_title("AdamW, rate 0.001" if optimizer == "AdamW" else optimizer)
         panel.set_xlabel("change where nothing is wrong, points")
         panel.margins(x=0.25, y=0.12)

@@ -39,7 +39,9 @@ def headroom(cells: Cells) -> list[str]:
         rows.append(
             [bed.title, f"{cells.rate(name, 'AdamW'):g}", points(joint), added, shown(branches), shown(without)]
         )
-    return table(["AdamW", "rate", "joint", "alone and added up", "probe alone / jointly", "joint score without"], rows)
+    return table(
+        ["AdamW", "rate", "joint", "alone, best or added up", "probe alone / jointly", "joint score without"], rows
+    )
 
 
 def changes(cells: Cells, optimizer: str, lr: float | None = None) -> list[str]:

@@ -314,7 +314,7 @@ LINES = [
     found("none", 90, 0.5, lr=1e-3),
     *(found("none", s, t) for s, t in ((200, 0.5), (201, 0.7))),
     *(found("Coherence", s, t) for s, t in ((201, 0.9), (200, 0.6), (202, 0.0))),
-    *(found(APART, s, 0.8) for s in (200, 201)),
+    *(found(APART, s, 0.8, alone=[0.9, 0.1]) for s in (200, 201)),
 ]
 
 
@@ -323,7 +323,9 @@ def test_changes_pair_the_seeds_of_a_rule_with_those_without_balancing():
     assert known.rate("C0", "AdamW") == 1e-2
     change = known.change("C0", "Coherence")
     assert (change.mean, change.seeds) == (pytest.approx(15), 2)
-    assert known.headroom("C0")[1][0].mean == pytest.approx(20)
+    whole, probes = known.headroom("C0")
+    assert whole.mean == pytest.approx(30)  # the best alone is more than what they add up to
+    assert probes[0].mean == pytest.approx(20)
 
 
 def test_a_goal_is_met_or_not_by_the_mean():

@@ -7,6 +7,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer, Rprop
 
 from gradbalance import attach, rules
+from tests import needs
 from tests.contract.fixed import Branches, assert_half_of_a_alone, feed
 
 
@@ -67,7 +68,8 @@ def saved():
 @pytest.mark.parametrize("key", ["rule", "step", "groups", "errors", "sketch", "phase"])
 def test_a_checkpoint_without_a_key_is_refused_in_words(key):
     state = saved()
-    del state["param_groups"][0]["gradbalance"][key]
+    (kept,) = state["param_groups"][0]["gradbalance"]
+    del kept[key]
     model = Branches()
     optimizer = AdamW(model.parameters())
     attach(optimizer, model.groups)
@@ -115,7 +117,7 @@ def test_gradients_made_in_inference_mode_are_read_in_update_mode(cls):
 
 
 def test_adabound_whose_rates_go_by_position_works():
-    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    pytorch_optimizer = needs("pytorch_optimizer")
 
     def make(model):
         return pytorch_optimizer.AdaBound(model.parameters(), lr=1e-3)
@@ -124,7 +126,7 @@ def test_adabound_whose_rates_go_by_position_works():
 
 
 def test_dadaptsgd_is_refused_by_name():
-    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    pytorch_optimizer = needs("pytorch_optimizer")
     model = Branches()
     with pytest.raises(ValueError, match="Got DAdaptSGD, whose"):
         attach(pytorch_optimizer.DAdaptSGD(model.parameters()), model.groups)

@@ -122,7 +122,7 @@ def test_the_logarithm_of_silence_becomes_zero(utterances, tmp_path):
 
 def test_a_pickle_can_be_trained_on(utterances, tmp_path):
     corpus = load(str(write(tmp_path, mag(utterances))))
-    result = train(Config(epochs=1, hidden=8, fused=8, balance="paper"), dataset(corpus))
+    result = train(Config(epochs=1, text="frozen", hidden=8, fused=8, balance="paper"), dataset(corpus))
     assert result["banner"].startswith("mosi.pkl, the format of MAG-BERT, real data, the file's own split (40/10/10)")
 
 

@@ -307,7 +307,8 @@ def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
 
 def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    flags = ("--epochs", 1, "--warmup", 0.5)
+    # Signs of the L1 loss can cancel to exactly 0 in one process alone, and Adam takes a whole step for the rest.
+    flags = ("--epochs", 1, "--warmup", 0.5, "--task", "mse")
     finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags))
     finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, launcher=torchrun))
     assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
