@@ -70,7 +70,9 @@ class Engine:
         self._end_scaling()
         meter, state = self._current_meter(), self.state
         asks = self._steps % self._every == 0
-        gathered = meter.layout.gather() if asks or self._writes else []
+        # The step before it is read too: coherence is that of successive gradients.
+        precedes = self._needs_coherence and not asks and (self._steps + 1) % self._every == 0
+        gathered = meter.layout.gather() if asks or precedes or self._writes else []
         if asks and world_size() > 1 and not any(g.read for g in gathered):
             warnings.warn(_NO_GRADIENTS, UserWarning, stacklevel=2)
 
@@ -92,6 +94,9 @@ class Engine:
             if (found_inf := getattr(self._stepper, "found_inf", None)) is not None:
                 fresh = (found_inf.to(state.home) == 0) & fresh  # GradScaler will skip the step
             due = state.keep_deciding(self._window, fresh)
+            if precedes:
+                meter.read(gathered, None, self._stepper, self._process_group)
+                meter.keep(fresh)
             norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
 
         if self._writes:

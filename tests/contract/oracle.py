@@ -126,9 +126,10 @@ class ByHand:
         observed = None if errors is None else [errors.get(name) for name in NAMES]
         before = self.engine.steps
         cosines, now = zip(*map(self.cosine, NAMES), strict=True)
-        asks = self.engine.calls % self.engine.every == 0
+        # At the steps that are measured, and at those just before: coherence is that of successive gradients.
+        reads = any((self.engine.calls + ahead) % self.engine.every == 0 for ahead in (0, 1))
         self.coefficients = dict(zip(NAMES, self.engine.step(norms, observed, cosines), strict=True))
-        if asks and self.engine.steps > before:
+        if reads and self.engine.steps > before:
             self.last = dict(zip(NAMES, now, strict=True))
 
     def cosine(self, name):
