@@ -36,8 +36,7 @@ def dots(cells: Cells, optimizer: str) -> dict[str, tuple[float, float]]:
         return {bed: change.mean for bed in BEDS if (change := cells.change(bed, rule, optimizer, lr))}
 
     found = {rule: gains(rule) for rule in ("Coherence", *RIVALS[optimizer])}
-    most = max(map(len, (beds for rule, beds in found.items() if rule != "Coherence")), default=0)
-    found = {rule: beds for rule, beds in found.items() if most and len(beds) >= most}
+    found = {rule: beds for rule, beds in found.items() if beds}
     common = set.intersection(*map(set, found.values())) if found else set()
     wrong = {bed for bed in common if (BEDS[bed].starved if optimizer == "SGD" else BEDS[bed].wrong)}
     if not wrong or wrong == common:
