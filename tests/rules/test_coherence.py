@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gradbalance.rules import Coherence, Measured
+from tests.reference import coherent_coefficients
 from tests.rules.asking import Asked
 from tests.strategies import group_norms, measurements
 
@@ -121,3 +122,39 @@ def test_an_option_that_is_no_number_of_its_range_is_refused_by_name(option):
     for value in (-1.0, math.nan):
         with pytest.raises(ValueError, match=rf"`{option}` must be .* Got .*\. [A-Z]"):
             Coherence(**{option: value})
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "most": st.sampled_from([1.0, 2.0, 10.0]),
+        "chance": st.sampled_from([0.01, 0.5]),
+        "clear": st.sampled_from([0.02, 1.0]),
+    },
+)
+
+
+@given(measured=measurements(inactive=False), options=OPTIONS)
+def test_the_rule_equals_its_equations(measured, options):
+    coherences = [None if math.isnan(a) else a for a in measured.coherences.tolist()]
+    expected = coherent_coefficients(coherences, measured.shares.tolist(), measured.scale_free, **options)
+    assert Coherence(**options)(measured).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("coherences", "shares", "scale_free", "expected"),
+    [
+        ([0.3, 0.1], [0.5, 0.5], True, [3.0, 1.0]),
+        ([0.35, 0.2], [0.5, 0.5], True, [2.25, 1.0]),
+        ([0.0, -0.5], [0.5, 0.5], True, [1.0, 1.0]),
+        ([0.9, 0.0], [0.004, 0.996], False, [20.0, 1 / 3]),
+        ([0.4, 0.15], [0.25, 0.75], False, [3.0, 1 / 3]),
+    ],
+)
+def test_some_coefficients_are_these(coherences, shares, scale_free, expected):
+    given_these = torch.tensor([coherences, shares], dtype=torch.float64)
+    measured = Measured(
+        ("a", "b"), given_these[1], given_these[1], given_these[0], None, given_these[1] > 0, scale_free,
+        torch.ones(2, dtype=torch.float64), torch.tensor(9.0),
+    )  # fmt: skip
+    assert RULE(measured).tolist() == pytest.approx(expected, rel=1e-9)

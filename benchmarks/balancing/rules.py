@@ -1,0 +1,113 @@
+"""The rivals that are rules: what the engine measured goes in, coefficients come out, in ten lines each."""
+
+import torch
+from torch import Tensor
+
+from gradbalance.rules import Measured, Rule
+
+
+class OGM:
+    r"""On-the-fly gradient modulation, :math:`k_m = 1 - \tanh(\alpha\,r_m)` where :math:`r_m > 1`, else 1.
+
+    :math:`r_m` is the score of branch m over the mean of the others. Observed is the probability that the branch gives
+    to the other classes, so that the score is 1 minus the error.
+
+    Reference:
+        Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, equations 8 to 10.
+    """
+
+    needs_coherence = False
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def __call__(self, measured: Measured) -> Tensor:
+        scores = 1 - measured.errors
+        ratio = scores * (len(scores) - 1) / (scores.sum() - scores)
+        return torch.where(ratio > 1, 1 - torch.tanh(self.alpha * ratio), 1.0)
+
+
+class ClipGroups:
+    """No gradient of a branch is longer than ``most``."""
+
+    needs_coherence = False
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+
+    def __call__(self, measured: Measured) -> Tensor:
+        return (self.most / measured.norms).clamp(max=1.0).nan_to_num(1.0)
+
+
+class Epochwise:
+    """Like MILES: who is used more than another, by more than ``lead``, moves half as far in the next epoch.
+
+    Observed once an epoch is what a branch is used for, as what the joint score keeps without it: 1 - u,
+    u = (M - M without the branch) / M.
+
+    Reference:
+        arXiv 2510.17394. The rule is written from its description, for any number of branches.
+    """
+
+    needs_coherence = False
+
+    def __init__(self, lead: float = 0.2) -> None:
+        self.lead = lead
+
+    def __call__(self, measured: Measured) -> Tensor:
+        if measured.errors is None:
+            return torch.ones_like(measured.norms)
+        used = 1 - measured.errors
+        return torch.where(used - used.amin() > self.lead, 0.5, 1.0).to(measured.norms)
+
+
+class SignalToNoise:
+    """Coherence out of Adam's own state: the squared length of the first moment over the sum of the second.
+
+    Args:
+        groups: The param_groups of the branches.
+        state: Of the optimizer.
+        rule: What is done with it.
+    """
+
+    needs_coherence = False
+
+    def __init__(self, groups: list[dict], state: dict, rule: Rule) -> None:
+        self.groups, self.state, self.rule = groups, state, rule
+
+    def __call__(self, measured: Measured) -> Tensor:
+        moments = [[self.state[p] for p in group["params"] if p in self.state] for group in self.groups]
+        if not all(moments):  # before the first step
+            return torch.ones_like(measured.norms)
+        first = torch.stack([sum(m["exp_avg"].square().sum() for m in group) for group in moments])
+        second = torch.stack([sum(m["exp_avg_sq"].sum() for m in group) for group in moments])
+        chance = 0.1 / 1.9  # of pure noise, (1 - β)/(1 + β)
+        return self.rule(measured._replace(coherences=(first / second - chance).to(measured.norms)))
+
+
+def in_proportion(power: float) -> Rule:
+    """MoLS's idea: the update of a module is scaled by its signal to noise, to a power of either sign."""
+
+    def rule(measured: Measured) -> Tensor:
+        ratio = (measured.coherences.clamp(min=0) + 0.01).pow(power)
+        return (ratio / ratio.log().mean().exp()).clamp(0.5, 2.0)
+
+    return rule
+
+
+class Threshold:
+    """The first form: the ratio of the coherences, held while all are below a threshold."""
+
+    def __init__(self, floor: float = 0.08, most: float = 3.0) -> None:
+        self.floor, self.most = floor, most
+
+    def __call__(self, measured: Measured) -> Tensor:
+        a = measured.coherences.nan_to_num().clamp(min=1e-6)
+        return torch.where(a.amax() < self.floor, measured.coefficients, (a / a.amin()).clamp(max=self.most))
+
+
+def ones(measured: Measured) -> Tensor:
+    return torch.ones_like(measured.norms)
+
+
+ones.needs_coherence = False

@@ -1,0 +1,123 @@
+"""The rivals of the benchmark of balancing do what their papers say."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.balancing import rivals, rules, runs, testbeds
+from benchmarks.balancing.runs import Run, train
+from gradbalance.rules import Measured
+from tests.benchmarks.tiny import TINY, model_and_batch
+
+
+@pytest.fixture(autouse=True)
+def tiny_bed(monkeypatch):
+    monkeypatch.setitem(testbeds.BEDS, "tiny", TINY)
+
+
+def measured(norms=(1.0, 1.0), coherences=(0.0, 0.0), errors=None):
+    norms = torch.tensor(norms, dtype=torch.float64)
+    errors = None if errors is None else torch.tensor(errors, dtype=torch.float64)
+    return Measured(
+        names=("a", "b", "c")[: len(norms)],
+        norms=norms,
+        shares=norms / norms.sum(),
+        coherences=torch.tensor(coherences, dtype=torch.float64),
+        errors=errors,
+        active=norms > 0,
+        scale_free=True,
+        coefficients=torch.ones_like(norms),
+        step=torch.tensor(1),
+    )
+
+
+def gradients_of(rival, knob=None):
+    """The gradients that a rival leaves when the learning rate is 0."""
+    model, part = model_and_batch()
+    torch.manual_seed(1)
+    rivals.RIVALS[rival].step(model, runs.optimizer_for("SGD", model, 0.0), knob)(*part)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def test_ogm_damps_the_branch_of_the_higher_score_by_one_minus_tanh():
+    found = rules.OGM(0.5)(measured(errors=[0.1, 0.7]))
+    assert_close(found, torch.tensor([1 - math.tanh(1.5), 1.0], dtype=torch.float64))
+
+
+def test_ogm_compares_with_the_mean_of_several_others():
+    found = rules.OGM(1.0)(measured((1.0, 1.0, 1.0), errors=[0.4, 0.9, 0.8]))
+    assert_close(found, torch.tensor([1 - math.tanh(0.6 / 0.15), 1.0, 1.0], dtype=torch.float64))
+
+
+def test_ogm_scores_by_the_probability_of_the_class_in_each_contribution():
+    model, part = model_and_batch()
+    step = rivals.Rival(lambda *_: rules.OGM(0.3), options={"smoothing": 0.0, "apply_to": "gradient"}, observe="missed")
+    plain = gradients_of("none")
+    run = step.step(model, runs.optimizer_for("SGD", model, 0.0), None)
+    with torch.no_grad():
+        parts = model.contributions(model.features(part.inputs))
+        scores = torch.stack([p.softmax(1).gather(1, part.target[:, None]).mean() for p in parts])
+    run(*part)
+    expected = rules.OGM(0.3)(measured(errors=(1 - scores).tolist()))
+    assert expected.min() < 1
+    for name, k in zip("ab", expected.float(), strict=True):
+        assert_close(model.encoders[name][0][0].weight.grad, k * plain[f"encoders.{name}.0.0.weight"])
+
+
+def test_clipping_by_group_leaves_each_branch_with_the_norm_asked_for():
+    clipped, plain = gradients_of("clip groups", 1e-3), gradients_of("none")
+    for name in "ab":
+        length = torch.stack([g.norm() for key, g in clipped.items() if key.startswith(f"encoders.{name}")]).norm()
+        assert_close(length, torch.tensor(1e-3), rtol=1e-3, atol=0)
+    assert_close(clipped["joint.weight"], plain["joint.weight"])
+
+
+def test_noise_alone_leaves_the_joint_layer_alone_and_no_branch():
+    noisy, plain = gradients_of("noise alone"), gradients_of("none")
+    assert_close(noisy["joint.weight"], plain["joint.weight"])
+    key = "encoders.a.0.0.weight"
+    assert_close((noisy[key] - plain[key]).std(), plain[key].std(), rtol=0.2, atol=0)
+
+
+def test_the_epochwise_rule_halves_the_branch_that_is_used_by_more_than_its_lead():
+    rule = rules.Epochwise(lead=0.2)
+    assert rule(measured(errors=[0.3, 0.6])).tolist() == [0.5, 1.0]
+    assert rule(measured(errors=[0.5, 0.6])).tolist() == [1.0, 1.0]
+    assert rule(measured()).tolist() == [1.0, 1.0]
+
+
+def test_the_signal_of_adam_is_1_where_all_gradients_are_alike_and_that_of_chance_where_they_are_not():
+    alike, noisy = (torch.nn.Parameter(torch.zeros(2000)) for _ in range(2))
+    adam = torch.optim.Adam([{"params": [alike]}, {"params": [noisy]}], lr=0.0, betas=(0.9, 0.9))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        alike.grad, noisy.grad = torch.ones(2000), torch.randn(2000, generator=generator)
+        adam.step()
+    seen = []
+    rule = rules.SignalToNoise(adam.param_groups, adam.state, lambda m: seen.append(m.coherences) or m.norms)
+    rule(measured())
+    assert seen[0].tolist() == pytest.approx([1 - 0.1 / 1.9, 0.0], abs=0.02)
+
+
+def test_the_update_goes_with_the_signal_or_against_it():
+    clear = measured(coherences=(0.4, 0.1))
+    for power, order in ((1.0, [True, False]), (-1.0, [False, True])):
+        found = rules.in_proportion(power)(clear)
+        assert (found > 1).tolist() == order
+
+
+def test_by_hand_sets_the_ratio_of_the_first_branch_to_the_others():
+    model, _ = model_and_batch()
+    optimizer = runs.optimizer_for("AdamW", model, 1e-3)
+    rule = rivals.RIVALS["by hand"].rule(("a", "b"), optimizer, 10.0)
+    assert rule.factors["a"] / rule.factors["b"] == pytest.approx(10.0)
+
+
+@pytest.mark.filterwarnings("ignore:`apply_to")  # under AdamW: their authors' way all the same
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_every_rival_trains(rival):
+    found = train(Run("tiny", rival, "AdamW", 1e-3, rivals.RIVALS[rival].knobs[0], 0))
+    assert len(found["probes"]) == len(found["missing"]) == len(found["coefficients"]) == 2
+    assert math.isfinite(found["test"])
