@@ -67,12 +67,10 @@ PARTS = [
     Part("AdamW", ("C0",), TELLING[:4], lr=DEFAULT),
     Part("AdamW", SMALL[:3], FORMULA, lr=DEFAULT),
     Part("AdamW", OTHERS, BASE, lr=DEFAULT),
-    Part("AdamW", ("C0", "V2"), TELLING, lr=DEFAULT),
     Part("AdamW", SMALL, ("Coherence",), own=True),
+    Part("AdamW", ("V2",), TELLING, lr=DEFAULT),
     Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
-    Part("AdamW", ("C0", "V2", "YB"), FORMULA, lr=DEFAULT),
-    Part("AdamW", OTHERS, BASE, tuning=ONCE),
-    Part("AdamW", ("C0", "V2"), ("Coherence",), own=True),
+    Part("AdamW", ("V2",), FORMULA, lr=DEFAULT),
 ]
 
 

@@ -122,7 +122,8 @@ def describe(runs: Mapping[Run, Found]) -> str:
         f"`python -m benchmarks.balancing` on {platform.machine()}, one thread, torch {torch.__version__}: "
         f"{len(runs)} runs, {spent / 60:.0f} minutes of processor time. Changes are in points of accuracy, of POM "
         "100 times the mean correlation, ± half a 95 % interval over seeds paired with no balancing; worse in "
-        "bold. The learning rate is the one of five (SGD: three) that is best without balancing.",
+        "bold. The learning rate is the one of five (SGD: three) that is best without balancing, if none is named. "
+        "Time is processor time against the plain optimizer on a shared machine; `benchmarks.overhead` has it exact.",
         "",
         f"## Goals\n\n{len(rows) - missed} of {len(rows)} met.",
         "",
