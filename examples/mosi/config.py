@@ -22,7 +22,7 @@ class Config:
     split: str = setting("standard", "standard, or poria (with leaking visual features)", choices=("standard", "poria"))
     modalities: tuple[str, ...] = setting((), "text and others, e.g. text audio; default: all", nargs="+")
     seed: int = setting(0, "of weights, batches, dropout and noise")
-    epochs: int = setting(5, "at most")
+    epochs: int = setting(4, "at most")
     patience: int = setting(10, "epochs without a better validation MAE before the training stops")
     batch_size: int = setting(32, "utterances a step and process")
     text: str = setting("top", "the encoder's states computed once, its top layers trained, or all of it", choices=TEXT)

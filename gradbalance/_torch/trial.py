@@ -50,7 +50,8 @@ def way_to_scale(optimizer: Any) -> LearningRates | Displacement:
         wrapper = next(
             (layer for layer in layers(optimizer) if isinstance(layer, Optimizer) and not _is_known(layer)), None
         )
-        if wrapper is not None and wrapper is not stepper:
+        # Once it has stepped, what it keeps does not fit toy parameters.
+        if wrapper is not None and wrapper is not stepper and not stepper.state:
             try:
                 trial = _Trial(wrapper, stepper, at_one=False)
             except Exception:  # it may need a model

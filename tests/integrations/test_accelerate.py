@@ -23,6 +23,15 @@ Accelerator = needs("accelerate").Accelerator
 pytestmark = cancels
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_of_other_tests():
+    """Accelerate keeps its state in the classes: one that accumulated would go on doing so."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @each_setup
 @pytest.mark.parametrize("options", [{}, {"clip": CLIP}, {"accumulate": 2}])
 def test_accelerate_equals_the_loop_by_hand(setup, options, tmp_path):
