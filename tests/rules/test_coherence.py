@@ -158,3 +158,19 @@ def test_some_coefficients_are_these(coherences, shares, scale_free, expected):
         torch.ones(2, dtype=torch.float64), torch.tensor(9.0),
     )  # fmt: skip
     assert RULE(measured).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_branch_of_unknown_coherence_changes_nothing_for_the_others():
+    known = [0.12, 0.03]
+    with_one_more = torch.tensor([*known, NAN], dtype=torch.float64)
+    shares = torch.full((3,), 1 / 3, dtype=torch.float64)
+    measured = Measured(
+        ("a", "b", "c"), shares, shares, with_one_more, None, shares > 0, True, torch.ones_like(shares), shares[0]
+    )
+    assert RULE(measured).tolist() == pytest.approx([*coherent_coefficients(known, [0.5, 0.5], True), 1.0])
+
+
+@pytest.mark.parametrize("name", ["chance", "clear"])
+def test_an_option_that_divides_must_not_be_zero(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be finite and > 0"):
+        Coherence(**{name: 0.0})
