@@ -5,12 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbalance._engine.state import State, Window
+from gradbalance._engine.state import Flag, State, Window
 from gradbalance._gradients.layout import on_host
 from gradbalance._gradients.meter import Reading
 from gradbalance.rules import Measured, Rule
-
-Flag = Tensor | bool  # a bool on the host, where looking costs nothing; on an accelerator a tensor, never looked at
 
 
 def ask_rule(

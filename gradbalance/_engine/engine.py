@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbalance._engine import groups as grouping
-from gradbalance._engine.ask import Flag, ask_rule, name_of
+from gradbalance._engine.ask import ask_rule, name_of
 from gradbalance._engine.errors import Observed
 from gradbalance._engine.groups import Assignment
-from gradbalance._engine.state import Balance, State
+from gradbalance._engine.state import Balance, Flag, State
 from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
 from gradbalance._gradients.layout import Gathered, Layout, on_host

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradbalance._gradients.layout import on_host, wide
 
 Window = tuple[int, int | None] | None
+Flag = Tensor | bool  # a bool on the host, where looking costs nothing; on an accelerator a tensor, never looked at
 
 
 class Balance(NamedTuple):
@@ -86,7 +87,7 @@ class State:
         )
         return Balance(norms, shares, coherences, errors, coefficients, conflicts, step, self.names)
 
-    def inside(self, window: Window, counts: Tensor | bool = True) -> Tensor | bool:
+    def inside(self, window: Window, counts: Flag = True) -> Flag:
         """Whether a step counts and the next one lies inside a window of counted steps."""
         if window is None:
             return counts
@@ -94,7 +95,7 @@ class State:
         inside = (self.step >= start) & (self.step < (float("inf") if stop is None else stop))
         return counts and bool(inside) if on_host(self.home) else counts & inside
 
-    def keep_deciding(self, window: Window, counts: Tensor | bool) -> Tensor | bool:
+    def keep_deciding(self, window: Window, counts: Flag) -> Flag:
         """A step that is not measured: the coefficients stay as decided; whether it counts and is inside the window."""
         due = self.inside(window, counts)
         if isinstance(due, bool):
@@ -104,7 +105,7 @@ class State:
         self._count(counts)
         return due
 
-    def remember(self, counts: Tensor | bool, **new: Tensor | None) -> None:
+    def remember(self, counts: Flag, **new: Tensor | None) -> None:
         """Take new means and coefficients, if the step counts."""
         for name, value in new.items():
             if value is not None:
@@ -115,7 +116,7 @@ class State:
                     old.copy_(torch.where(counts, value, old))
         self._count(counts)
 
-    def _count(self, counts: Tensor | bool) -> None:
+    def _count(self, counts: Flag) -> None:
         if isinstance(counts, bool):
             self.step = self.step + counts  # anew, as a rule may keep the one that it was given
         else:
