@@ -45,6 +45,8 @@ FORMULA = (
     "a threshold",
     "smoothing 0.9",
     "smoothing 0.995",
+    "1,024 entries",
+    "65,536 entries",
 )
 TELLING = (
     "by hand", "own heads", "own heads and Coherence", "OGM-GE", "noise alone", "clip groups", "epochwise, as MILES",
@@ -71,10 +73,10 @@ PARTS = [
     Part("AdamW", ("V2",), TELLING, lr=DEFAULT),
     Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
     Part("AdamW", ("V2",), FORMULA, lr=DEFAULT),
-    # Not in the report yet:
-    Part("AdamW", OTHERS, (*BASE, APART), tuning=ONCE),
     Part("Adam", ("C0", "V2", "S2"), BASE, tuning=ONCE),
     Part("Muon", ("C0", "VC", "Y3"), BASE, tuning=ONCE),
+    # Not in the report yet:
+    Part("AdamW", OTHERS, (*BASE, APART), tuning=ONCE),
 ]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from benchmarks.balancing.data import Part
 from benchmarks.balancing.model import Model, losses, score
 from benchmarks.balancing.rules import OGM, ClipGroups, Epochwise, SignalToNoise, Threshold, in_proportion, ones
 from gradbalance import PAPER, ConflictAwarePenalty
+from gradbalance._gradients import coherence
 from gradbalance.rules import ByHand, Coherence, Rule
 
 
@@ -60,6 +62,7 @@ class Rival:
         weight: Of the losses of the branches' own heads.
         observe: What is observed: the ``loss`` of the contribution of each branch, the probability that it ``missed``,
             or what the validation score ``keeps`` without it.
+        entries: Of the sketch of all gradients.
     """
 
     rule: Callable[[tuple[str, ...], Optimizer, Any], Rule] | None = None
@@ -67,6 +70,7 @@ class Rival:
     options: dict[str, Any] = field(default_factory=dict)
     weight: float = 0.0
     observe: str | None = None
+    entries: int = coherence.ENTRIES
 
     def step(self, model: Model, optimizer: Optimizer, knob: Any) -> Step:
         if self.rule is None:
@@ -74,6 +78,8 @@ class Rival:
         names = tuple(model.encoders)
         rule = self.rule(names, optimizer, knob)
         wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule, **self.options)
+        with patch.object(coherence, "ENTRIES", self.entries):
+            wrapped.penalty._engine._current_meter()  # makes the sketch
 
         def tell(features: list[Tensor], target: Tensor) -> None:
             errors = [losses(part, target) for part in model.contributions(features)]
@@ -144,4 +150,6 @@ RIVALS = {
     "a threshold": _by(Threshold()),
     "smoothing 0.9": _by(Coherence(), smoothing=0.9),
     "smoothing 0.995": _by(Coherence(), smoothing=0.995),
+    "1,024 entries": Rival(lambda names, optimizer, knob: Coherence(), entries=1 << 10),
+    "65,536 entries": Rival(lambda names, optimizer, knob: Coherence(), entries=1 << 16),
 }
