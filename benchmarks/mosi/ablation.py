@@ -33,9 +33,10 @@ STUDIES = {
     "frozen": {"epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
     "top": {
         "text_encoder": str(MPNET),
-        "text_layers": 6,
-        "text_lr": 5e-5,
-        "epochs": 5,
+        "text_layers": 12,
+        "text_lr": 3e-5,
+        "epochs": 4,
+        "dropout": 0.1,
         "precision": "bf16",
         "draws": 32,
     },

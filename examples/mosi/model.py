@@ -143,6 +143,8 @@ class Model(nn.Module):
         )
         self.fusion = GatedFusion(latents, config.fused, width, config.gate) if widths else None
         self.norm, self.dropout, self.head = nn.LayerNorm(width), Dropout(p, draw), nn.Linear(width, 1)
+        if isinstance(text, Transformer):  # states of the scale that it gives itself: else the head outruns it [R]
+            nn.init.constant_(self.norm.weight, 0.1)
         pooled = ({"text": width} if text else {}) | latents
         self.heads = nn.ModuleDict({name: nn.Linear(w, 1) for name, w in pooled.items() if config.uni})
         self.decoders = nn.ModuleDict({name: nn.Linear(latents[name], w) for name, w in widths.items() if config.recon})
