@@ -66,6 +66,8 @@ PARTS = [
     Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16"), lr=DEFAULT),
     Part("Adam", SMALL, BASE, tuning=ONCE),
     Part("Muon", SMALL, BASE, tuning=ONCE),
+    Part("Muon", SMALL, BASE, lr=0.01),
+    Part("Muon", SMALL, ("Coherence",), tuning=ONCE, own=True),
     Part("AdamW", ("C0",), TELLING[:4], lr=DEFAULT),
     Part("AdamW", SMALL[:3], FORMULA, lr=DEFAULT),
     Part("AdamW", OTHERS, BASE, lr=DEFAULT),

@@ -85,31 +85,32 @@ def _times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}"
 
 
-def rates(cells: Cells) -> list[str]:
-    """The change at every rate that was run beside the best one, and at the best rate for each."""
+def rates(cells: Cells, optimizer: str) -> list[str]:
+    """The change at every rate that was run beside the best one."""
     rows = []
     for bed in BEDS:
-        tried = {lr: cells.change(bed, "Coherence", "AdamW", lr) for lr in RATES["AdamW"]}
+        tried = {lr: cells.change(bed, "Coherence", optimizer, lr) for lr in RATES[optimizer]}
         if sum(change is not None for change in tried.values()) > 1:
-            scores = (cells.mean(bed, "none", "AdamW", lr) for lr in tried)
-            marks = ("best: " if lr == cells.rate(bed, "AdamW") else "" for lr in tried)
+            scores = (cells.mean(bed, "none", optimizer, lr) for lr in tried)
+            marks = ("best: " if lr == cells.rate(bed, optimizer) else "" for lr in tried)
             shown = [f"{m}{s:.1f}, {c}" if c else None for m, s, c in zip(marks, scores, tried.values(), strict=True)]
             rows.append([BEDS[bed].title, *shown])
-    return table(["AdamW: none, Coherence", *(f"{lr:g}" for lr in RATES["AdamW"])], rows)
+    return table([f"{optimizer}: none, Coherence", *(f"{lr:g}" for lr in RATES[optimizer])], rows)
 
 
-def own_rates(cells: Cells) -> list[str]:
+def own_rates(cells: Cells, optimizer: str) -> list[str]:
+    """The change at the best rate for each of the two."""
     rows = [
         [
             BEDS[bed].title,
-            f"{cells.rate(bed, 'AdamW'):g}",
-            f"{cells.rate(bed, 'AdamW', 'Coherence'):g}",
-            cells.own(bed, "Coherence"),
+            f"{cells.rate(bed, optimizer):g}",
+            f"{cells.rate(bed, optimizer, 'Coherence'):g}",
+            cells.own(bed, "Coherence", optimizer),
         ]
         for bed in BEDS
-        if cells.rate(bed, "AdamW", "Coherence") > 0 and cells.own(bed, "Coherence")
+        if cells.own(bed, "Coherence", optimizer)
     ]
-    return table(["AdamW", "best rate without", "best with Coherence", "change"], rows)
+    return table([optimizer, "best rate without", "best with Coherence", "change"], rows)
 
 
 def describe(runs: Mapping[Run, Found]) -> str:
@@ -134,9 +135,9 @@ def describe(runs: Mapping[Run, Found]) -> str:
         f"## Coherence under AdamW at its default rate, {DEFAULT:g}\n",
         *changes(cells, "AdamW", DEFAULT),
         "## At every rate\n",
-        *rates(cells),
+        *(line for optimizer in ("AdamW", "Muon") for line in rates(cells, optimizer)),
         "Each with the rate of five that is best for it:\n",
-        *own_rates(cells),
+        *(line for optimizer in ("AdamW", "Muon") for line in own_rates(cells, optimizer)),
         "## Coherence under SGD\n",
         *descent(cells),
         "## Rivals\n",

@@ -27,7 +27,7 @@ class Config:
     batch_size: int = setting(32, "utterances a step and process")
     text: str = setting("top", "the encoder's states computed once, its top layers trained, or all of it", choices=TEXT)
     text_encoder: str = setting("minilm", "minilm, a local folder, or a name on the hub")
-    text_layers: int = setting(6, "layers that are trained with --text top")
+    text_layers: int = setting(0, "top layers that are trained with --text top; 0: all")
     text_pool: int = setting(1, "last layers whose mean is taken with --text frozen")
     precision: str = setting("float32", "of a text encoder that is trained", choices=("float32", "bf16"))
     balance: str = setting("default", "which rule of the penalty; default: the library's", choices=BALANCE)
@@ -60,7 +60,7 @@ class Config:
                 raise ValueError(f"`{item.name}` must be one of {choices}. Got {value!r}. Choose one of them.")
             if isinstance(value, float) and not 0 <= value < float("inf"):
                 raise ValueError(f"`{item.name}` must be finite and at least 0. Got {value}. Give a weight or a rate.")
-        for name in ("epochs", "patience", "batch_size", "text_layers", "text_pool", "draws"):
+        for name in ("epochs", "patience", "batch_size", "text_pool", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}. Give a positive number.")
         if self.precision == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported():

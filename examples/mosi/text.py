@@ -108,9 +108,12 @@ def encode(tokens: Ragged, text: str, count: int, encoder: str) -> Tensor:
     depth = model.config.num_hidden_layers
     if text == "top":
         check_split(transformer(encoder).eval(), count, *tokens.pad(tokens.lengths.argsort()[-4:]))
-    elif not 1 <= count <= depth:
+        below = depth - count if count else 0
+        chosen = slice(below, below + 1)
+    elif 1 <= count <= depth:
+        chosen = slice(depth - count + 1, depth + 1)
+    else:
         raise ValueError(f"`text_pool` must be at most the {depth} layers of {encoder}. Got {count}. Lower it.")
-    chosen = slice(depth - count, depth - count + 1) if text == "top" else slice(depth - count + 1, depth + 1)
     out = torch.empty(len(tokens.rows), model.config.hidden_size)
     parts = tokens.lengths.argsort(stable=True).split(32)  # similar lengths: hardly any padding
     for index in tqdm(parts, desc=f"encoding the text with {encoder}", disable=os.environ.get("RANK", "0") != "0"):

@@ -12,7 +12,9 @@ class Given(nn.Module):
 
 
 def top(encoder: nn.Module, count: int) -> nn.Module:
-    """`encoder` cut down to its top `count` layers, which alone are trained: ``encoder(inputs_embeds=states)``.
+    """`encoder` cut down to its top `count` layers, 0 for all, which alone are trained.
+
+    It is then called with the states below them: ``encoder(inputs_embeds=states)``.
 
     What the layers share (masks, relative positions and their biases) is computed by the encoder's own code, and is
     frozen with the embeddings.
@@ -21,12 +23,12 @@ def top(encoder: nn.Module, count: int) -> nn.Module:
         ValueError: If the encoder has fewer layers, or cannot be cut.
     """
     layers = layers_of(encoder)
-    if not 1 <= count <= len(layers):
+    if not 0 <= count <= len(layers):
         raise ValueError(
-            f"`text_layers` must be from 1 to the {len(layers)} layers of the encoder. Got {count}. Choose fewer."
+            f"`text_layers` must be from 0 (all) to the {len(layers)} layers of the encoder. Got {count}. Choose fewer."
         )
     encoder.requires_grad_(False)
-    del layers[: len(layers) - count]
+    del layers[: len(layers) - (count or len(layers))]
     layers.requires_grad_(True)
     encoder.embeddings = Given()
     return encoder
@@ -46,11 +48,11 @@ def check_split(encoder: nn.Module, count: int, numbers: Tensor, mask: Tensor) -
 
     The encoder is cut: give one that is not needed any more.
     """
-    depth, mask = len(layers_of(encoder)), mask.long()
+    below, mask = len(layers_of(encoder)) - count if count else 0, mask.long()
     whole = encoder(input_ids=numbers, attention_mask=mask, output_hidden_states=True)
     upper = top(encoder, count)
     try:
-        again = upper(inputs_embeds=whole.hidden_states[depth - count], attention_mask=mask).last_hidden_state
+        again = upper(inputs_embeds=whole.hidden_states[below], attention_mask=mask).last_hidden_state
     except Exception as error:
         raise refusal(encoder, repr(error)) from error
     real = mask.bool()

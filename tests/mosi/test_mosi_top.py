@@ -46,13 +46,13 @@ def whole(model):
     return model(input_ids=NUMBERS, attention_mask=MASK.long(), output_hidden_states=True)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("count", "below"), [(1, 2), (2, 1), (3, 0), (0, 0)])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_the_top_layers_return_what_the_whole_encoder_does(kind, count):
+def test_the_top_layers_return_what_the_whole_encoder_does(kind, count, below):
     model = encoder(kind)
     full = whole(model)
     upper = Transformer(top(deepcopy(model), count), Draw(torch.device("cpu")), "float32").eval()
-    again = upper(full.hidden_states[3 - count].detach(), MASK)
+    again = upper(full.hidden_states[below].detach(), MASK)
     assert_close(again[MASK], full.last_hidden_state[MASK], atol=1e-5, rtol=0)
 
 
@@ -87,9 +87,9 @@ def test_an_encoder_that_cannot_be_cut_is_refused(kind, more, found):
         check_split(model, 2, NUMBERS, MASK)
 
 
-@pytest.mark.parametrize("count", [0, 4])
+@pytest.mark.parametrize("count", [-1, 4])
 def test_there_are_not_more_layers_than_the_encoder_has(count):
-    with pytest.raises(ValueError, match=rf"`text_layers` must be from 1 to the 3 layers .* Got {count}"):
+    with pytest.raises(ValueError, match=rf"`text_layers` must be from 0 \(all\) to the 3 layers .* Got {count}"):
         top(encoder("bert"), count)
 
 
@@ -126,6 +126,8 @@ def test_the_cache_holds_what_enters_the_top_layers(corpus, small):
     with torch.inference_mode():
         every = model(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     assert_close(below.pad(index)[0][mask], every[1][mask], atol=1e-5, rtol=0)
+    embedded = text.states(corpus, Config(**small | {"text_layers": 0})).rows
+    assert_close(embedded.pad(index)[0][mask], every[0][mask], atol=1e-5, rtol=0)
     frozen = text.states(corpus, Config(**small | {"text": "frozen", "text_pool": 2})).rows
     assert_close(frozen.pad(index)[0][mask], (every[1] + every[2])[mask] / 2, atol=1e-5, rtol=0)
 
@@ -150,7 +152,7 @@ def test_a_cache_that_was_being_written_leaves_nothing(corpus, small, tmp_path, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text_layers": 3}, r"`text_layers` must be from 1 to the 2 layers"),
+        ({"text_layers": 3}, r"`text_layers` must be from 0 \(all\) to the 2 layers"),
         ({"text": "frozen", "text_pool": 3}, r"`text_pool` must be at most the 2 layers .* Got 3"),
         ({"text_encoder": "/nowhere/at/all"}, r"`text_encoder` must be minilm, a folder"),
     ],
