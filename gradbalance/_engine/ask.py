@@ -45,7 +45,8 @@ def ask_rule(
     """
     norms, cosines, observed = reading
     norms = norms[: len(state.names)] if len(norms) > len(state.names) else norms
-    shares = norms / norms.sum()
+    total = norms.sum()  # not finite if one of them is not
+    shares = norms / total
     host = on_host(norms.device)
     complete = False  # whether every group has a value of everything, and a mean of it
     counts: Flag
@@ -53,27 +54,29 @@ def ask_rule(
         seen = shares.tolist()
         counts = bool(fresh) and all(s == s for s in seen) and sum(s > 0 for s in seen) >= 2
         complete = counts and 0.0 not in seen and (cosines is None or all(c == c for c in cosines.tolist()))
+        active = state.everyone if complete else norms > 0
     else:
-        counts = shares.isfinite().all() & ((norms > 0).sum() >= 2) & fresh
-    active = state.everyone if complete else norms > 0
+        active = norms > 0
+        counts = (total < torch.inf) & (active.sum() >= 2) & fresh
     errors = state.errors
     if observed is not None:
         state.has_errors = True
-        known = ~(observed < 0)
         finite = observed.sum().abs() < torch.inf
-        counts = counts and bool(finite) if isinstance(counts, bool) else counts & finite
+        counts = counts and bool(finite) if host else counts & finite
         # Who was left out of the last call is not observed any more.
         (later,) = running_means([errors], [observed], smoothing)
-        errors = torch.where(known, later, torch.nan)
+        errors = torch.where(observed < 0, torch.nan, later)
     if not complete:
         shares = torch.where(active, shares, torch.nan)
-    values = [shares] if cosines is None else [shares, cosines]
-    shares, *rest = running_means([state.shares, state.coherences], values, smoothing, complete and state.complete)
+    means, values = [state.shares], [shares]
+    if cosines is not None:
+        means, values = [state.shares, state.coherences], [shares, cosines]
+    shares, *rest = running_means(means, values, smoothing, complete and state.complete)
     coherences = rest[0] if rest else None
     shown = coherences if complete or coherences is None else torch.where(active, coherences, torch.nan)
 
     state.norms, state.conflicts, state.coefficients = norms, None, state.ones
-    if not isinstance(counts, bool) and hasattr(rule, "state_dict"):
+    if not host and hasattr(rule, "state_dict"):
         counts = bool(counts)  # what the rule itself keeps must not change either
     if counts is False:
         return False, False
@@ -84,8 +87,7 @@ def ask_rule(
         counts = counts & ((coefficients >= 0) & (coefficients < torch.inf)).all()
     due = state.inside(window, counts)
     if due is not False:
-        applies = active if isinstance(due, bool) else active & due
-        state.coefficients = coefficients if complete else torch.where(applies, coefficients, 1.0)
+        state.coefficients = coefficients if complete else torch.where(active & due, coefficients, 1.0)
         state.conflicts = None if conflicts is None else conflicts & due
     state.complete = state.complete or complete
     state.remember(counts, shares=shares, coherences=coherences, errors=seen_errors, decided=coefficients)
@@ -103,7 +105,6 @@ def running_means(
         smoothing: Weight of the past, in [0, 1).
         known: Whether there is no NaN in either.
     """
-    means = means[: len(values)]
     new = torch._foreach_lerp(values, means, smoothing)
     if known:
         return tuple(new)

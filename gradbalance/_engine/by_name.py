@@ -1,8 +1,8 @@
 """Groups by the names of modules and parameters."""
 
 import difflib
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -43,7 +43,7 @@ def groups_by_name(model: nn.Module, **patterns: str | Sequence[str]) -> dict[st
                     f"`{group}` must be a name, a glob or a list of them. Got {pattern!r}. "
                     "Pass modules and parameters to the optimizer wrapper directly."
                 )
-            matches = {name: p for name, p in named.items() if _matches(name, pattern)}
+            matches = {name: p for name, p in named.items() if _is_within(name, pattern) or fnmatchcase(name, pattern)}
             if not matches:
                 modules = [name for name, _ in model.named_modules() if name]
                 close = difflib.get_close_matches(pattern, [*modules, *named], n=3, cutoff=0.4)
@@ -56,10 +56,6 @@ def groups_by_name(model: nn.Module, **patterns: str | Sequence[str]) -> dict[st
             found |= matches
         groups[group] = list({id(p): p for p in found.values()}.values())
     return NamedGroups(groups, named)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return _is_within(name, pattern) or fnmatch.fnmatchcase(name, pattern)
 
 
 def _is_within(name: str, path: str) -> bool:

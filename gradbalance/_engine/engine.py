@@ -17,7 +17,7 @@ from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
 from gradbalance._gradients.layout import Gathered, Layout, on_host
 from gradbalance._gradients.meter import Meter, Reading
-from gradbalance._gradients.write import add_noise_, spreads, write_
+from gradbalance._gradients.write import add_noise_, clipped, scale_, spreads
 from gradbalance._torch.displacement import Displacement
 from gradbalance._torch.learning_rates import LearningRates
 
@@ -95,9 +95,10 @@ class Engine:
                 fresh = (found_inf.to(state.home) == 0) & fresh  # GradScaler will skip the step
             due = state.keep_deciding(self._window, fresh)
             if precedes:
-                meter.read(gathered, None, self._stepper, self._process_group)
+                norms = meter.read(gathered, None, self._stepper, self._process_group).norms
                 meter.keep(fresh)
-            norms = None if self._max_norm is None else meter.norms(gathered, self._stepper)
+            elif self._max_norm is not None:
+                norms = meter.norms(gathered, self._stepper)
 
         if self._writes:
             self._write(gathered, norms, due)
@@ -107,10 +108,13 @@ class Engine:
 
     def _write(self, gathered: list[Gathered], norms: Tensor | None, due: Flag) -> None:
         """Scale and clip the gradients, and add noise."""
-        n, coefficients = len(self.state.names), self.state.coefficients if self.into_gradients else None
+        n, factors = len(self.state.names), self.state.coefficients if self.into_gradients else None
         stds = spreads(gathered, n) if self._noise else []
+        if self._max_norm is not None and norms is not None:
+            factors = clipped(norms, factors, self._max_norm)
         try:
-            write_(gathered, norms, coefficients, self._max_norm)
+            if factors is not None:
+                scale_(gathered, factors)
             if self._noise:
                 add_noise_(gathered, n, stds, self._noise, due, self._generator)
         except RuntimeError as error:
@@ -127,8 +131,9 @@ class Engine:
             layout = Layout(param_groups, self.assignment.of, n, with_rest)
             self._check_noise(layout)
             self._meter = Meter(layout, self._needs_coherence, self._meter)
-            self._meter.load(self.state.names, self._sketch)
-            self._sketch = {}
+            if self._sketch:
+                self._meter.load(self.state.names, self._sketch)
+                self._sketch = {}
             self.state.to(layout.home)
             if self.way is not None:
                 self.way.divide(self.assignment.group_of(param_groups))

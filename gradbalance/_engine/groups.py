@@ -53,8 +53,8 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
         UserWarning: If no parameter of a group requires a gradient.
     """
     members = _members(groups)
+    flattened = any(_is_flattened(p) for _, p in members.values())  # as by DeepSpeed ZeRO 3
     if not any(group["params"] for group in param_groups):
-        flattened = any(is_flattened(p) for _, p in members.values())  # as by DeepSpeed ZeRO 3
         raise ValueError(
             "`optimizer` must hold parameters. Got empty `param_groups`. "
             + (FLATTENED if flattened else "Build it from the parameters of the model.")
@@ -71,13 +71,12 @@ def assign(param_groups: ParamGroups, groups: Groups) -> Assignment:
             )
         missing = [i for i, p in enumerate(own) if p.requires_grad and id(p) not in present]
         if missing:
-            flattened = any(is_flattened(p) for p in own)
             raise ValueError(
                 f"`groups[{name!r}]` must hold parameters of the optimizer. Got {len(missing)} of {len(own)} that it "
                 f"does not have, the first at index {missing[0]} with shape {tuple(own[missing[0]].shape)}. "
                 + (FLATTENED if flattened else "Build the optimizer from the same model, after moving or wrapping it.")
             )
-    if any(is_flattened(p) for _, p in members.values()):
+    if flattened:
         raise RuntimeError(
             f"`groups` must hold parameters with gradients of their own. Got flattened ones. {FLATTENED}"
         )
@@ -129,7 +128,7 @@ FLATTENED = (
 )
 
 
-def is_flattened(parameter: Tensor) -> bool:
+def _is_flattened(parameter: Tensor) -> bool:
     """Whether the parameter is, or is a view into, a flat buffer of FSDP1 or DeepSpeed ZeRO 1, 2 or 3."""
     return any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "_hp_mapping", "ds_id"))
 

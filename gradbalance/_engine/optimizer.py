@@ -26,7 +26,7 @@ P = ParamSpec("P")
 def _with_arguments_of(
     penalty: Callable[P, Any],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
-    """The signature of the penalty for a method, so that the options are written once."""
+    """The signature of the penalty, so that the options are written once; ``penalty`` tells the type checker alone."""
 
     def decorate(method: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
         method.__signature__ = inspect.signature(Penalty.__init__)  # type: ignore[attr-defined]

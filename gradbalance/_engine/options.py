@@ -27,9 +27,9 @@ def check(options: dict[str, Any]) -> None:
     """
     _check_rule(options["rule"])
     _check_range("smoothing", options["smoothing"], 0, 1)
-    _check_range("noise", options["noise"], 0, None)
+    _check_range("noise", options["noise"], 0)
     if options["max_norm"] is not None:
-        _check_range("max_norm", options["max_norm"], 0, None, open_below=True)
+        _check_range("max_norm", options["max_norm"], 0, open_below=True)
     if options["apply_to"] not in get_args(ApplyTo):
         choices = ", ".join(map(repr, get_args(ApplyTo)))
         raise ValueError(f"`apply_to` must be one of {choices}. Got {options['apply_to']!r}. Pick one of these.")
@@ -52,12 +52,11 @@ def _check_rule(value: Any) -> None:
         )
 
 
-def _check_range(name: str, value: Any, low: float, high: float | None, *, open_below: bool = False) -> None:
+def _check_range(name: str, value: Any, low: float, high: float = float("inf"), *, open_below: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a plain Python number.")
-    inside = (value > low if open_below else value >= low) and (value < (float("inf") if high is None else high))
-    if not inside:
-        interval = f"{'(' if open_below else '['}{low}, {'inf' if high is None else high})"
+    if not ((value > low if open_below else value >= low) and value < high):
+        interval = f"{'(' if open_below else '['}{low}, {high})"
         raise ValueError(f"`{name}` must be in {interval}. Got {value}. Choose a value inside the interval.")
 
 

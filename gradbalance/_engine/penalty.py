@@ -88,7 +88,8 @@ class Penalty:
     @property
     def balance(self) -> Balance:
         """What was measured and decided in the last step: a copy on the device, without a host read."""
-        return self._engine.state.balance
+        shown = self._engine.state.balance
+        return Balance._make(part.clone() if isinstance(part, Tensor) else part for part in shown)
 
     def coefficients(self) -> dict[str, float]:
         """The coefficient of each group in the last step, by name; one host read."""
@@ -161,8 +162,8 @@ class Penalty:
             f"{name}: {sum(p.numel() for p in own if p.requires_grad):,}" for name, own in members.items()
         )
         way = self._engine.way
-        where = "gradient" if self._engine.into_gradients else "nothing" if way is None else f"update by {way.name}"
-        shown = [f"{{{groups}}}", f"rule={self.rule!r}", f"on the {where}" if where != "nothing" else "on nothing"]
+        where = "on nothing" if way is None else f"on the update by {way.name}"
+        shown = [f"{{{groups}}}", f"rule={self.rule!r}", "on the gradient" if self._engine.into_gradients else where]
         for name, parameter in inspect.signature(Penalty).parameters.items():
             if name in self._options.keys() - {"rule", "apply_to"} and self._options[name] != parameter.default:
                 shown.append(f"{name}={self._options[name]!r}")
@@ -234,8 +235,7 @@ def _rebuild(
 ) -> Any:
     optimizer = make(*args)
     optimizer.__setstate__(state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a frozen group the original has warned
+    with warnings.catch_warnings(action="ignore"):  # of a frozen group the original has warned
         penalty = Penalty(optimizer, groups, **options)
     penalty._engine.load(kept)
     return optimizer

@@ -79,15 +79,12 @@ class State:
 
     @property
     def balance(self) -> Balance:
-        """A copy of the last step's figures, without a host read."""
+        """The last step's figures, without a host read; copy what is to outlast the next step."""
         c = self.coefficients
         conflicts = c[:, None] < c if self.conflicts is None else self.conflicts
-        norms, shares, coherences, errors, coefficients, conflicts, step = (
-            part.clone() for part in (self.norms, self.shares, self.coherences, self.errors, c, conflicts, self.step)
-        )
-        return Balance(norms, shares, coherences, errors, coefficients, conflicts, step, self.names)
+        return Balance(self.norms, self.shares, self.coherences, self.errors, c, conflicts, self.step, self.names)
 
-    def inside(self, window: Window, counts: Flag = True) -> Flag:
+    def inside(self, window: Window, counts: Flag) -> Flag:
         """Whether a step counts and the next one lies inside a window of counted steps."""
         if window is None:
             return counts
@@ -96,7 +93,7 @@ class State:
         return counts and bool(inside) if on_host(self.home) else counts & inside
 
     def keep_deciding(self, window: Window, counts: Flag) -> Flag:
-        """A step that is not measured: the coefficients stay as decided; whether it counts and is inside the window."""
+        """Keep what was decided, at a step that is not measured; whether it counts and lies inside the window."""
         due = self.inside(window, counts)
         if isinstance(due, bool):
             self.coefficients = self.decided if due else self.ones
@@ -113,7 +110,7 @@ class State:
                     setattr(self, name, value)
                 else:
                     old = getattr(self, name)
-                    old.copy_(torch.where(counts, value, old))
+                    torch.where(counts, value, old, out=old)
         self._count(counts)
 
     def _count(self, counts: Flag) -> None:

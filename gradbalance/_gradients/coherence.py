@@ -21,7 +21,7 @@ class Pick(NamedTuple):
     parameter: Tensor
     slices: tuple[slice, ...]
     whole: bool  # whether they take in all of it
-    copies: int  # ranks with the same shard each bring it
+    copies: int  # how many ranks hold this shard; each adds it to the sum
     to: Tensor  # where it goes in the sketch of its mesh
 
 
@@ -61,7 +61,7 @@ class Sketch:
                 if mesh not in self._by_mesh:
                     self._by_mesh[mesh] = self._now if mesh is None else torch.zeros_like(self._now)
                 to = self._by_mesh[mesh][m, start : start + prod(grid.shape)].view(grid.shape)[grid.there]
-                whole = mesh is None and tuple(grid.shape) == p.shape
+                whole = mesh is None and tuple(grid.shape) == p.shape and not p.is_complex()
                 self._picks.append(Pick(p, grid.here, whole, copies(p), to))
         self._signature = [[(id(p), start, grid) for p, start, grid in group] for group in grids]
 
@@ -79,7 +79,7 @@ class Sketch:
     def keep(self, counts: Tensor | bool) -> None:
         """Remember the entries of this step, if it counts."""
         if isinstance(counts, Tensor):
-            self._last.copy_(torch.where(counts, self._unit, self._last))
+            torch.where(counts, self._unit, self._last, out=self._last)
         elif counts:
             self._last = self._unit
 
@@ -95,10 +95,10 @@ class Sketch:
         return dict(zip(names, self._last.tolist(), strict=True))
 
     def load(self, names: Sequence[str], numbers: Mapping[str, list[float]]) -> None:
-        """Take the last entries of a checkpoint, where they are as many."""
+        """Take the last entries of a checkpoint; of a group that has others there, or none, they are not known."""
         for name, last in zip(names, self._last, strict=True):
-            if len(numbers[name]) == len(last):
-                last.copy_(torch.tensor(numbers[name]))
+            kept = numbers.get(name, ())
+            last.copy_(torch.tensor(kept if len(kept) == len(last) else torch.nan))
 
 
 class _Grid(NamedTuple):
@@ -120,7 +120,7 @@ def _chosen(group: Sequence[Tensor], most: int, enough: int) -> list[Tensor]:
 def _thinned(p: Any, entries: int) -> _Grid:
     """A grid of about ``entries`` positions in ``p``."""
     strides, shape = [1] * p.dim(), list(p.shape)
-    # All axes alike: whole rows would be few, and differ more from each other than the entries of one.
+    # All axes alike: a few whole rows would say less, since rows differ more than the entries within one.
     for axes, d in zip(range(p.dim(), 0, -1), sorted(range(p.dim()), key=lambda d: p.shape[d]), strict=True):
         strides[d] = max(1, min(p.shape[d], ceil((prod(shape) / max(entries, 1)) ** (1 / axes))))
         shape[d] = ceil(p.shape[d] / strides[d])
@@ -142,7 +142,7 @@ def _read(pick: Pick) -> Tensor:
     p, slices, whole, times, to = pick
     if (gradient := p.grad) is None:
         return torch.zeros_like(to)
-    if whole and times == 1 and not gradient.is_sparse and not gradient.is_complex():
+    if whole and not gradient.is_sparse:
         return gradient
     gradient = reduced(gradient, getattr(p, "placements", ()))
     entries = _read_sparse(gradient, slices) if gradient.is_sparse else local(gradient)[slices]

@@ -1,4 +1,4 @@
-"""Whether the gradients are the same as at the last step: it must not act on them twice."""
+"""Whether the gradients are those of the last step, which must not be acted on twice."""
 
 from itertools import chain
 from weakref import ref
@@ -9,11 +9,11 @@ from gradbalance._gradients.layout import Layout, local
 
 
 class Fingerprint:
-    """By one gradient of each group and bucket, the way to know the gradients again: the tensor and its version.
+    """Knows the gradients of a step again, by one tensor of each group and bucket and its version.
 
     Args:
         layout: Of the parameters.
-        norms: Of the gradients as they are now, for :meth:`equals`; or None.
+        norms: Of the gradients as they are now, for the engine to compare; or None.
     """
 
     def __init__(self, layout: Layout, norms: Tensor | None = None) -> None:

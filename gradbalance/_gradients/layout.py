@@ -77,11 +77,10 @@ class Layout:
         members: list[list[Tensor]] = [[] for _ in range(n_groups + 1)]
         for params, of in zip(self._params, group_of, strict=True):
             for p, m in zip(params, of, strict=True):
-                if p.requires_grad:
+                if p.requires_grad and p.device.type != "meta":
                     members[m].append(p)  # -1 is the last row
         self.members = members[:n_groups]
-        self.readable = [[p for p in row if p.device.type != "meta"] for row in self.members]
-        self.home = next((p.device for p in chain.from_iterable(self.readable)), torch.device("cpu"))
+        self.home = next((p.device for p in chain.from_iterable(self.members)), torch.device("cpu"))
         self.rows = n_groups + with_rest
         self.buckets = in_buckets(members[: self.rows])
 
@@ -108,16 +107,15 @@ class Layout:
 
 
 def in_buckets(parameters: Sequence[Sequence[Tensor]]) -> list[Bucket]:
-    """The parameters of each group sorted into buckets; meta tensors are left out."""
+    """The parameters of each group sorted into buckets."""
     found: dict[Any, Bucket] = {}
     for group, members in enumerate(parameters):
         for p in members:
-            if p.device.type != "meta":
-                key = (p.device, p.dtype, getattr(p, "device_mesh", None), getattr(p, "placements", None))
-                if key not in found:
-                    found[key] = Bucket(p, len(parameters))
-                found[key].parameters[group].append(p)
-                found[key].large |= found[key].on_host and p.numel() > CPU_PART
+            key = (p.device, p.dtype, getattr(p, "device_mesh", None), getattr(p, "placements", None))
+            if key not in found:
+                found[key] = Bucket(p, len(parameters))
+            found[key].parameters[group].append(p)
+            found[key].large |= found[key].on_host and p.numel() > CPU_PART
     return list(found.values())
 
 
@@ -146,7 +144,7 @@ def by_group(tensors: Iterable[Tensor], counts: Iterable[int]) -> list[list[Tens
 
 
 def reduced(t: Any, placements: tuple[Any, ...]) -> Any:
-    """``t`` with what is still to be added up added up: entries of the same index, partial sums of ranks."""
+    """``t`` with its repeated indices summed if it is sparse, and its partial sums over ranks if it is a DTensor."""
     if t.is_sparse:
         return t.coalesce()
     return t if getattr(t, "placements", ()) == placements else t.redistribute(placements=placements)

@@ -21,8 +21,8 @@ class Reading(NamedTuple):
     """
 
     norms: Tensor
-    cosines: Tensor | None = None
-    errors: Tensor | None = None
+    cosines: Tensor | None
+    errors: Tensor | None
 
 
 class Meter:
@@ -36,7 +36,7 @@ class Meter:
 
     def __init__(self, layout: Layout, with_coherence: bool, before: "Meter | None" = None) -> None:
         self.layout = layout
-        self._sketch = Sketch(layout.readable, layout.home) if with_coherence else None
+        self._sketch = Sketch(layout.members, layout.home) if with_coherence else None
         if self._sketch is not None and before is not None and before._sketch is not None:
             self._sketch.continue_from(before._sketch)
 
@@ -71,7 +71,7 @@ class Meter:
 
     def load(self, names: Sequence[str], numbers: Mapping[str, list[float]]) -> None:
         """Take what :meth:`numbers` gave."""
-        if self._sketch is not None and numbers:
+        if self._sketch is not None:
             self._sketch.load(names, numbers)
 
 

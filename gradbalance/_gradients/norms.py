@@ -89,6 +89,7 @@ def _norms_by_mesh(gathered: Iterable[Gathered]) -> dict[Any, Tensor]:
 def _parts(group: list[Tensor]) -> Iterator[Tensor]:
     for t in group:
         if t.numel() > CPU_PART:
-            yield from t.chunk(ceil(t.numel() / CPU_PART))
+            flat = t.view(-1) if t.is_contiguous() else t
+            yield from flat.chunk(ceil(t.numel() / CPU_PART))
         else:
             yield t

@@ -10,29 +10,6 @@ from torch import Tensor
 from gradbalance._gradients.layout import Gathered, by_group
 
 
-def write_(
-    gathered: Iterable[Gathered],
-    norms: Tensor | None,
-    coefficients: Tensor | None,
-    max_norm: float | None,
-) -> Tensor | None:
-    """Scale the gradients of the groups, and clip those of all parameters, in place.
-
-    Args:
-        gathered: The gradients, see :meth:`Layout.gather`.
-        norms: Of each group and of the parameters of no group, shape ``[G]``; needed to clip.
-        coefficients: Factor of each group, shape ``[N]``, or None where it does not go into the gradients.
-        max_norm: Of all gradients together, or None.
-
-    Returns:
-        By what they were multiplied, shape ``[G]`` or ``[]``; None for nothing.
-    """
-    factors = coefficients if max_norm is None or norms is None else clipped(norms, coefficients, max_norm)
-    if factors is not None:
-        scale_(gathered, factors)
-    return factors
-
-
 def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
     """Multiply the gradients of each group by its factor, in place, without a host read of a device tensor.
 

@@ -1,4 +1,4 @@
-"""A record of every step's balance: kept on the device, read out in batches."""
+"""A record of the balance of every step that is measured: kept on the device, read out in batches."""
 
 import math
 import os
@@ -24,7 +24,7 @@ _BATCH = 1024
 
 
 class Recorder:
-    """Records the :class:`Balance` of every step: to look first, and decide then.
+    """Records the :class:`Balance` of every step that is measured: to look first, and decide then.
 
     Each step packs it into one small tensor on the device; the host reads these in batches of about a thousand, and
     when asked. To watch a model without touching its training, build the optimizer with ``rule=rules.Watch()``. In
@@ -32,7 +32,7 @@ class Recorder:
 
     Args:
         optimizer: What ``ConflictAwarePenalty`` or ``attach`` made, or an optimizer with a penalty on it.
-        every: Record one step of so many, >= 1.
+        every: Record one of so many measured steps, >= 1.
 
     Raises:
         ValueError: If the optimizer has no penalty on it, or ``every`` is not a positive integer.

@@ -1,7 +1,6 @@
 """Steps of some parameters made shorter or longer by their learning rate, whatever mix a param_group holds."""
 
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -67,16 +66,16 @@ class LearningRates:
                 return
         stand_ins, self._written = [], []
         for group, parts in zip(true, self._parts, strict=True):
-            mine = []
+            mine, lr = [], group["lr"]
             for index, params in parts.items():
                 # A tensor that the step counts in must count once, not once for each stand-in.
                 own = {k: v.clone() for k, v in group.items() if isinstance(v, Tensor) and k != "lr"}
-                lr = group["lr"] if index < 0 else group["lr"] * factors[index]
-                mine.append({**group, **own, "params": params, "lr": lr})
+                mine.append({**group, **own, "params": params, "lr": lr if index < 0 else lr * factors[index]})
             stand_ins += mine
-            # What the step writes there stays as the least damped one wrote it: schedule-free weights its averages by
-            # the learning rate, and those of an undamped group must not change.
-            self._written.append(mine[-1] if on_device else max(reversed(mine), key=itemgetter("lr")))
+            # What the step writes there stays as the one whose rate is nearest to the true one wrote it: schedule-free
+            # weights its averages by the rate, and those of a group that is not scaled must not change.
+            nearest = min(reversed(mine), key=lambda own: abs(own["lr"] - lr)) if not on_device else mine[-1]
+            self._written.append(nearest)
         self._true, self._optimizer.param_groups = true, stand_ins
 
     def end(self) -> None:

@@ -45,19 +45,18 @@ def way_to_scale(optimizer: Any) -> LearningRates | Displacement:
         ValueError: If neither works, or if it cannot be tried.
     """
     _, stepper = unwrap(optimizer)
-    with undisturbed():
-        way = _way_alone(stepper)
-        wrapper = next(
-            (layer for layer in layers(optimizer) if isinstance(layer, Optimizer) and not _is_known(layer)), None
-        )
-        # Once it has stepped, what it keeps does not fit toy parameters.
-        if wrapper is not None and wrapper is not stepper and not stepper.state:
-            try:
-                trial = _Trial(wrapper, stepper, at_one=False)
-            except Exception:  # it may need a model
-                return way(stepper)
-            if not (trial.moves and trial.follows(way)):
-                raise _refusal(wrapper, f"which makes of the steps of {type(stepper).__name__} others", False)
+    way = _way_alone(stepper)
+    wrapper = next(
+        (layer for layer in layers(optimizer) if isinstance(layer, Optimizer) and not _is_known(layer)), None
+    )
+    # Once it has stepped, what it keeps does not fit toy parameters.
+    if wrapper is not None and wrapper is not stepper and not stepper.state:
+        try:
+            trial = _Trial(wrapper, stepper, at_one=False)
+        except Exception:  # it may need a model
+            return way(stepper)
+        if not (trial.moves and trial.follows(way)):
+            raise _refusal(wrapper, f"which makes of the steps of {type(stepper).__name__} others", False)
     return way(stepper)
 
 
@@ -66,7 +65,7 @@ def _way_alone(optimizer: Optimizer) -> Way:
     has_rate = all(group.get("lr") is not None for group in optimizer.param_groups)
     if isinstance(optimizer, torch.optim.ASGD):
         raise _refusal(optimizer, "which follows its rate a step late and keeps averages of the parameters", True)
-    if is_torch(optimizer):
+    if type(optimizer).__module__.startswith("torch.optim."):
         return LearningRates if has_rate and not isinstance(optimizer, NOT_BY_RATE) else Displacement
     try:
         trial = _Trial(optimizer, optimizer, at_one=False)
@@ -84,13 +83,8 @@ def _way_alone(optimizer: Optimizer) -> Way:
     raise _refusal(optimizer, why, trial.follows(None))
 
 
-def is_torch(optimizer: Optimizer) -> bool:
-    """Whether its class is one of torch's own."""
-    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
-
-
 def _is_known(optimizer: Optimizer) -> bool:
-    return is_torch(optimizer) or type(optimizer).__module__.split(".")[0] in FRAMEWORKS
+    return type(optimizer).__module__.split(".")[0] in FRAMEWORKS
 
 
 def _refusal(optimizer: Optimizer, why: str, gradients_count: bool) -> ValueError:
@@ -175,8 +169,9 @@ class _Trial:
                 return False
         return True
 
+    @undisturbed()
     def _run(self, kind: Way | None, first: int) -> tuple[list[list[Tensor]], Twin]:
-        """Where the toys are before each step and at the end, scaled from the first step on that is named."""
+        """Where the toys are before each step and at the end; they are scaled from step ``first`` on."""
         twin = Twin(self._optimizer, self._stepper, self._at_one, self._with_state)
         places = [twin.places()]
         for step in range(STEPS):
@@ -186,7 +181,8 @@ class _Trial:
             if step == first and kind is not None:
                 way = kind(twin.stepper)
                 way.divide({id(p): 0 for p in twin.toys[::2]})
-                twin.around_each_step(partial(way.begin, twin.coefficient(FACTOR)), way.end)
+                factor = torch.full((1,), FACTOR, device=twin.toys[0].device)
+                twin.around_each_step(partial(way.begin, factor), way.end)
             twin.step(gradients, self._with_closure)
             places.append(twin.places())
         return places, twin

@@ -68,10 +68,6 @@ class Twin:
         """A copy of the toys."""
         return [p.detach().clone() for p in self.toys]
 
-    def coefficient(self, factor: float) -> Tensor:
-        """As the engine gives it."""
-        return torch.full((1,), factor, device=self.toys[0].device)
-
     def step(self, gradients: list[Tensor], with_closure: bool) -> None:
         """A step with these gradients."""
 
@@ -232,8 +228,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 def undisturbed() -> Iterator[None]:
     """The random numbers of the user stay as they were, nothing is compiled, and no one is warned."""
     state = random.getstate()
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
         try:
             if "torch._dynamo" in sys.modules:
                 with torch.compiler.set_stance("force_eager"):

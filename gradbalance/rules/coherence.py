@@ -79,9 +79,9 @@ class Coherence:
             return torch.ones_like(measured.shares)
         signal = measured.coherences.clamp(min=0) + self.chance
         if measured.scale_free:
-            least, clearest = signal.nan_to_num(nan=torch.inf).amin(), signal.nan_to_num(nan=0.0).amax()
+            least = signal.nan_to_num(nan=torch.inf).amin()
             further = (signal / least).square().clamp(max=self.most)
-            beta = ((clearest - self.chance) / self.clear).clamp(max=1.0)
+            beta = (measured.coherences.nan_to_num(nan=0.0).amax() / self.clear).clamp(0.0, 1.0)
             paid = further.nan_to_num(nan=1.0).amax() ** (beta - 1)
             return (further * paid).nan_to_num(nan=1.0)
         known = ~signal.isnan()

@@ -171,3 +171,14 @@ def test_a_killed_run_resumes_bit_for_bit(rule, every, tmp_path):
     whole = train(model, optimizer, range(7))
     assert train(resumed, other, range(3, 7)) == whole[3:]
     assert_same_parameters(resumed, model, tolerance=0)
+
+
+def test_a_checkpoint_taken_before_the_first_step_takes_a_running_optimizer_back_to_it():
+    model, optimizer = build("coherence")
+    weights, state = saved(model, optimizer)
+    fresh, other = build("coherence")
+    train(model, optimizer, range(3))
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert_same_coefficients(train(model, optimizer, range(2)), train(fresh, other, range(2)))
+    torch.testing.assert_close(optimizer.balance.coherences, other.balance.coherences, equal_nan=True)

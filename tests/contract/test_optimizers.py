@@ -124,3 +124,27 @@ def test_an_optimizer_that_holds_no_group_is_refused(record_property):
         ConflictAwarePenalty(adamw, groups_of(model))
     with refused(record_property, ValueError, "at least two groups"):
         ConflictAwarePenalty(adamw, {"text": [model.text.weight]})
+
+
+class Noting(torch.optim.SGD):
+    """Writes its rate into the param_group, as schedule-free does with its sums."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["noted"] = group["lr"]
+
+
+def test_of_what_the_step_writes_that_of_the_parameters_that_are_not_scaled_stays():
+    model = Toy()
+    optimizer = ConflictAwarePenalty(
+        Noting(model.parameters(), lr=0.1), groups_of(model), rules.ByHand(text=2.0, audio=0.5, visual=3.0)
+    )
+    train(model, optimizer, range(1), observe=False)
+    assert optimizer.param_groups[0]["noted"] == 0.1
+
+
+def test_a_class_of_torch_is_known_and_not_tried(monkeypatch):
+    model = Toy()
+    monkeypatch.setattr(torch.random, "fork_rng", None)  # with several GPUs it warns, and it starts CUDA
+    assert "learning rate" in repr(put_on(torch.optim.AdamW(model.parameters()), model))
