@@ -154,6 +154,15 @@ class NeedsAModel(Around):
         return super().step(closure)
 
 
+class Once(Around):
+    """Stops early."""
+
+    def step(self, closure=None):
+        if not hasattr(self, "done"):
+            self.done = True
+            super().step(closure)
+
+
 def test_a_wrapper_is_tried_with_what_it_wraps():
     def around(cls):
         return cls(AdamW(Branches().parameters(), weight_decay=0.0))
@@ -163,3 +172,21 @@ def test_a_wrapper_is_tried_with_what_it_wraps():
     for cls in (Around, SlowlyAround, NeedsAModel):
         way = way_to_scale(around(cls))
         assert way.name == "learning rate"
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_wrapper_that_stops_is_tried_from_its_first_step_on_and_once_stepped_not_at_all(steps):
+    model = Branches()
+    optimizer = Once(AdamW(model.parameters(), weight_decay=0.0))
+    for step in range(steps):
+        feed(model, step)
+        optimizer.step()
+    assert way_to_scale(optimizer).name == "learning rate"
+
+
+def test_the_wrapper_of_a_framework_is_not_tried():
+    class OfAFramework(Rescaling):
+        __module__ = "accelerate.optimizer"
+
+    way = way_to_scale(OfAFramework(AdamW(Branches().parameters(), weight_decay=0.0)))
+    assert way.name == "learning rate"

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from gradbalance import attach, rules
+from gradbalance._torch.twin import RATE, Twin, undisturbed
 from tests.contract.fixed import Branches, assert_half_of_a_alone, displacements, feed
 
 
@@ -45,6 +46,31 @@ class OwnRateForVectors(Descent):
 class OwnRateWhereFlagged(Descent):
     def rate(self, group, p):
         return 0.01 if group["flag"] else group["lr"]
+
+
+class OwnRateWhereMarked(Descent):
+    """As those that look up a mark on the parameter."""
+
+    def rate(self, group, p):
+        return 0.01 if getattr(p, "own_rate", False) else group["lr"]
+
+
+class OwnRateForSmallGradients(Descent):
+    def rate(self, group, p):
+        return group["lr"] if p.grad.norm() > 1 else 0.01
+
+
+class WithMomentum(OwnRate):
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1e-3)
+
+
+class LowRatesAlone(Descent):
+    def rate(self, group, p):
+        if group["lr"] >= 1:
+            raise ValueError("the learning rate must be below 1")
+        return group["lr"]
 
 
 class RateOfTheFirstStep(Descent):
@@ -122,6 +148,14 @@ class SlowWeights(Descent):
         if state["step"] % 5 == 0:
             slow.lerp_(p, 0.5)
             p.copy_(slow)
+
+
+class NonNegative(Descent):
+    """As those of factorisations without negative parts."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        p.clamp_(min=0)
 
 
 class OneForAll(Descent):
@@ -256,7 +290,7 @@ def of(cls, **options):
     return lambda model: cls(model.parameters(), **options)
 
 
-@pytest.mark.parametrize("cls", [Descent, SlowWeights, SlowFromConstruction, SetUpAtConstruction])
+@pytest.mark.parametrize("cls", [Descent, LowRatesAlone, SlowWeights, SlowFromConstruction, SetUpAtConstruction])
 def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
     assert_half_of_a_alone(of(cls), "learning rate")
 
@@ -266,6 +300,7 @@ def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
     [
         OwnRate,
         OwnRateForVectors,
+        OwnRateForSmallGradients,
         RateOfTheFirstStep,
         RateInTheStart,
         RateOfTheFirstGroup,
@@ -291,6 +326,45 @@ def test_param_groups_of_other_settings_are_tried_too():
     assert_half_of_a_alone(make, "displacement")
 
 
+def test_parameters_with_other_marks_are_tried_too():
+    def make(model):
+        model.b[1].weight.own_rate = True
+        return OwnRateWhereMarked(model.parameters())
+
+    assert_half_of_a_alone(make, "displacement")
+
+
+def test_parameters_on_the_meta_device_are_tried_on_the_cpu():
+    model = Branches()
+    model.a[0].to("meta")
+    handle = attach(of(Descent)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(handle)
+
+
+def test_a_momentum_of_single_numbers_is_not_taken_for_a_copy():
+    a, b = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+    handle = attach(WithMomentum([a, b]), {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
+    assert "update by displacement" in repr(handle)
+
+
+@pytest.mark.parametrize(("lr", "at_one"), [(0.01, 1.0), (3.0, 3.0)])
+def test_a_twin_steps_at_a_low_rate_or_at_that_of_the_true_one_and_1_at_least(lr, at_one):
+    optimizer = of(Descent, lr=lr)(Branches())
+    for high, expected in ((False, RATE), (True, at_one)):
+        twin = Twin(optimizer, optimizer, at_one=high, with_state=False)
+        assert twin.optimizer.param_groups[0]["lr"] == expected
+        assert [tuple(p.shape) for p in twin.toys] == [(6, 4), (3, 6), (6,), (3,)]
+
+
+def test_the_closure_of_a_twin_gives_the_gradients_asked_for():
+    optimizer = of(WithClosure)(Branches())
+    twin = Twin(optimizer, optimizer, at_one=False, with_state=False)
+    gradients = twin.gradients(agreeing=False)
+    with undisturbed():  # torch warns of graphs of gradients
+        twin.step(gradients, with_closure=True)
+    assert all(torch.equal(p.grad, g) for p, g in zip(twin.toys, gradients, strict=True))
+
+
 @pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.Rprop])
 def test_torchs_own_with_a_schedule_inside_are_scaled_after_the_fact(cls):
     assert_half_of_a_alone(of(cls, lr=0.001), "displacement")
@@ -314,6 +388,7 @@ def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
         (AwayFromTheStart, "keeps copies of the parameters"),
         (BackAfterLong, "keeps copies of the parameters"),
         (InBackward, "hardly moves parameters"),
+        (NonNegative, "steps of some parameters change those of others"),
         (Projected, "steps of some parameters change those of others"),
         (OneForAll, "steps of some parameters change those of others"),
     ],
