@@ -147,6 +147,19 @@ class SlowlyAround(Around):
                     p.copy_(slow.lerp_(p, 0.5))
 
 
+class Bounded(Around):
+    """Cuts steps longer than 1."""
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        super().step(closure)
+        with torch.no_grad():
+            length = sum((p - b).square().sum() for p, b in zip(params, before, strict=True)).sqrt()
+            for p, b in zip(params, before, strict=True):
+                p.copy_(b + (p - b) / max(1.0, length))
+
+
 class NeedsAModel(Around):
     def step(self, closure=None):
         if not hasattr(self.param_groups[0]["params"][0], "model"):
@@ -169,7 +182,7 @@ def test_a_wrapper_is_tried_with_what_it_wraps():
 
     with pytest.raises(ValueError, match="Got Rescaling, which makes of the steps of AdamW others"):
         way_to_scale(around(Rescaling))
-    for cls in (Around, SlowlyAround, NeedsAModel):
+    for cls in (Around, Bounded, SlowlyAround, NeedsAModel):
         way = way_to_scale(around(cls))
         assert way.name == "learning rate"
 

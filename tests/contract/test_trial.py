@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from gradbalance import attach, rules
-from gradbalance._torch.twin import RATE, Twin, undisturbed
+from gradbalance._torch.twin import FAR, RATE, Twin, undisturbed
 from tests.contract.fixed import Branches, assert_half_of_a_alone, displacements, feed
 
 
@@ -60,10 +60,23 @@ class OwnRateForSmallGradients(Descent):
         return group["lr"] if p.grad.norm() > 1 else 0.01
 
 
-class WithMomentum(OwnRate):
+class MomentumFromConstruction(OwnRate):
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
     def update(self, group, p):
         super().update(group, p)
-        self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1e-3)
+        self.state[p]["momentum"].lerp_(p.grad, 1e-3)
+
+
+class WithAverage(OwnRate):
+    """Keeps an average of the parameters for evaluation."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p].setdefault("average", p.clone()).lerp_(p, 0.5)
 
 
 class LowRatesAlone(Descent):
@@ -71,6 +84,14 @@ class LowRatesAlone(Descent):
         if group["lr"] >= 1:
             raise ValueError("the learning rate must be below 1")
         return group["lr"]
+
+
+class Clipped(Descent):
+    """As those of a critic: parameters stay within bounds, of which a trial at a high rate starts outside."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        p.clamp_(-10, 10)
 
 
 class RateOfTheFirstStep(Descent):
@@ -290,7 +311,9 @@ def of(cls, **options):
     return lambda model: cls(model.parameters(), **options)
 
 
-@pytest.mark.parametrize("cls", [Descent, LowRatesAlone, SlowWeights, SlowFromConstruction, SetUpAtConstruction])
+@pytest.mark.parametrize(
+    "cls", [Descent, LowRatesAlone, Clipped, SlowWeights, SlowFromConstruction, SetUpAtConstruction]
+)
 def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
     assert_half_of_a_alone(of(cls), "learning rate")
 
@@ -305,6 +328,7 @@ def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
         RateInTheStart,
         RateOfTheFirstGroup,
         RateByPosition,
+        MomentumFromConstruction,
         Locked,
         WithViews,
     ],
@@ -343,26 +367,32 @@ def test_parameters_on_the_meta_device_are_tried_on_the_cpu():
 
 def test_a_momentum_of_single_numbers_is_not_taken_for_a_copy():
     a, b = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
-    handle = attach(WithMomentum([a, b]), {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
+    handle = attach(MomentumFromConstruction([a, b]), {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
     assert "update by displacement" in repr(handle)
 
 
-@pytest.mark.parametrize(("lr", "at_one"), [(0.01, 1.0), (3.0, 3.0)])
-def test_a_twin_steps_at_a_low_rate_or_at_that_of_the_true_one_and_1_at_least(lr, at_one):
-    optimizer = of(Descent, lr=lr)(Branches())
-    for high, expected in ((False, RATE), (True, at_one)):
-        twin = Twin(optimizer, optimizer, at_one=high, with_state=False)
-        assert twin.optimizer.param_groups[0]["lr"] == expected
-        assert [tuple(p.shape) for p in twin.toys] == [(6, 4), (3, 6), (6,), (3,)]
+@pytest.mark.parametrize(("lr", "at_one", "rate"), [(0.01, False, RATE), (0.01, True, 1.0), (3.0, True, 3.0)])
+def test_a_twin_has_two_toys_of_a_kind_of_a_size_like_the_rate_and_no_weight_decay(lr, at_one, rate):
+    optimizer = of(Descent, lr=lr, weight_decay=0.1)(Branches())
+    twin = Twin(optimizer, optimizer, at_one=at_one, with_state=False)
+    (group,) = twin.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (rate, 0.0)
+    assert [tuple(p.shape) for p in twin.toys] == [(6, 4), (3, 6), (6,), (3,)]
+    entries = torch.cat([p.detach().flatten() for p in twin.toys])
+    assert {*entries.sign().tolist()} == {-1.0, 1.0}
+    assert FAR * rate <= entries.abs().min() < entries.abs().max() <= 2 * FAR * rate
 
 
-def test_the_closure_of_a_twin_gives_the_gradients_asked_for():
+def test_the_closure_of_a_twin_gives_the_gradients_asked_for_and_a_hessian_of_the_identity():
     optimizer = of(WithClosure)(Branches())
     twin = Twin(optimizer, optimizer, at_one=False, with_state=False)
     gradients = twin.gradients(agreeing=False)
     with undisturbed():  # torch warns of graphs of gradients
         twin.step(gradients, with_closure=True)
-    assert all(torch.equal(p.grad, g) for p, g in zip(twin.toys, gradients, strict=True))
+    for p, g in zip(twin.toys, gradients, strict=True):
+        assert torch.equal(p.grad, g)
+        (hessian,) = torch.autograd.grad(p.grad.sum(), p)
+        assert torch.equal(hessian, torch.ones_like(p))
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.Rprop])
@@ -386,6 +416,7 @@ def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
     ("cls", "why"),
     [
         (AwayFromTheStart, "keeps copies of the parameters"),
+        (WithAverage, "keeps copies of the parameters"),
         (BackAfterLong, "keeps copies of the parameters"),
         (InBackward, "hardly moves parameters"),
         (NonNegative, "steps of some parameters change those of others"),
