@@ -171,6 +171,13 @@ class ConflictAwarePenalty(Optimizer):
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
+    # Frameworks look up the optimizer of a scheduler among those that they were given, some after unwrapping these.
+    def __eq__(self, other: object) -> bool:
+        return self.optimizer == other
+
+    def __hash__(self) -> int:
+        return hash(self.optimizer)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rewrap, (type(self), self.optimizer)
 

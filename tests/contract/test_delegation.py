@@ -147,11 +147,33 @@ class SlowlyAround(Around):
                     p.copy_(slow.lerp_(p, 0.5))
 
 
+class Bounded(Around):
+    """Cuts steps longer than 1."""
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        super().step(closure)
+        with torch.no_grad():
+            length = sum((p - b).square().sum() for p, b in zip(params, before, strict=True)).sqrt()
+            for p, b in zip(params, before, strict=True):
+                p.copy_(b + (p - b) / max(1.0, length))
+
+
 class NeedsAModel(Around):
     def step(self, closure=None):
         if not hasattr(self.param_groups[0]["params"][0], "model"):
             raise AttributeError("model")
         return super().step(closure)
+
+
+class Once(Around):
+    """Stops early."""
+
+    def step(self, closure=None):
+        if not hasattr(self, "done"):
+            self.done = True
+            super().step(closure)
 
 
 def test_a_wrapper_is_tried_with_what_it_wraps():
@@ -160,6 +182,24 @@ def test_a_wrapper_is_tried_with_what_it_wraps():
 
     with pytest.raises(ValueError, match="Got Rescaling, which makes of the steps of AdamW others"):
         way_to_scale(around(Rescaling))
-    for cls in (Around, SlowlyAround, NeedsAModel):
+    for cls in (Around, Bounded, SlowlyAround, NeedsAModel):
         way = way_to_scale(around(cls))
         assert way.name == "learning rate"
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_wrapper_that_stops_is_tried_from_its_first_step_on_and_once_stepped_not_at_all(steps):
+    model = Branches()
+    optimizer = Once(AdamW(model.parameters(), weight_decay=0.0))
+    for step in range(steps):
+        feed(model, step)
+        optimizer.step()
+    assert way_to_scale(optimizer).name == "learning rate"
+
+
+def test_the_wrapper_of_a_framework_is_not_tried():
+    class OfAFramework(Rescaling):
+        __module__ = "accelerate.optimizer"
+
+    way = way_to_scale(OfAFramework(AdamW(Branches().parameters(), weight_decay=0.0)))
+    assert way.name == "learning rate"

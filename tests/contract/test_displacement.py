@@ -241,6 +241,15 @@ def test_after_the_fact_every_kind_of_number_is_scaled(dtype):
     assert torch.equal(b, other)
 
 
+def test_after_the_fact_a_step_of_infinite_gradients_is_that_of_the_plain_optimizer():
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = ByItsOwnRate([a, b])
+    attach(optimizer, {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
+    a.grad, b.grad = torch.tensor([torch.inf, 1.0]), torch.ones(2)
+    optimizer.step()
+    assert a.tolist() == [-torch.inf, 0.5]
+
+
 def test_the_factor_may_change_from_step_to_step():
     for make in (rprop, lambda model: Adam(model.parameters(), lr=0.01)):
         plain, model = Branches(), Branches()

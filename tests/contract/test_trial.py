@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from gradbalance import attach, rules
+from gradbalance._torch.twin import FAR, RATE, Twin, undisturbed
 from tests.contract.fixed import Branches, assert_half_of_a_alone, displacements, feed
 
 
@@ -45,6 +46,52 @@ class OwnRateForVectors(Descent):
 class OwnRateWhereFlagged(Descent):
     def rate(self, group, p):
         return 0.01 if group["flag"] else group["lr"]
+
+
+class OwnRateWhereMarked(Descent):
+    """As those that look up a mark on the parameter."""
+
+    def rate(self, group, p):
+        return 0.01 if getattr(p, "own_rate", False) else group["lr"]
+
+
+class OwnRateForSmallGradients(Descent):
+    def rate(self, group, p):
+        return group["lr"] if p.grad.norm() > 1 else 0.01
+
+
+class MomentumFromConstruction(OwnRate):
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p]["momentum"].lerp_(p.grad, 1e-3)
+
+
+class WithAverage(OwnRate):
+    """Keeps an average of the parameters for evaluation."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        self.state[p].setdefault("average", p.clone()).lerp_(p, 0.5)
+
+
+class LowRatesAlone(Descent):
+    def rate(self, group, p):
+        if group["lr"] >= 1:
+            raise ValueError("the learning rate must be below 1")
+        return group["lr"]
+
+
+class Clipped(Descent):
+    """As those of a critic: parameters stay within bounds, of which a trial at a high rate starts outside."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        p.clamp_(-10, 10)
 
 
 class RateOfTheFirstStep(Descent):
@@ -122,6 +169,14 @@ class SlowWeights(Descent):
         if state["step"] % 5 == 0:
             slow.lerp_(p, 0.5)
             p.copy_(slow)
+
+
+class NonNegative(Descent):
+    """As those of factorisations without negative parts."""
+
+    def update(self, group, p):
+        super().update(group, p)
+        p.clamp_(min=0)
 
 
 class OneForAll(Descent):
@@ -256,7 +311,9 @@ def of(cls, **options):
     return lambda model: cls(model.parameters(), **options)
 
 
-@pytest.mark.parametrize("cls", [Descent, SlowWeights, SlowFromConstruction, SetUpAtConstruction])
+@pytest.mark.parametrize(
+    "cls", [Descent, LowRatesAlone, Clipped, SlowWeights, SlowFromConstruction, SetUpAtConstruction]
+)
 def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
     assert_half_of_a_alone(of(cls), "learning rate")
 
@@ -266,10 +323,12 @@ def test_a_step_that_follows_the_rate_is_scaled_by_it(cls):
     [
         OwnRate,
         OwnRateForVectors,
+        OwnRateForSmallGradients,
         RateOfTheFirstStep,
         RateInTheStart,
         RateOfTheFirstGroup,
         RateByPosition,
+        MomentumFromConstruction,
         Locked,
         WithViews,
     ],
@@ -289,6 +348,51 @@ def test_param_groups_of_other_settings_are_tried_too():
         return OwnRateWhereFlagged([{"params": rest, "flag": False}, {"params": first, "flag": True}])
 
     assert_half_of_a_alone(make, "displacement")
+
+
+def test_parameters_with_other_marks_are_tried_too():
+    def make(model):
+        model.b[1].weight.own_rate = True
+        return OwnRateWhereMarked(model.parameters())
+
+    assert_half_of_a_alone(make, "displacement")
+
+
+def test_parameters_on_the_meta_device_are_tried_on_the_cpu():
+    model = Branches()
+    model.a[0].to("meta")
+    handle = attach(of(Descent)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(handle)
+
+
+def test_a_momentum_of_single_numbers_is_not_taken_for_a_copy():
+    a, b = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+    handle = attach(MomentumFromConstruction([a, b]), {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
+    assert "update by displacement" in repr(handle)
+
+
+@pytest.mark.parametrize(("lr", "at_one", "rate"), [(0.01, False, RATE), (0.01, True, 1.0), (3.0, True, 3.0)])
+def test_a_twin_has_two_toys_of_a_kind_of_a_size_like_the_rate_and_no_weight_decay(lr, at_one, rate):
+    optimizer = of(Descent, lr=lr, weight_decay=0.1)(Branches())
+    twin = Twin(optimizer, optimizer, at_one=at_one, with_state=False)
+    (group,) = twin.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (rate, 0.0)
+    assert [tuple(p.shape) for p in twin.toys] == [(6, 4), (3, 6), (6,), (3,)]
+    entries = torch.cat([p.detach().flatten() for p in twin.toys])
+    assert {*entries.sign().tolist()} == {-1.0, 1.0}
+    assert FAR * rate <= entries.abs().min() < entries.abs().max() <= 2 * FAR * rate
+
+
+def test_the_closure_of_a_twin_gives_the_gradients_asked_for_and_a_hessian_of_the_identity():
+    optimizer = of(WithClosure)(Branches())
+    twin = Twin(optimizer, optimizer, at_one=False, with_state=False)
+    gradients = twin.gradients(agreeing=False)
+    with undisturbed():  # torch warns of graphs of gradients
+        twin.step(gradients, with_closure=True)
+    for p, g in zip(twin.toys, gradients, strict=True):
+        assert torch.equal(p.grad, g)
+        (hessian,) = torch.autograd.grad(p.grad.sum(), p)
+        assert torch.equal(hessian, torch.ones_like(p))
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.Rprop])
@@ -312,8 +416,10 @@ def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
     ("cls", "why"),
     [
         (AwayFromTheStart, "keeps copies of the parameters"),
+        (WithAverage, "keeps copies of the parameters"),
         (BackAfterLong, "keeps copies of the parameters"),
         (InBackward, "hardly moves parameters"),
+        (NonNegative, "steps of some parameters change those of others"),
         (Projected, "steps of some parameters change those of others"),
         (OneForAll, "steps of some parameters change those of others"),
     ],

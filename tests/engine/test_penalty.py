@@ -344,6 +344,15 @@ def test_remove_leaves_a_schedule_built_since_in_place(model):
     assert set(penalty.coefficients().values()) == {1.0}
 
 
+def test_the_wrapper_is_equal_to_what_it_wraps_and_to_no_other(model):
+    inner, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, copy.deepcopy(model)))
+    optimizer = ConflictAwarePenalty(inner, groups_of(model))
+    assert inner in [optimizer]
+    assert optimizer in {inner}
+    assert other != optimizer
+    assert copy.deepcopy(optimizer) != optimizer
+
+
 def test_coefficients_for_applies_the_rule_to_norms_from_elsewhere(model):
     penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), **conflict_aware(eta=0.5))
     assert penalty.coefficients_for({"audio": 1.0, "text": torch.tensor(2.0)}) == {"text": 0.5, "audio": 1.0}

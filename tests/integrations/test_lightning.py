@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from gradbalance import attach
 from tests import needs
 from tests.contract.optimizers import cancels
 from tests.contract.oracle import Toy
 from tests.integrations.loops import (
     CLIP,
     STEPS,
+    Setup,
+    adamw,
     assert_equal_by_hand,
     batches,
     each_setup,
@@ -18,6 +21,8 @@ from tests.integrations.loops import (
 )
 
 lightning = needs("lightning")
+from lightning.pytorch.callbacks import LearningRateMonitor  # noqa: E402
+from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 pytestmark = cancels
@@ -48,11 +53,10 @@ def fit(module, data=None, ckpt_path=None, **options):
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"max_epochs": 1, **options},
+        **{"max_epochs": 1, "logger": False, **options},
     )
     trainer.fit(module, data or batches(), ckpt_path=ckpt_path)
     return trainer
@@ -107,6 +111,38 @@ def test_lightning_resumes_from_a_checkpoint(setup, tmp_path):
     fit(halfway, batches(range(4))).save_checkpoint(tmp_path / "half")
     fit(resumed, batches(range(4, STEPS)), tmp_path / "half", max_epochs=2)
     assert_equal_by_hand(resumed.model, halfway.seen + resumed.seen, setup)
+
+
+class Scheduled(Lit):
+    """Another learning rate for each part of the model, on a schedule."""
+
+    def __init__(self, setup=None, on_inner=False):
+        super().__init__(setup)
+        self.on_inner = on_inner
+
+    def configure_optimizers(self):
+        parts = self.model.children()
+        plain = adamw([{"params": part.parameters(), "lr": 0.01 * i} for i, part in enumerate(parts, start=1)])
+        optimizer = plain
+        if self.setup_of is not None:
+            optimizer, _ = penalised(self.model, self.setup_of, make=lambda _: plain)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(plain if self.on_inner else optimizer, 0.5)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def logged(module):
+    """The learning rates that Lightning logs, whatever names it gives them."""
+    monitor = LearningRateMonitor()
+    fit(module, callbacks=[monitor], logger=DummyLogger(), log_every_n_steps=1)
+    return list(monitor.lrs.values())
+
+
+@of_lightning
+@pytest.mark.parametrize(("setup", "on_inner"), [(Setup(), False), (Setup(), True), (Setup(by=attach), False)])
+def test_lightning_logs_each_learning_rate_once(setup, on_inner):
+    expected = [[0.01 * i * 0.5**step for step in range(STEPS)] for i in (1, 2, 3, 4)]
+    assert logged(Scheduled()) == expected
+    assert logged(Scheduled(setup, on_inner)) == expected
 
 
 @each_setup
