@@ -65,7 +65,7 @@ def _way_alone(optimizer: Optimizer) -> Way:
     has_rate = all(group.get("lr") is not None for group in optimizer.param_groups)
     if isinstance(optimizer, torch.optim.ASGD):
         raise _refusal(optimizer, "which follows its rate a step late and keeps averages of the parameters", True)
-    if type(optimizer).__module__.startswith("torch.optim."):
+    if f"{type(optimizer).__module__}.".startswith("torch.optim."):
         return LearningRates if has_rate and not isinstance(optimizer, NOT_BY_RATE) else Displacement
     try:
         trial = _Trial(optimizer, optimizer, at_one=False)
