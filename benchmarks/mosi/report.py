@@ -16,18 +16,12 @@ from benchmarks.mosi.tables import at_mean, beside, differences, gradients, pote
 from examples.mosi.data import Corpus, load
 from examples.mosi.run import write_text
 
-DEFAULT = "standard-all-mpnet-base-v2-top.jsonl"
+DEFAULT = RESULTS / "standard-all-mpnet-base-v2-top.jsonl"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.report", description=__doc__)
-    parser.add_argument(
-        "lines",
-        type=Path,
-        nargs="?",
-        default=RESULTS / "standard-all-mpnet-base-v2-top.jsonl",
-        help="those of the study",
-    )
+    parser.add_argument("lines", type=Path, nargs="?", default=DEFAULT, help="those of the study")
     parser.add_argument("--data", default="auto", help="for the statistics of the data, where none are kept beside")
     options = parser.parse_args()
     lines = read(options.lines)
