@@ -75,9 +75,9 @@ PARTS = [
     Part("AdamW", ("V2",), TELLING, lr=DEFAULT),
     Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
     Part("AdamW", ("V2",), FORMULA, lr=DEFAULT),
+    # Not in the report yet:
     Part("Adam", ("C0", "V2", "S2"), BASE, tuning=ONCE),
     Part("Muon", ("C0", "VC", "Y3"), BASE, tuning=ONCE),
-    # Not in the report yet:
     Part("AdamW", OTHERS, (*BASE, APART), tuning=ONCE),
 ]
 
