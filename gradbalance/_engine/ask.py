@@ -1,31 +1,29 @@
-"""Asking the rule: what was read becomes running means, these a decision, if the step counts."""
+"""Asking the rule on the host: what was read becomes running means, these a decision, if the step counts.
 
-from typing import Any
+In plain numbers, since on the host one operator on tensors takes longer than all of this arithmetic.
+"""
+
+from collections.abc import Callable
+from math import inf, isfinite, nan
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gradbalance._engine.state import Flag, State, Window
-from gradbalance._gradients.layout import on_host
+from gradbalance._engine.state import State, Window
+from gradbalance._gradients.coherence import Vector
+from gradbalance._gradients.layout import wide
 from gradbalance._gradients.meter import Reading
 from gradbalance.rules import Measured, Rule
 
 
-def ask_rule(
-    rule: Rule,
-    state: State,
-    reading: Reading,
-    *,
-    smoothing: float,
-    window: Window,
-    scale_free: bool,
-    fresh: Flag = True,
-) -> tuple[Flag, Flag]:
+def ask_on_host(
+    rule: Rule, state: State, reading: Reading, *, smoothing: float, window: Window, scale_free: bool, fresh: bool
+) -> tuple[bool, bool]:
     """One decision, written into the state.
 
     A step with a non-finite norm or error, or with fewer than two active groups, does not count: every coefficient is
-    1 and nothing is remembered. The same holds for coefficients that are not finite and >= 0 where to look at them
-    would be a host read; elsewhere these are an error.
+    1 and nothing is remembered.
 
     Args:
         rule: Is given what was measured.
@@ -43,94 +41,102 @@ def ask_rule(
         ValueError: If the rule gives coefficients that are not finite, negative or of another shape than ``[N]``.
         TypeError: If it gives no tensor.
     """
-    norms, cosines, observed = reading
-    norms = norms[: len(state.names)] if len(norms) > len(state.names) else norms
-    total = norms.sum()  # not finite if one of them is not
-    shares = norms / total
-    host = on_host(norms.device)
-    complete = False  # whether every group has a value of everything, and a mean of it
-    counts: Flag
-    if host:
-        seen = shares.tolist()
-        counts = bool(fresh) and all(s == s for s in seen) and sum(s > 0 for s in seen) >= 2
-        complete = counts and 0.0 not in seen and (cosines is None or all(c == c for c in cosines.tolist()))
-        active = state.everyone if complete else norms > 0
-    else:
-        active = norms > 0
-        counts = (total < torch.inf) & (active.sum() >= 2) & fresh
-    errors = state.errors
-    if observed is not None:
-        state.has_errors = True
-        finite = observed.sum().abs() < torch.inf
-        counts = counts and bool(finite) if host else counts & finite
+    norms = numbers(reading.norms)[: len(state.names)]
+    total, active = sum(norms), [norm > 0 for norm in norms]
+    counts, errors = fresh and total < inf and sum(active) >= 2, state.errors
+    if reading.errors is not None:
+        observed = reading.errors.tolist()
+        state.has_errors, counts = True, counts and isfinite(sum(observed))
         # Who was left out of the last call is not observed any more.
-        (later,) = running_means([errors], [observed], smoothing)
-        errors = torch.where(observed < 0, torch.nan, later)
-    if not complete:
-        shares = torch.where(active, shares, torch.nan)
-    means, values = [state.shares], [shares]
-    if cosines is not None:
-        means, values = [state.shares, state.coherences], [shares, cosines]
-    shares, *rest = running_means(means, values, smoothing, complete and state.complete)
-    coherences = rest[0] if rest else None
-    shown = coherences if complete or coherences is None else torch.where(active, coherences, torch.nan)
-
+        errors = [nan if e < 0 else _mean(old, e, smoothing) for old, e in zip(errors, observed, strict=True)]
     state.norms, state.conflicts, state.coefficients = norms, None, state.ones
-    if not host and hasattr(rule, "state_dict"):
-        counts = bool(counts)  # what the rule itself keeps must not change either
-    if counts is False:
+    if not counts:
         return False, False
+    shares = [_mean(old, x / total if x > 0 else nan, smoothing) for old, x in zip(state.shares, norms, strict=True)]
+    coherences = shown = None
+    if reading.cosines is not None:
+        cosines = numbers(reading.cosines)
+        coherences = [_mean(old, c, smoothing) for old, c in zip(state.coherences, cosines, strict=True)]
+        shown = [a if on else nan for a, on in zip(coherences, active, strict=True)]
     seen_errors = errors if state.has_errors else None
-    measured = Measured(state.names, norms, shares, shown, seen_errors, active, scale_free, state.decided, state.step)
-    coefficients, conflicts = _checked(rule, rule(measured), norms)
-    if not host:
-        counts = counts & ((coefficients >= 0) & (coefficients < torch.inf)).all()
-    due = state.inside(window, counts)
-    if due is not False:
-        state.coefficients = coefficients if complete else torch.where(active & due, coefficients, 1.0)
-        state.conflicts = None if conflicts is None else conflicts & due
-    state.complete = state.complete or complete
-    state.remember(counts, shares=shares, coherences=coherences, errors=seen_errors, decided=coefficients)
-    return counts, due
+    measured = (norms, shares, shown, seen_errors, active, scale_free, state.decided, state.step)
+    coefficients, conflicts = _answer(rule, Measured(state.names, *cast(Any, measured)), state.home)
+    due = state.inside(window)
+    if due:
+        state.coefficients = [c if on else 1.0 for c, on in zip(coefficients, active, strict=True)]
+        state.conflicts = conflicts
+    state.shares, state.errors, state.decided = shares, errors, coefficients
+    state.coherences = state.coherences if coherences is None else coherences
+    state.step += 1
+    return True, due
 
 
-def running_means(
-    means: list[Tensor], values: list[Tensor], smoothing: float, known: bool = False
-) -> tuple[Tensor, ...]:
-    """The exponential running means after one more value of each, starting at the first; a NaN leaves its mean.
-
-    Args:
-        means: NaN where there is none yet, shape ``[N]`` each; as many as there are values.
-        values: NaN where there is none, shape ``[N]`` each.
-        smoothing: Weight of the past, in [0, 1).
-        known: Whether there is no NaN in either.
-    """
-    new = torch._foreach_lerp(values, means, smoothing)
-    if known:
-        return tuple(new)
-    return tuple(
-        torch.where(value.isnan(), mean, torch.where(mean.isnan(), value, later))
-        for mean, value, later in zip(means, values, new, strict=True)
-    )
+def numbers(vector: Vector) -> list[float]:
+    """The numbers of a tensor as a list."""
+    if isinstance(vector, list):
+        return vector
+    found: list[float] = vector.tolist()
+    return found
 
 
-def _checked(rule: Rule, answer: Any, norms: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The coefficients, and the conflicts if the rule tells them."""
+def _mean(old: float, new: float, smoothing: float) -> float:
+    """The running mean after one more value, starting at the first; a NaN leaves it."""
+    if new != new:
+        return old
+    return new if old != old else new + smoothing * (old - new)
+
+
+def _answer(rule: Rule, measured: Measured, home: torch.device) -> tuple[list[float], Tensor | None]:
+    """The coefficients, and the conflicts if the rule tells them, for a measurement in lists."""
+    n = len(measured.names)
+    if (in_numbers := numbers_of(rule)) is not None:
+        found, conflicts = in_numbers(measured), None
+    else:
+        coefficients, conflicts = checked(rule, rule(_in_tensors(measured, home)), n)
+        found = [float(c) for c in coefficients.tolist()]
+    if len(found) != n or not all(0 <= c < inf for c in found):
+        raise ValueError(unfit(rule, n, found))
+    return found, conflicts
+
+
+def _in_tensors(measured: Measured, home: torch.device) -> Measured:
+    vectors = {name: getattr(measured, name) for name in ("norms", "shares", "coherences", "errors", "coefficients")}
+    there = {name: row for name, row in vectors.items() if row is not None}
+    tensors = torch.tensor(list(there.values()), dtype=wide(home), device=home).unbind()
+    active = torch.tensor(measured.active, device=home)
+    step = tensors[0].new_tensor(measured.step)
+    return measured._replace(active=active, step=step, **cast(Any, dict(zip(there, tensors, strict=True))))
+
+
+def numbers_of(rule: Rule) -> Callable[[Measured], list[float]] | None:
+    """The rule's ``in_numbers``, if it belongs to its call: a subclass with another call does not mean it any more."""
+    for kind in type(rule).__mro__:
+        if "__call__" in vars(kind):
+            return cast(Any, rule).in_numbers if "in_numbers" in vars(kind) else None
+    return None
+
+
+def checked(rule: Rule, answer: Any, n: int) -> tuple[Tensor, Tensor | None]:
+    """The coefficients of N groups, and the conflicts if the rule tells them; their shapes alone are looked at."""
     coefficients, conflicts = answer if isinstance(answer, tuple) else (answer, None)
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"{name_of(rule)} must give a tensor. Got {type(coefficients).__name__}. Return shape [N].")
-    shown = coefficients.tolist() if on_host(norms.device) and coefficients.dim() == 1 else []
-    if coefficients.shape != norms.shape or not all(0 <= c < float("inf") for c in shown):
+    if coefficients.shape != (n,):
+        raise ValueError(unfit(rule, n, tuple(coefficients.shape)))
+    if conflicts is not None and conflicts.shape != (n, n):
         raise ValueError(
-            f"{name_of(rule)} must give finite coefficients >= 0 of shape {tuple(norms.shape)}. "
-            f"Got {shown or tuple(coefficients.shape)}. Mind the NaN before a mean is known."
-        )
-    if conflicts is not None and conflicts.shape != (len(norms), len(norms)):
-        raise ValueError(
-            f"{name_of(rule)} must give conflicts of shape {(len(norms), len(norms))}. Got {tuple(conflicts.shape)}. "
+            f"{name_of(rule)} must give conflicts of shape {(n, n)}. Got {tuple(conflicts.shape)}. "
             "Return the coefficients alone, or with who is damped for whose sake."
         )
-    return coefficients.to(norms, copy=True), conflicts  # a rule may go on writing to its answer
+    return coefficients, conflicts
+
+
+def unfit(rule: Rule, n: int, got: Any) -> str:
+    """What is said of coefficients that are none."""
+    return (
+        f"{name_of(rule)} must give finite coefficients >= 0 of shape {(n,)}. Got {got}. "
+        "Mind the NaN before a mean is known."
+    )
 
 
 def name_of(rule: Rule) -> str:

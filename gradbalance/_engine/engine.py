@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbalance._engine import groups as grouping
-from gradbalance._engine.ask import ask_rule, name_of
+from gradbalance._engine.ask import ask_on_host, name_of
+from gradbalance._engine.ask_on_device import ask_on_device
 from gradbalance._engine.errors import Observed
 from gradbalance._engine.groups import Assignment
 from gradbalance._engine.state import Balance, Flag, State
+from gradbalance._gradients.coherence import Vector
 from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
-from gradbalance._gradients.layout import Gathered, Layout, on_host
+from gradbalance._gradients.layout import Gathered, Layout
 from gradbalance._gradients.meter import Meter, Reading
 from gradbalance._gradients.write import add_noise_, clipped, scale_, spreads
 from gradbalance._torch.displacement import Displacement
@@ -54,7 +56,7 @@ class Engine:
         self.state, self.observed = State(assignment.names), Observed(assignment.names)
         self.listeners: list[Callable[[Balance], None]] = []
         self._meter: Meter | None = None
-        self._sketch: dict[str, list[float]] = {}  # of a checkpoint, until there is a meter
+        self._sketch: dict[str, Any] = {}  # of a checkpoint, until there is a meter
         self._steps = 0  # however they ended: every so many are measured
         self._left: Fingerprint | None = None  # the gradients as the last step left them
         self._watchful = False  # whether something writes gradients past torch's counter
@@ -63,7 +65,8 @@ class Engine:
     @torch.no_grad()
     def before_step(self) -> None:
         """Measure, ask, act."""
-        again = self._left is not None and self._left.matches()
+        looks = self._in_step or self.into_gradients
+        again = looks and self._left is not None and self._left.matches()
         if again and self._in_step:
             return  # a step nested in a step
         self._acted = False
@@ -72,19 +75,21 @@ class Engine:
         asks = self._steps % self._every == 0
         # The step before it is read too: coherence is that of successive gradients.
         precedes = self._needs_coherence and not asks and (self._steps + 1) % self._every == 0
-        gathered = meter.layout.gather() if asks or precedes or self._writes else []
-        if asks and world_size() > 1 and not any(g.read for g in gathered):
+        # Without shards a look at the sketch alone will do for it.
+        gathers = self._writes or (asks and not meter.reads_alone) or (precedes and meter.layout.is_sharded)
+        gathered = meter.layout.gather() if gathers else []
+        if asks and world_size() > 1 and not meter.layout.has_gradients:
             warnings.warn(_NO_GRADIENTS, UserWarning, stacklevel=2)
 
         fresh: Flag = True
         if again and self.into_gradients:
             # A second step without a new backward must not act twice, unless the gradients were written unseen.
             fresh = self._is_rewritten(meter.norms(gathered))
-            if on_host(state.home) and not fresh:
+            if state.on_host and not fresh:
                 self._acted = True
                 return
         self._steps += 1
-        norms = None
+        norms: Vector | None = None
         if asks:
             reading = meter.read(gathered, self.observed.take(state.home), self._stepper, self._process_group)
             counts, due = self.ask(reading, fresh)
@@ -106,11 +111,13 @@ class Engine:
             self.way.begin(state.coefficients)
         self._left, self._in_step, self._acted = Fingerprint(meter.layout), True, True
 
-    def _write(self, gathered: list[Gathered], norms: Tensor | None, due: Flag) -> None:
+    def _write(self, gathered: list[Gathered], norms: Vector | None, due: Flag) -> None:
         """Scale and clip the gradients, and add noise."""
-        n, factors = len(self.state.names), self.state.coefficients if self.into_gradients else None
+        n, factors = len(self.state.names), None
+        if self.into_gradients:
+            factors = self.state.tensor(self.state.coefficients)
         stds = spreads(gathered, n) if self._noise else []
-        if self._max_norm is not None and norms is not None:
+        if isinstance(norms, Tensor) and self._max_norm is not None:
             factors = clipped(norms, factors, self._max_norm)
         try:
             if factors is not None:
@@ -132,7 +139,7 @@ class Engine:
             self._check_noise(layout)
             self._meter = Meter(layout, self._needs_coherence, self._meter)
             if self._sketch:
-                self._meter.load(self.state.names, self._sketch)
+                self._meter.unpack(self.state.names, self._sketch)
                 self._sketch = {}
             self.state.to(layout.home)
             if self.way is not None:
@@ -141,15 +148,12 @@ class Engine:
 
     def ask(self, reading: Reading, fresh: Flag = True) -> tuple[Flag, Flag]:
         """One decision of the rule; whether the step counts, and whether it lies inside the window."""
-        decided = ask_rule(
-            self._rule,
-            self.state,
-            reading,
-            smoothing=self._smoothing,
-            window=self._window,
-            scale_free=self._scale_free,
-            fresh=fresh,
-        )
+        options = {"smoothing": self._smoothing, "window": self._window, "scale_free": self._scale_free}
+        decided: tuple[Flag, Flag]
+        if self.state.on_host:
+            decided = ask_on_host(self._rule, self.state, reading, **options, fresh=bool(fresh))
+        else:
+            decided = ask_on_device(self._rule, self.state, reading, **options, fresh=fresh)
         for listener in self.listeners:
             listener(self.state.balance)
         return decided
@@ -187,7 +191,7 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What is remembered, in builtin types, by group name."""
-        sketch = self._sketch if self._meter is None else self._meter.numbers(self.state.names)
+        sketch = self._sketch if self._meter is None else self._meter.packed(self.state.names)
         kept = {"rule": name_of(self._rule), **self.state.numbers(), "sketch": sketch}
         kept["phase"] = self._steps % self._every
         if hasattr(self._rule, "state_dict"):
@@ -210,7 +214,7 @@ class Engine:
         if self._meter is None:
             self._sketch = kept["sketch"]
         else:
-            self._meter.load(self.state.names, kept["sketch"])
+            self._meter.unpack(self.state.names, kept["sketch"])
         if "rule_state" in kept and hasattr(self._rule, "load_state_dict"):
             self._rule.load_state_dict(kept["rule_state"])
 

@@ -93,7 +93,8 @@ class Penalty:
 
     def coefficients(self) -> dict[str, float]:
         """The coefficient of each group in the last step, by name; one host read."""
-        return dict(zip(self.names, self._engine.state.coefficients.tolist(), strict=True))
+        state = self._engine.state
+        return dict(zip(self.names, state.tensor(state.coefficients).tolist(), strict=True))
 
     def observe(self, **errors: Tensor | float) -> None:
         """Tell the errors of the groups' own predictions, lower is better; their mean counts at the next step.

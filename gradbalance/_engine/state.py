@@ -1,7 +1,7 @@
-"""What is remembered between the steps, as tensors on the device of the parameters."""
+"""What is remembered between the steps."""
 
 from collections.abc import Mapping
-from math import nan
+from math import inf, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from gradbalance._gradients.layout import on_host, wide
 
 Window = tuple[int, int | None] | None
-Flag = Tensor | bool  # a bool on the host, where looking costs nothing; on an accelerator a tensor, never looked at
+Flag = Tensor | bool  # on an accelerator a tensor, never looked at
 
 
 class Balance(NamedTuple):
@@ -49,23 +49,27 @@ class Balance(NamedTuple):
 
 
 class State:
-    """The running means and the last decision.
+    """The running means and the last decision: lists of numbers on the host, tensors on an accelerator.
 
-    On an accelerator what is remembered is written in place, so that CUDA graphs may hold it.
+    There what is remembered is written in place, so that CUDA graphs may hold it.
 
     Attributes:
-        step: Optimizer steps that counted, shape ``[]``.
-        shares: Running mean, NaN where unknown, shape ``[N]``; so are ``coherences`` and ``errors``.
-        decided: The coefficients that the rule gave last, shape ``[N]``.
-        norms: Of the last step, shape ``[N]``.
-        coefficients: Those of the last step, 1 where it did not count, shape ``[N]``.
-        conflicts: Of the last step, bool, shape ``[N, N]``; None for what the coefficients show.
+        home: The device of the parameters.
+        on_host: Whether that is the host.
+        step: Optimizer steps that counted.
+        shares: Running mean of each group, NaN where unknown; so are ``coherences`` and ``errors``.
+        decided: The coefficients that the rule gave last.
+        norms: Of the last step.
+        coefficients: Those of the last step, 1 where it did not count.
+        conflicts: Of the last step, a tensor of bool, shape ``[N, N]``; None for what the coefficients show.
         has_errors: Whether errors were ever observed.
-        complete: Whether every mean that is measured is known, of every group.
     """
 
-    step: Tensor
-    ones: Tensor
+    home: torch.device
+    on_host: bool
+    step: Any
+    decided: Any
+    ones: Any
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -73,51 +77,38 @@ class State:
         self.load({"step": 0.0, "groups": nothing, "errors": False}, torch.device("cpu"))
 
     @property
-    def home(self) -> torch.device:
-        """The device of the tensors."""
-        return self.step.device
-
-    @property
     def balance(self) -> Balance:
         """The last step's figures, without a host read; copy what is to outlast the next step."""
-        c = self.coefficients
+        rows = (self.norms, self.shares, self.coherences, self.errors, self.coefficients, self.step)
+        norms, shares, coherences, errors, c, step = map(self.tensor, rows)
         conflicts = c[:, None] < c if self.conflicts is None else self.conflicts
-        return Balance(self.norms, self.shares, self.coherences, self.errors, c, conflicts, self.step, self.names)
+        return Balance(norms, shares, coherences, errors, c, conflicts, step, self.names)
 
-    def inside(self, window: Window, counts: Flag) -> Flag:
-        """Whether a step counts and the next one lies inside a window of counted steps."""
+    def inside(self, window: Window) -> Any:
+        """Whether the next step lies inside a window of counted steps."""
         if window is None:
-            return counts
+            return True
         start, stop = window
-        inside = (self.step >= start) & (self.step < (float("inf") if stop is None else stop))
-        return counts and bool(inside) if on_host(self.home) else counts & inside
+        return (self.step >= start) & (self.step < (inf if stop is None else stop))
 
     def keep_deciding(self, window: Window, counts: Flag) -> Flag:
         """Keep what was decided, at a step that is not measured; whether it counts and lies inside the window."""
-        due = self.inside(window, counts)
+        counts = bool(counts) if self.on_host else counts
+        due: Flag = self.inside(window) & counts
         if isinstance(due, bool):
             self.coefficients = self.decided if due else self.ones
         else:
             self.coefficients = torch.where(due, self.decided, 1.0)
-        self._count(counts)
+        self.step += counts
         return due
 
-    def remember(self, counts: Flag, **new: Tensor | None) -> None:
-        """Take new means and coefficients, if the step counts."""
+    def remember_if(self, counts: Flag, **new: Tensor | None) -> None:
+        """On an accelerator, take new means and coefficients, if the step counts."""
         for name, value in new.items():
             if value is not None:
-                if isinstance(counts, bool):
-                    setattr(self, name, value)
-                else:
-                    old = getattr(self, name)
-                    torch.where(counts, value, old, out=old)
-        self._count(counts)
-
-    def _count(self, counts: Flag) -> None:
-        if isinstance(counts, bool):
-            self.step = self.step + counts  # anew, as a rule may keep the one that it was given
-        else:
-            self.step.add_(counts)
+                old = getattr(self, name)
+                torch.where(torch.as_tensor(counts, device=self.home), value, old, out=old)
+        self.step += counts
 
     def to(self, home: torch.device) -> None:
         """Move to the device of the parameters."""
@@ -126,10 +117,11 @@ class State:
 
     def numbers(self) -> dict[str, Any]:
         """What is remembered, by group name, in builtin types, None for what is not known; a host read."""
-        columns = torch.stack((self.shares, self.coherences, self.errors, self.decided), 1).tolist()
-        columns = [[None if x != x else x for x in column] for column in columns]  # checkpoints may be compared
+        *rows, step = map(self._numbers, (self.shares, self.coherences, self.errors, self.decided, self.step))
+        # Checkpoints may be compared, and no NaN is equal to another.
+        columns = [[None if x != x else x for x in column] for column in zip(*rows, strict=True)]
         groups = dict(zip(self.names, columns, strict=True))
-        return {"step": self.step.item(), "groups": groups, "errors": self.has_errors}
+        return {"step": step, "groups": groups, "errors": self.has_errors}
 
     def load(self, numbers: Mapping[str, Any], home: torch.device | None = None) -> None:
         """Take what :meth:`numbers` gave, for the same groups in any order.
@@ -143,15 +135,22 @@ class State:
                 f"`state_dict` must hold the state of the groups {', '.join(self.names)}. Got {', '.join(groups)}. "
                 "Load a checkpoint of the same groups, or build with `persist=False`."
             )
-        home = self.home if home is None else home
-        dtype = wide(home)
+        self.home = self.home if home is None else home
+        self.on_host = on_host(self.home)
         rows = [[nan if groups[name][i] is None else groups[name][i] for name in self.names] for i in range(4)]
-        self.shares, self.coherences, self.errors, self.decided = (
-            torch.tensor(row, dtype=dtype, device=home) for row in rows
-        )
-        self.step = torch.tensor(numbers["step"], dtype=dtype, device=home)
-        self.has_errors, self.complete = bool(numbers["errors"]), False
-        self.ones, self.norms = torch.ones_like(self.decided), torch.zeros_like(self.decided)
-        self.everyone = self.ones > 0
+        rows += [[x] * len(self.names) for x in (1.0, 0.0)]
+        self.shares, self.coherences, self.errors, self.decided, self.ones, self.norms = map(self._kept, rows)
+        self.step = self._kept(numbers["step"])
+        self.has_errors = bool(numbers["errors"])
         self.coefficients = self.ones
         self.conflicts: Tensor | None = None
+
+    def _kept(self, numbers: Any) -> Any:
+        return numbers if self.on_host else self.tensor(numbers)
+
+    def tensor(self, kept: Any) -> Tensor:
+        """What is remembered, as a tensor."""
+        return torch.as_tensor(kept, dtype=wide(self.home), device=self.home)
+
+    def _numbers(self, kept: Any) -> Any:
+        return kept.tolist() if isinstance(kept, Tensor) else kept

@@ -1,18 +1,24 @@
 """Gradient coherence: the cosine between this gradient of a group and its last one, on a sketch of some entries."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from math import ceil, prod
+from math import ceil, nan, prod, sqrt
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradbalance._gradients.layout import copies, local, reduced, wide
+from gradbalance._gradients.layout import copies, local, on_host, reduced, wide
 
-ENTRIES = 1 << 13  # of all groups together: 32 KiB
+ENTRIES = 1 << 13  # of all groups together
+SMALL = 60_000  # entries of all groups together up to which all are kept: with those of the last step below 1 MB
 TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
 TINY = 32  # times smaller than the largest: not worth a read, as the biases beside a matrix
+ALIGNED = 8  # entries: products of rows that begin alike in memory are the same bit for bit
+
+Vector = Tensor | list[float]  # of N numbers, shape ``[N]``: a list on the host where one is at hand
 
 
 class Pick(NamedTuple):
@@ -22,7 +28,7 @@ class Pick(NamedTuple):
     slices: tuple[slice, ...]
     whole: bool  # whether they take in all of it
     copies: int  # how many ranks hold this shard; each adds it to the sum
-    to: Tensor  # where it goes in the sketch of its mesh
+    to: tuple[Tensor, Tensor]  # where it goes in the sketch of its mesh, at even and at odd steps
 
 
 class Sketch:
@@ -31,16 +37,23 @@ class Sketch:
     Args:
         members: The parameters of each group.
         home: Where the sketch is kept.
+
+    Attributes:
+        is_whole: Whether it has all entries, so that the lengths of its rows are the norms.
     """
 
     def __init__(self, members: Sequence[Sequence[Tensor]], home: torch.device) -> None:
-        n = len(members)
+        n, everything = len(members), [p for group in members for p in group]
         most = max(1, min(TENSORS, ALL_TENSORS // n))
+        plain = all(p.device == home and not p.is_complex() and not hasattr(p, "device_mesh") for p in everything)
+        largest = max(sum(p.numel() for p in group) for group in members)
+        small = n * largest <= SMALL  # on whatever ranks and devices: a checkpoint may go to others
+        self.is_whole = small and plain and on_host(home)
         grids: list[list[tuple[Tensor, int, _Grid]]] = []
         lengths = []
         for group in members:
-            quota, length = ENTRIES // n, 0
-            chosen = _chosen(group, most, quota // most)
+            quota, length = largest if small else ENTRIES // n, 0
+            chosen = group if small else _chosen(group, most, quota // most)
             total = sum(p.numel() for p in chosen)
             grids.append([])
             for p in chosen:  # in equal parts of all: small tensors kept whole would outweigh the others
@@ -49,56 +62,89 @@ class Sketch:
                 quota, total = quota - prod(grid.shape), total - p.numel()
                 length += prod(grid.shape)
             lengths.append(length)
-        # Rows of equal length, 0 where a group has fewer entries.
-        self._now = torch.zeros(n, max(lengths), device=home)
-        self._unit = torch.zeros_like(self._now)  # this one and the last one, each divided by its length
-        self._last = torch.full_like(self._now, torch.nan)
-        self._by_mesh: dict[Any, Tensor] = {}
+        # Rows of equal length, 0 where a group has fewer entries: those of this step and of the last one, in turn. In
+        # float64, where no square of a float32 is too large or too small.
+        self._sizes, width = lengths, ALIGNED * ceil(max(lengths) / ALIGNED)
+        self._pairs = torch.zeros(n, 2, width, dtype=wide(home), device=home)
+        self._transposed, self._rows = self._pairs.mT, self._pairs.unbind(1)
+        self._now = 0
+        self._remember([None] * n)  # nothing yet
+        self._packed = np.float64 if any(p.dtype == torch.float64 for p in everything) else np.float32
+        meshes = {getattr(p, "device_mesh", None) for p in everything}
+        self._by_mesh: dict[Any, Sequence[Tensor]] = {
+            mesh: self._rows if meshes == {None} else [torch.zeros(n, width, device=home)] * 2 for mesh in meshes
+        }
         self._picks: list[Pick] = []
         for m, group_grids in enumerate(grids):
             for p, start, grid in group_grids:
                 mesh = getattr(p, "device_mesh", None)
-                if mesh not in self._by_mesh:
-                    self._by_mesh[mesh] = self._now if mesh is None else torch.zeros_like(self._now)
-                to = self._by_mesh[mesh][m, start : start + prod(grid.shape)].view(grid.shape)[grid.there]
+                first, second = (
+                    rows[m, start : start + prod(grid.shape)].view(grid.shape)[grid.there]
+                    for rows in self._by_mesh[mesh]
+                )
                 whole = mesh is None and tuple(grid.shape) == p.shape and not p.is_complex()
-                self._picks.append(Pick(p, grid.here, whole, copies(p), to))
+                self._picks.append(Pick(p, grid.here, whole, copies(p), (first, second)))
+        self._to = [[pick.to[turn] for pick in self._picks] for turn in range(2)]
         self._signature = [[(id(p), start, grid) for p, start, grid in group] for group in grids]
 
     def take(self) -> dict[Any, Tensor]:
         """This rank's entries by mesh, each ``[N, Q]``, 0 elsewhere: over a mesh they add up to the sketch."""
         if self._picks:  # else all are frozen
-            torch._foreach_copy_([pick.to for pick in self._picks], [_read(pick) for pick in self._picks])
-        return self._by_mesh
+            torch._foreach_copy_(self._to[self._now], [_read(pick) for pick in self._picks])
+        return {mesh: rows[self._now] for mesh, rows in self._by_mesh.items()}
 
-    def cosines(self, entries: Tensor) -> Tensor:
-        """The cosine of each group's entries with its last ones, shape ``[N]``; NaN where one of them is zero."""
-        self._unit = entries / torch.linalg.vector_norm(entries, dim=1, keepdim=True)
-        return (self._unit * self._last).sum(1, dtype=wide(entries.device))
+    def compare(self, entries: Tensor | None = None) -> tuple[Vector, Vector]:
+        """The length of each group's entries, and their cosine with the last ones.
+
+        Args:
+            entries: Those of this step if they were added up over ranks, ``[N, Q]``.
+
+        Returns:
+            The lengths and the cosines, NaN where one of the two lengths is zero.
+        """
+        now = self._now
+        if entries is not None and entries is not self._rows[now]:
+            self._rows[now].copy_(entries)
+        if not on_host(self._pairs.device):
+            lengths = torch.linalg.vector_norm(self._pairs, dim=2)
+            products = (self._rows[0] * self._rows[1]).sum(1)
+            return lengths[:, now], products / lengths.prod(1)
+        products_of = torch.bmm(self._pairs, self._transposed).tolist()  # of each group with itself and the last, 2 x 2
+        return [sqrt(p[now][now]) for p in products_of], [
+            p[0][1] / sqrt(p[0][0] * p[1][1]) if p[0][0] * p[1][1] else nan for p in products_of
+        ]
 
     def keep(self, counts: Tensor | bool) -> None:
         """Remember the entries of this step, if it counts."""
         if isinstance(counts, Tensor):
-            torch.where(counts, self._unit, self._last, out=self._last)
+            torch.where(counts, *self._rows, out=self._rows[1])
         elif counts:
-            self._last = self._unit
+            self._now = 1 - self._now
 
     def continue_from(self, other: "Sketch") -> None:
         """Take over the last entries of each group that another sketch reads in the same places."""
-        for mine, theirs, to, last in zip(self._signature, other._signature, self._last, other._last, strict=True):
-            if mine == theirs:
-                length = min(len(to), len(last))
-                to.zero_()[:length] = last[:length]
+        same = [mine == theirs for mine, theirs in zip(self._signature, other._signature, strict=True)]
+        self._remember([row if there else None for row, there in zip(other._last(), same, strict=True)])
 
-    def numbers(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """The last entries of each group by name; a host read."""
-        return dict(zip(names, self._last.tolist(), strict=True))
+    def _last(self) -> list[Tensor]:
+        return [row[:size] for row, size in zip(self._rows[1 - self._now], self._sizes, strict=True)]
 
-    def load(self, names: Sequence[str], numbers: Mapping[str, list[float]]) -> None:
+    def _remember(self, rows: Sequence[Tensor | None]) -> None:
+        """Have these as the last entries of each group; None or those of another length are not known."""
+        for to, size, row in zip(self._rows[1 - self._now], self._sizes, rows, strict=True):
+            to.zero_()[:size] = row if row is not None and len(row) == size else nan
+
+    def packed(self, names: Sequence[str]) -> dict[str, Any]:
+        """The last entries of each group by name, as their bytes in base64, and whose turn it is; a host read."""
+        rows = [row.cpu().numpy().astype(self._packed) for row in self._last()]
+        entries = {name: b64encode(row.tobytes()).decode() for name, row in zip(names, rows, strict=True)}
+        return {"turn": self._now, "entries": entries}
+
+    def unpack(self, names: Sequence[str], packed: Mapping[str, Any]) -> None:
         """Take the last entries of a checkpoint; of a group that has others there, or none, they are not known."""
-        for name, last in zip(names, self._last, strict=True):
-            kept = numbers.get(name, ())
-            last.copy_(torch.tensor(kept if len(kept) == len(last) else torch.nan))
+        self._now, entries = packed.get("turn", 0), packed.get("entries", {})
+        rows = (np.frombuffer(b64decode(entries.get(name, "")), self._packed) for name in names)
+        self._remember([torch.tensor(row) for row in rows])
 
 
 class _Grid(NamedTuple):
@@ -141,7 +187,7 @@ def _thinned(p: Any, entries: int) -> _Grid:
 def _read(pick: Pick) -> Tensor:
     p, slices, whole, times, to = pick
     if (gradient := p.grad) is None:
-        return torch.zeros_like(to)
+        return torch.zeros_like(to[0])
     if whole and not gradient.is_sparse:
         return gradient
     gradient = reduced(gradient, getattr(p, "placements", ()))

@@ -101,6 +101,11 @@ class Layout:
         """Whether some parameter is a DTensor."""
         return any(bucket.mesh is not None for bucket in self.buckets)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether some parameter has a gradient."""
+        return any(p.grad is not None for bucket in self.buckets for p in chain.from_iterable(bucket.parameters))
+
     def gather(self) -> list[Gathered]:
         """The gradients that are there, bucket by bucket."""
         return [_gathered(bucket) for bucket in self.buckets]

@@ -18,15 +18,16 @@ def scale_(gathered: Iterable[Gathered], factors: Tensor) -> None:
         factors: Shape ``[G]``, or ``[]`` for one that all share.
     """
     for bucket, counts, _, write in gathered:
-        own = factors.to(bucket.device, bucket.precision).reshape(-1)
         counts = counts if factors.dim() else [len(write)]
+        calls: list[tuple[list[Tensor], Any]]
         if bucket.on_host:
             # Here looking waits for nothing: what is multiplied by 1 need not be written. And one call serves all
             # groups; elsewhere this overload would launch once a tensor.
-            acts = _for_each([factor != 1 for factor in own.tolist()], counts)
-            each = list(compress(_for_each(own.unbind(), counts), acts))
-            calls: list[tuple[list[Tensor], Any]] = [(list(compress(write, acts)), each)]
+            each = _for_each(factors.reshape(-1).tolist(), counts)
+            acts = [factor != 1 for factor in each]
+            calls = [(list(compress(write, acts)), list(compress(each, acts)))]
         else:
+            own = factors.to(bucket.device, bucket.precision).reshape(-1)
             calls = list(zip(by_group(write, counts), own.unbind(), strict=True))
         with torch.enable_grad():  # a gradient with a graph (create_graph=True) takes the factor into it
             for tensors, factor in calls:

@@ -34,13 +34,13 @@ class Displacement:
                 if id(p) in group_of and p.device.type != "meta":
                     self._members.setdefault(group_of[id(p)], []).append(p)
 
-    def begin(self, coefficients: Tensor) -> None:
+    def begin(self, coefficients: Tensor | list[float]) -> None:
         """Copy the parameters of the groups that are to be scaled.
 
         Args:
-            coefficients: Factor of each group, shape ``[N]``.
+            coefficients: Factor of each group, as a tensor ``[N]`` on an accelerator.
         """
-        factors = coefficients.tolist()
+        factors = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
         for m, members in self._members.items():
             if factors[m] != 1.0:
                 moving = [p for p in members if p.grad is not None]

@@ -40,11 +40,11 @@ class LearningRates:
             # The ungrouped last: of what the step writes into several stand-ins, theirs stays among equals.
             self._parts.append(dict(sorted(parts.items(), key=lambda part: (part[0] < 0, part[0]))))
 
-    def begin(self, coefficients: Tensor) -> None:
+    def begin(self, coefficients: Tensor | list[float]) -> None:
         """Put the stand-ins in place; one host read where a learning rate is a float, none where all are tensors.
 
         Args:
-            coefficients: Factor of each group, shape ``[N]``.
+            coefficients: Factor of each group, as a tensor ``[N]`` on an accelerator.
 
         Raises:
             RuntimeError: If the optimizer has settings of parameters beside those of its ``param_groups``.
@@ -57,13 +57,14 @@ class LearningRates:
                 'Use `param_groups` for them, or `apply_to="gradient"`.'
             )
         true = self._optimizer.param_groups
-        on_device = all(isinstance(group["lr"], Tensor) for group in true)
-        if on_device:
-            factors: Sequence[Any] = coefficients.to(torch.float32).unbind()
+        factors: Sequence[Any]
+        on_device = isinstance(coefficients, Tensor) and all(isinstance(group["lr"], Tensor) for group in true)
+        if isinstance(coefficients, Tensor):
+            factors = coefficients.to(torch.float32).unbind() if on_device else coefficients.tolist()
         else:
-            factors = coefficients.tolist()
-            if all(c == 1.0 for c in factors):
-                return
+            factors = coefficients
+        if not on_device and all(c == 1.0 for c in factors):
+            return
         stand_ins, self._written = [], []
         for group, parts in zip(true, self._parts, strict=True):
             mine, lr = [], group["lr"]

@@ -45,6 +45,8 @@ class Rule(Protocol):
 
     - ``needs_coherence = False``: the coherences are not measured, which then cost nothing.
     - ``acts = False``: the coefficients are shown but never applied.
+    - ``in_numbers(measured)``: the same as its call, with lists of floats for tensors and without conflicts. The engine
+      asks it instead where the parameters are on the CPU: a small model's step is then shorter.
     - ``state_dict()`` and ``load_state_dict(state)``: what it keeps between steps goes into the optimizer's checkpoint.
       Such a rule is asked only at steps that count; on an accelerator to know that costs a host read.
 

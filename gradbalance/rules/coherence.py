@@ -1,12 +1,15 @@
 """The default rule: a branch moves as far as its gradients agree from step to step, not as far as they are large."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from math import log2
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradbalance.rules.base import Measured
+
+TINY = 1e-150  # below any share: what is divided by
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,26 @@ class Coherence:
         further = torch.where(known[:, None] & known, further, 1.0).amax(1)
         paid = shares.amax() / (further * shares).amax()
         return torch.where(known, (further * paid).clamp(max=self.limit), 1.0)
+
+    def in_numbers(self, measured: Any) -> list[float]:
+        """The same for lists of floats, which is how the engine asks on the host."""
+        if measured.coherences is None:
+            return [1.0] * len(measured.names)
+        a = {m: max(value, 0.0) for m, value in enumerate(measured.coherences) if value == value}
+        if measured.scale_free:
+            p = dict.fromkeys(a, 1.0)
+            least = min(a.values(), default=0.0) + self.chance
+            x = {m: min(((a[m] + self.chance) / least) ** 2, self.most) for m in a}
+            beta, limit = min(1.0, max(a.values(), default=0.0) / self.clear), self.most
+        else:
+            p = {m: max(measured.shares[m], TINY) for m in a}
+            x = {m: max(self._further(a[m], a[k], p[k] / p[m]) for k in a) for m in a}
+            beta, limit = 0.0, self.limit
+        before, after = max(p.values(), default=1.0), max((x[m] * p[m] for m in a), default=1.0)
+        paid = (before / after) ** (1 - beta)
+        return [min(x[m] * paid, limit) if m in a else 1.0 for m in range(len(measured.names))]
+
+    def _further(self, mine: float, other: float, ratio: float) -> float:
+        clearer, longer = max(((mine + self.chance) / (other + self.chance)) ** 2, 1.0), max(ratio, 1.0)
+        further: float = min(clearer, longer, self.most) * longer ** min(log2(clearer), 1.0)
+        return further

@@ -5,8 +5,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradbalance._engine import ask, engine, errors, state
-from gradbalance._gradients import layout
+from gradbalance._engine import errors, state
+from gradbalance._gradients import coherence, layout
 from tests.contract.optimizers import TORCH, cancels
 from tests.contract.oracle import (
     ByHand,
@@ -73,7 +73,7 @@ def reads_of_a_step(model, optimizer, errors=None):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    for module in (layout, ask, engine, errors, state):
+    for module in (layout, coherence, errors, state):
         monkeypatch.setattr(module, "on_host", lambda device: False)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from gradbalance._engine import ask, engine, errors, state
-from gradbalance._gradients import layout
+from gradbalance._engine import errors, state
+from gradbalance._gradients import coherence, layout
 from tests.engine.models import TwoBranches
 
 
@@ -13,7 +13,7 @@ def model():
 @pytest.fixture
 def off_host(monkeypatch):
     """The code takes the way that it takes on an accelerator, where to look at a tensor is a host read."""
-    for module in (ask, engine, errors, state, layout):
+    for module in (errors, state, coherence, layout):
         monkeypatch.setattr(module, "on_host", lambda device: False)
 
 

@@ -52,7 +52,7 @@ def remembered(asked):
 def test_a_step_that_does_not_count_gives_one_and_changes_nothing(make_rule, data, norms, smoothing):
     n, asked = len(norms), Asked(make_rule(), len(norms), smoothing)
     asked.step(norms, data.draw(st.none() | group_errors(n, partial=True)), cosines(data, n))
-    before, step = remembered(asked), asked.state.step.item()
+    before, step = remembered(asked), asked.state.balance.step.item()
     assert step == 1
     m, bad = data.draw(st.integers(0, n - 1)), data.draw(st.sampled_from([math.nan, math.inf]))
     spoiled = [bad if i == m else x for i, x in enumerate(norms)]
@@ -117,7 +117,7 @@ def test_outside_the_window_and_for_a_group_that_is_not_active_the_coefficient_i
         inside = step >= start and (stop is None or step < stop)
         assert all(c[i] == 1 for i in (quiet if inside else range(n)))
         assert not (asked.state.balance.conflicts.any() and not inside)
-    assert asked.state.step == 4
+    assert asked.state.balance.step == 4
 
 
 @each_mode

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from gradbalance._engine.ask import ask_rule
+from gradbalance._engine.ask import ask_on_host
+from gradbalance._engine.ask_on_device import ask_on_device
 from gradbalance._engine.state import State
 from gradbalance._gradients.meter import Reading
 
@@ -24,8 +25,9 @@ class Asked:
             errors = tensor([-1.0 if e is None else e for e in errors])
         if cosines is not None:
             cosines = tensor([math.nan if c is None else c for c in cosines])
-        ask_rule(self.rule, self.state, Reading(tensor(norms), cosines, errors), **self.options)
-        return self.state.coefficients
+        ask = ask_on_host if self.state.on_host else ask_on_device
+        ask(self.rule, self.state, Reading(tensor(norms), cosines, errors), **self.options)
+        return self.state.balance.coefficients
 
 
 def tensor(values):

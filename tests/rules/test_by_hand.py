@@ -36,9 +36,9 @@ def test_a_factor_of_no_group_is_refused_at_the_first_step():
 def test_watching_gives_one_and_measures_all(norms):
     asked = Asked(Watch(), len(norms))
     assert asked.step(norms, cosines=[0.5] * len(norms)).tolist() == [1.0] * len(norms)
-    assert asked.state.norms.tolist() == norms
+    assert asked.state.balance.norms.tolist() == norms
     assert not asked.state.balance.conflicts.any()
-    if asked.state.step == 1:
+    if asked.state.balance.step == 1:
         assert asked.state.balance.coherences.tolist() == [0.5] * len(norms)
 
 

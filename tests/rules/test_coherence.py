@@ -14,6 +14,14 @@ from tests.strategies import group_norms, measurements
 
 RULE = Coherence()
 NAN = float("nan")
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "most": st.sampled_from([1.0, 2.0, 10.0]),
+        "chance": st.sampled_from([0.01, 0.5]),
+        "clear": st.sampled_from([0.02, 1.0]),
+    },
+)
 
 
 def in_force(draw, measured):
@@ -103,6 +111,16 @@ def test_a_branch_of_noise_moves_less_far_than_a_coherent_one():
     assert learning > 1.5 * noise
 
 
+@given(measured=measurements(), known=st.integers(0, 8), options=OPTIONS)
+def test_in_numbers_the_rule_decides_as_on_tensors(measured, known, options):
+    rule = Coherence(**options)
+    coherences = torch.where(torch.arange(len(measured.names)) < known, measured.coherences, NAN)
+    measured = measured._replace(coherences=coherences)
+    lists = [v.tolist() if torch.is_tensor(v) else v for v in measured]
+    assert rule.in_numbers(Measured(*lists)) == pytest.approx(rule(measured).tolist(), rel=1e-9)
+    assert rule.in_numbers(Measured(*lists)._replace(coherences=None)) == [1.0] * len(measured.names)
+
+
 @given(measured=measurements(unknown=False))
 def test_float32_decides_as_float64(measured):
     assume(measured.shares.min() > 1e-6)
@@ -122,16 +140,6 @@ def test_an_option_that_is_no_number_of_its_range_is_refused_by_name(option):
     for value in (-1.0, math.nan):
         with pytest.raises(ValueError, match=rf"`{option}` must be .* Got .*\. [A-Z]"):
             Coherence(**{option: value})
-
-
-OPTIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "most": st.sampled_from([1.0, 2.0, 10.0]),
-        "chance": st.sampled_from([0.01, 0.5]),
-        "clear": st.sampled_from([0.02, 1.0]),
-    },
-)
 
 
 @given(measured=measurements(inactive=False), options=OPTIONS)

@@ -34,7 +34,7 @@ def test_the_fast_rule_equals_the_slow_loops_over_many_steps(data, rule, smoothi
         errors = data.draw(st.none() | group_errors(n, partial=True))
         expected = slow.step(norms, errors)
         assert fast.step(norms, errors).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert fast.state.step == slow.steps
+        assert fast.state.balance.step == slow.steps
 
 
 # What version 0.1 gave for `PAPER`, printed to the last digit: norms, errors, coefficients.
