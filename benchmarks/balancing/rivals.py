@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -62,7 +63,7 @@ class Rival:
         weight: Of the losses of the branches' own heads.
         observe: What is observed: the ``loss`` of the contribution of each branch, the probability that it ``missed``,
             or what the validation score ``keeps`` without it.
-        entries: Of the sketch of all gradients.
+        entries: Of the sketch of all gradients, however small the model; None for that of the library.
     """
 
     rule: Callable[[tuple[str, ...], Optimizer, Any], Rule] | None = None
@@ -70,7 +71,7 @@ class Rival:
     options: dict[str, Any] = field(default_factory=dict)
     weight: float = 0.0
     observe: str | None = None
-    entries: int = coherence.ENTRIES
+    entries: int | None = None
 
     def step(self, model: Model, optimizer: Optimizer, knob: Any) -> Step:
         if self.rule is None:
@@ -78,7 +79,8 @@ class Rival:
         names = tuple(model.encoders)
         rule = self.rule(names, optimizer, knob)
         wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule, **self.options)
-        with patch.object(coherence, "ENTRIES", self.entries):
+        sketch = {"ENTRIES": self.entries, "SMALL": -1} if self.entries else {}
+        with patch.multiple(coherence, **sketch) if sketch else nullcontext():
             wrapped.penalty._engine._current_meter()  # makes the sketch
 
         def tell(features: list[Tensor], target: Tensor) -> None:

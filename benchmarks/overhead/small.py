@@ -48,10 +48,10 @@ class Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def operators(optimizer: str, **options: Any) -> list[str]:
+def operators(optimizer: str, width: int = 32, **options: Any) -> list[str]:
     """What one counted step of the penalty dispatches, the optimizer's own step left out."""
     torch.manual_seed(0)
-    model = TwoBranches(32)
+    model = TwoBranches(width)
     penalty = attach(OPTIMIZERS[optimizer](model.parameters()), {"a": model.a, "b": model.b}, **options)
     for _ in range(3):  # until every mean is known
         model.zero_grad()
@@ -92,5 +92,7 @@ def measure_small(rounds: int) -> dict[str, Any]:
             times = interleaved(calls, rounds, "cpu")
             us = [1e6 * t / STEPS for t in quartiles(times["plain"])]
             rows.append({"optimizer": name, "width": width, "plain_us": us, "ratios": ratios(times, "plain")})
-    counts = {"update": operators("AdamW"), "gradient": operators("SGD", apply_to="gradient")}
+    modes: dict[str, dict[str, Any]] = {"update": {"optimizer": "AdamW"}, "gradient": {"optimizer": "SGD"}}
+    modes["gradient"]["apply_to"] = "gradient"
+    counts = {mode: [operators(**of, width=width) for width in (32, 512)] for mode, of in modes.items()}
     return {"rows": rows, "operators": counts}

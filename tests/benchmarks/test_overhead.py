@@ -40,11 +40,13 @@ def test_busy_scaling_leaves_the_last_group_alone_and_no_other():
 @pytest.mark.parametrize(
     ("most", "optimizer", "options"),
     [
-        (31, "AdamW", {}),
-        (14, "AdamW", {"rule": rules.Watch()}),
-        (11, "AdamW", {"rule": rules.ByHand(a=0.5)}),
-        (45, "SGD", {}),
-        (49, "SGD", {"apply_to": "gradient"}),
+        (2, "AdamW", {}),
+        (7, "AdamW", {"rule": rules.Watch()}),
+        (10, "AdamW", {"rule": rules.ByHand(a=0.5)}),
+        (2, "SGD", {}),
+        (5, "SGD", {"apply_to": "gradient"}),
+        (13, "SGD", {"width": 512}),
+        (16, "SGD", {"width": 512, "apply_to": "gradient"}),
     ],
 )
 def test_a_step_dispatches_no_more_operators_than_are_told(most, optimizer, options):
