@@ -6,7 +6,7 @@ One step, and where it happens::
       _torch/hooks           once the gradients are there, and however step is called
       _engine/engine         measure, ask, act:
         _gradients/meter       reads norms and coherence of each branch, over all devices and ranks
-        _engine/ask            turns them into running means, and asks the rule
+        _engine/ask            turns them into running means, and asks the rule (on a GPU: _engine/ask_on_device)
         rules/                 what was measured in, a coefficient for each branch out: yours, or one of these
         _gradients/write       scales the gradients, clips and adds noise, or
         _torch/learning_rates  scales the step by the learning rate, or

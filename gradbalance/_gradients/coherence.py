@@ -12,7 +12,7 @@ from torch import Tensor
 from gradbalance._gradients.layout import copies, local, on_host, reduced, wide
 
 ENTRIES = 1 << 13  # of all groups together
-SMALL = 60_000  # entries of all groups together up to which all are kept: with those of the last step below 1 MB
+SMALL = 1 << 15  # entries of all groups together up to which all are kept: 512 KiB with those of the last step
 TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
 TINY = 32  # times smaller than the largest: not worth a read, as the biases beside a matrix

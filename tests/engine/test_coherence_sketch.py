@@ -87,7 +87,7 @@ def test_the_sketch_holds_few_entries_and_some_of_each_group_or_all_of_a_small_m
     assert sketch.is_whole == (len(sizes) * max(sizes) <= coherence.SMALL)
     if sketch.is_whole:
         assert (entries != 0).sum(1).tolist() == sizes
-        assert sketch._pairs.nbytes < 1_000_000
+        assert sketch._pairs.nbytes < 600_000
     else:
         assert (entries != 0).sum() <= max(ENTRIES, len(shapes))
     assert entries.any(1).all()
