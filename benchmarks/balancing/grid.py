@@ -75,10 +75,10 @@ PARTS = [
     Part("AdamW", ("V2",), TELLING, lr=DEFAULT),
     Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
     Part("AdamW", ("V2",), FORMULA, lr=DEFAULT),
-    # Not in the report yet:
     Part("Adam", ("C0", "V2", "S2"), BASE, tuning=ONCE),
     Part("Muon", ("C0", "VC", "Y3"), BASE, tuning=ONCE),
     Part("AdamW", OTHERS, (*BASE, APART), tuning=ONCE),
+    Part("AdamW", ("C0",), TELLING[4:], lr=DEFAULT),
 ]
 
 
