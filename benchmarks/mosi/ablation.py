@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,8 +125,11 @@ def finished(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from map(work, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        yield from pool.imap_unordered(work, jobs)
+    # A worker that the system kills for its memory is an error here, where a multiprocessing.Pool waits for ever.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,), max_tasks_per_child=4) as pool:
+        for done in as_completed([pool.submit(work, job) for job in jobs]):
+            yield done.result()
 
 
 @cache
