@@ -125,11 +125,13 @@ def finished(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from map(work, jobs)
         return
-    # A worker that the system kills for its memory is an error here, where a multiprocessing.Pool waits for ever.
+    # New workers now and then, as their memory grows. One that the system kills for it is an error here; a
+    # multiprocessing.Pool would wait for ever, and so would this one with `max_tasks_per_child` (Python 3.11).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,), max_tasks_per_child=4) as pool:
-        for done in as_completed([pool.submit(work, job) for job in jobs]):
-            yield done.result()
+    for start in range(0, len(jobs), 4 * workers):
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+            for done in as_completed([pool.submit(work, job) for job in jobs[start : start + 4 * workers]]):
+                yield done.result()
 
 
 @cache

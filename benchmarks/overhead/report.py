@@ -176,8 +176,8 @@ def profiled(rows: list[dict]) -> list[str]:
         "operators under the profiler, which slows them down, own time, 3 us or more:",
         "",
         *table(["operator", "calls", "us"], cells),
-        "The norms and the scaling of each tensor are what clipping does too; the rest is arithmetic on vectors of "
-        "length N, each operator a few microseconds of dispatch, whatever the size of the model.",
+        "The norms and the scaling of each tensor are what clipping does too; the rest is done on N numbers, which on "
+        "the CPU are no operators.",
         "",
     ]
 
