@@ -7,6 +7,7 @@ all rules share it; a rule with a knob has a few tries more. The rule was design
 
 import argparse
 import os
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +27,8 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     kept = Results(FOLDER / "results" / "runs.jsonl", FOLDER / "results" / "landed.jsonl")
     if not arguments.report:
-        with get_context("spawn").Pool(arguments.workers, torch.set_num_threads, (1,)) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
             for part in PARTS:
-                measure(kept, part, pool.imap_unordered)
+                measure(kept, part, pool.map)
     write(kept, FOLDER)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -79,8 +78,8 @@ class Rival:
         names = tuple(model.encoders)
         rule = self.rule(names, optimizer, knob)
         wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule, **self.options)
-        sketch = {"ENTRIES": self.entries, "SMALL": -1} if self.entries else {}
-        with patch.multiple(coherence, **sketch) if sketch else nullcontext():
+        entries, small = self.entries or coherence.ENTRIES, -1 if self.entries else coherence.SMALL
+        with patch.multiple(coherence, ENTRIES=entries, SMALL=small):
             wrapped.penalty._engine._current_meter()  # makes the sketch
 
         def tell(features: list[Tensor], target: Tensor) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from gradbalance._engine.state import State, Window
-from gradbalance._gradients.coherence import Vector
-from gradbalance._gradients.layout import wide
+from gradbalance._gradients.layout import numbers, on_host, wide
 from gradbalance._gradients.meter import Reading
 from gradbalance.rules import Measured, Rule
 
@@ -71,14 +70,6 @@ def ask_on_host(
     return True, due
 
 
-def numbers(vector: Vector) -> list[float]:
-    """The numbers of a tensor as a list."""
-    if isinstance(vector, list):
-        return vector
-    found: list[float] = vector.tolist()
-    return found
-
-
 def _mean(old: float, new: float, smoothing: float) -> float:
     """The running mean after one more value, starting at the first; a NaN leaves it."""
     if new != new:
@@ -117,12 +108,13 @@ def numbers_of(rule: Rule) -> Callable[[Measured], list[float]] | None:
 
 
 def checked(rule: Rule, answer: Any, n: int) -> tuple[Tensor, Tensor | None]:
-    """The coefficients of N groups, and the conflicts if the rule tells them; their shapes alone are looked at."""
+    """The coefficients of N groups, and the conflicts if the rule tells them, of the right shapes."""
     coefficients, conflicts = answer if isinstance(answer, tuple) else (answer, None)
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"{name_of(rule)} must give a tensor. Got {type(coefficients).__name__}. Return shape [N].")
     if coefficients.shape != (n,):
-        raise ValueError(unfit(rule, n, tuple(coefficients.shape)))
+        shown = coefficients.dim() == 1 and on_host(coefficients.device)
+        raise ValueError(unfit(rule, n, coefficients.tolist() if shown else tuple(coefficients.shape)))
     if conflicts is not None and conflicts.shape != (n, n):
         raise ValueError(
             f"{name_of(rule)} must give conflicts of shape {(n, n)}. Got {tuple(conflicts.shape)}. "

@@ -14,10 +14,9 @@ from gradbalance._engine.ask_on_device import ask_on_device
 from gradbalance._engine.errors import Observed
 from gradbalance._engine.groups import Assignment
 from gradbalance._engine.state import Balance, Flag, State
-from gradbalance._gradients.coherence import Vector
 from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
-from gradbalance._gradients.layout import Gathered, Layout
+from gradbalance._gradients.layout import Gathered, Layout, Vector
 from gradbalance._gradients.meter import Meter, Reading
 from gradbalance._gradients.write import add_noise_, clipped, scale_, spreads
 from gradbalance._torch.displacement import Displacement
@@ -82,7 +81,7 @@ class Engine:
             warnings.warn(_NO_GRADIENTS, UserWarning, stacklevel=2)
 
         fresh: Flag = True
-        if again and self.into_gradients:
+        if again:
             # A second step without a new backward must not act twice, unless the gradients were written unseen.
             fresh = self._is_rewritten(meter.norms(gathered))
             if state.on_host and not fresh:

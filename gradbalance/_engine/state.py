@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradbalance._gradients.layout import on_host, wide
+from gradbalance._gradients.layout import numbers, on_host, wide
 
 Window = tuple[int, int | None] | None
 Flag = Tensor | bool  # on an accelerator a tensor, never looked at
@@ -117,11 +117,11 @@ class State:
 
     def numbers(self) -> dict[str, Any]:
         """What is remembered, by group name, in builtin types, None for what is not known; a host read."""
-        *rows, step = map(self._numbers, (self.shares, self.coherences, self.errors, self.decided, self.step))
+        rows = map(numbers, (self.shares, self.coherences, self.errors, self.decided))
         # Checkpoints may be compared, and no NaN is equal to another.
         columns = [[None if x != x else x for x in column] for column in zip(*rows, strict=True)]
         groups = dict(zip(self.names, columns, strict=True))
-        return {"step": step, "groups": groups, "errors": self.has_errors}
+        return {"step": float(self.step), "groups": groups, "errors": self.has_errors}
 
     def load(self, numbers: Mapping[str, Any], home: torch.device | None = None) -> None:
         """Take what :meth:`numbers` gave, for the same groups in any order.
@@ -151,6 +151,3 @@ class State:
     def tensor(self, kept: Any) -> Tensor:
         """What is remembered, as a tensor."""
         return torch.as_tensor(kept, dtype=wide(self.home), device=self.home)
-
-    def _numbers(self, kept: Any) -> Any:
-        return kept.tolist() if isinstance(kept, Tensor) else kept

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbalance._gradients.layout import copies, local, on_host, reduced, wide
+from gradbalance._gradients.layout import Vector, copies, local, on_host, reduced, wide
 
 ENTRIES = 1 << 13  # of all groups together
 SMALL = 1 << 15  # entries of all groups together up to which all are kept: 512 KiB with those of the last step
@@ -17,8 +17,6 @@ TENSORS = 8  # of a group at most: each costs one small read
 ALL_TENSORS = 128  # of all groups together, though at least one of each
 TINY = 32  # times smaller than the largest: not worth a read, as the biases beside a matrix
 ALIGNED = 8  # entries: products of rows that begin alike in memory are the same bit for bit
-
-Vector = Tensor | list[float]  # of N numbers, shape ``[N]``: a list on the host where one is at hand
 
 
 class Pick(NamedTuple):

@@ -14,6 +14,8 @@ REQUIRES_GRAD = attrgetter("requires_grad")
 CPU_PART = 1 << 18
 IS_SPARSE = attrgetter("is_sparse")
 
+Vector = Tensor | list[float]  # of N numbers, shape ``[N]``: a list on the host where one is at hand
+
 
 class Bucket:
     """Parameters of one device, dtype and sharding, sorted by group: what one fused kernel can take."""
@@ -171,6 +173,14 @@ def _entries(t: Tensor) -> Tensor:
 def on_host(device: torch.device) -> bool:
     """Whether reading a tensor of the device waits for nothing."""
     return device.type == "cpu"
+
+
+def numbers(vector: Vector) -> list[float]:
+    """The numbers of a vector as a list; a host read if it is on an accelerator."""
+    if isinstance(vector, list):
+        return vector
+    found: list[float] = vector.tolist()
+    return found
 
 
 def wide(device: torch.device) -> torch.dtype:

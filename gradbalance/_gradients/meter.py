@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradbalance._gradients.coherence import Sketch, Vector
+from gradbalance._gradients.coherence import Sketch
 from gradbalance._gradients.collectives import average
-from gradbalance._gradients.layout import Gathered, Layout
+from gradbalance._gradients.layout import Gathered, Layout, Vector
 from gradbalance._gradients.norms import reduce_norms
 
 

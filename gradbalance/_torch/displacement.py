@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbalance._gradients.layout import local
+from gradbalance._gradients.layout import Vector, local, numbers
 
 
 class Displacement:
@@ -34,13 +34,13 @@ class Displacement:
                 if id(p) in group_of and p.device.type != "meta":
                     self._members.setdefault(group_of[id(p)], []).append(p)
 
-    def begin(self, coefficients: Tensor | list[float]) -> None:
+    def begin(self, coefficients: Vector) -> None:
         """Copy the parameters of the groups that are to be scaled.
 
         Args:
             coefficients: Factor of each group, as a tensor ``[N]`` on an accelerator.
         """
-        factors = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
+        factors = numbers(coefficients)
         for m, members in self._members.items():
             if factors[m] != 1.0:
                 moving = [p for p in members if p.grad is not None]

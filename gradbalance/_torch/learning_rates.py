@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradbalance._gradients.layout import Vector, numbers
+
 # Where bitsandbytes keeps settings of single parameters: by id, by position, and those not yet looked up.
 OVERRIDES = ("pid2config", "index2config", "module_weight_config_triple")
 
@@ -40,7 +42,7 @@ class LearningRates:
             # The ungrouped last: of what the step writes into several stand-ins, theirs stays among equals.
             self._parts.append(dict(sorted(parts.items(), key=lambda part: (part[0] < 0, part[0]))))
 
-    def begin(self, coefficients: Tensor | list[float]) -> None:
+    def begin(self, coefficients: Vector) -> None:
         """Put the stand-ins in place; one host read where a learning rate is a float, none where all are tensors.
 
         Args:
@@ -59,12 +61,12 @@ class LearningRates:
         true = self._optimizer.param_groups
         factors: Sequence[Any]
         on_device = isinstance(coefficients, Tensor) and all(isinstance(group["lr"], Tensor) for group in true)
-        if isinstance(coefficients, Tensor):
-            factors = coefficients.to(torch.float32).unbind() if on_device else coefficients.tolist()
+        if on_device:
+            factors = torch.as_tensor(coefficients, dtype=torch.float32).unbind()
         else:
-            factors = coefficients
-        if not on_device and all(c == 1.0 for c in factors):
-            return
+            factors = numbers(coefficients)
+            if all(c == 1.0 for c in factors):
+                return
         stand_ins, self._written = [], []
         for group, parts in zip(true, self._parts, strict=True):
             mine, lr = [], group["lr"]

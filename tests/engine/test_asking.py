@@ -125,7 +125,7 @@ WRONG = {
     "negative": (torch.tensor([-0.5, 1.0]), ValueError, "Got [-0.5, 1.0]"),
     "NaN": (torch.tensor([math.nan, 1.0]), ValueError, "Got [nan, 1.0]"),
     "inf": (torch.tensor([1.0, math.inf]), ValueError, "Got [1.0, inf]"),
-    "too many": (torch.ones(3), ValueError, "Got (3,)"),
+    "too many": (torch.ones(3), ValueError, "Got [1.0, 1.0, 1.0]"),
     "a matrix": (torch.ones(2, 2), ValueError, "Got (2, 2)"),
     "a scalar": (torch.ones(()), ValueError, "Got ()"),
     "a list": ([1.0, 1.0], TypeError, "Got list"),

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from gradbalance import attach
 from gradbalance._gradients import coherence
@@ -56,7 +57,7 @@ def test_entries_of_every_dtype_and_of_complex_numbers_the_real_parts_are_taken_
         p.grad = torch.tensor([1.5, -2.0], dtype=p.dtype)
     entries = Sketch(groups, CPU).take()[None]
     assert entries.dtype == torch.float64
-    assert entries[:, :2].tolist() == [[1.5, -2.0]] * 4
+    assert entries.tolist() == [[1.5, -2.0, *[0.0] * 6]] * 4
 
 
 def test_large_tensors_are_taken_on_a_regular_grid():
@@ -159,6 +160,17 @@ def test_the_sketch_takes_as_many_rows_of_a_matrix_as_columns():
     assert _thinned(torch.zeros(1024, 4), 1 << 10).shape == (512, 2)
 
 
+@pytest.mark.usefixtures("off_host")
+def test_a_cosine_is_taken_without_a_read_inside_an_operator():
+    sketch = Sketch(groups_with([[(3,)], [(2,)]]), CPU)
+    sketch.take()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        sketch.compare()
+    names = {event.name for event in trace.events()}
+    assert "aten::linalg_vector_norm" in names
+    assert "aten::_local_scalar_dense" not in names
+
+
 def test_a_missing_gradient_is_taken_as_zero_and_has_no_cosine():
     groups = groups_with([[(3,)], [(2,)]])
     sketch = Sketch(groups, CPU)
@@ -166,7 +178,7 @@ def test_a_missing_gradient_is_taken_as_zero_and_has_no_cosine():
     sketch.compare()
     sketch.keep(True)
     groups[1][0].grad = None
-    assert sketch.take()[None][:, :3].tolist() == [[1, 2, 3], [0, 0, 0]]
+    assert sketch.take()[None].tolist() == [[1, 2, 3, *[0] * 5], [0] * 8]
     lengths, cosines = sketch.compare()
     assert lengths[1] == 0
     assert cosines[0] == pytest.approx(1)
