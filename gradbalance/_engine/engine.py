@@ -112,17 +112,20 @@ class Engine:
 
     def _write(self, gathered: list[Gathered], norms: Vector | None, due: Flag) -> None:
         """Scale and clip the gradients, and add noise."""
-        n, factors = len(self.state.names), None
+        n = len(self.state.names)
+        factors: Tensor | None = None
+        noise: Tensor | float = self._noise
         if self.into_gradients:
             factors = self.state.tensor(self.state.coefficients)
         stds = spreads(gathered, n) if self._noise else []
         if isinstance(norms, Tensor) and self._max_norm is not None:
-            factors = clipped(norms, factors, self._max_norm)
+            factors, clip = clipped(norms, factors, self._max_norm)
+            noise = clip * noise
         try:
             if factors is not None:
                 scale_(gathered, factors)
             if self._noise:
-                add_noise_(gathered, n, stds, self._noise, due, self._generator)
+                add_noise_(gathered, n, stds, noise, due, self._generator)
         except RuntimeError as error:
             if any(t.is_inference() for g in gathered for t in g.write):
                 raise RuntimeError(_INFERENCE) from error

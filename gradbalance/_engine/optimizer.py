@@ -81,7 +81,7 @@ class ConflictAwarePenalty(Optimizer):
         noise: Standard deviation of Gaussian noise on each grouped gradient tensor inside the window, as a multiple
             of the tensor's own. [P] 1, from OGM-GE.
         max_norm: Clip the global norm of all parameters of the optimizer after the penalty, out of the norms taken
-            anyway; None does not clip.
+            anyway; noise gets the same factor. None does not clip.
         generator: Source of the noise. On several ranks it is required and must have the same seed.
         process_group: Ranks over which observed errors are averaged; the default process group if None.
         persist: Whether ``state_dict`` holds what was measured, inside ``param_groups[0]``, by group name.

@@ -40,14 +40,14 @@ def _for_each(values: Iterable[Any], counts: Iterable[int]) -> list[Any]:
     return list(chain.from_iterable(map(repeat, values, counts)))
 
 
-def clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> Tensor:
-    """The factor of each row, or one for all, with which `clip_grad_norm_` would clip after the penalty."""
+def clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The factor by which `clip_grad_norm_` would clip after the penalty: times that of each row, if any, and alone."""
     if factors is not None:
         factors = torch.nn.functional.pad(factors, (0, len(norms) - len(factors)), value=1.0)
         norms = norms * factors
     total = torch.linalg.vector_norm(norms)
     clip = torch.where(total < torch.inf, (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
-    return clip if factors is None else factors * clip
+    return clip if factors is None else factors * clip, clip
 
 
 def spreads(gathered: Iterable[Gathered], n_groups: int) -> list[Tensor | None]:
@@ -59,16 +59,19 @@ def add_noise_(
     gathered: Iterable[Gathered],
     n_groups: int,
     stds: Iterable[Tensor | None],
-    amount: float,
+    amount: Tensor | float,
     due: Tensor | bool,
     generator: torch.Generator | None,
 ) -> None:
     """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place, if due."""
+    if due is False:
+        return
     for t, std in zip(_of(gathered, n_groups), stds, strict=True):
         if std is not None:
-            noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
+            share = amount.to(std) if isinstance(amount, Tensor) else amount
+            noise = torch.empty_like(t).normal_(generator=generator).mul_(std * share)
             # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
-            t.add_(torch.where(torch.as_tensor(due, device=t.device), noise.mul_(amount), 0.0))
+            t.add_(noise if due is True else torch.where(due.to(t.device), noise, 0.0))
 
 
 def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:

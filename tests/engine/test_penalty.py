@@ -146,6 +146,23 @@ def test_noise_has_the_spread_of_each_gradient_and_is_repeatable():
     assert not torch.equal(first[0], noisy(8)[0])
 
 
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+def test_clipping_leaves_the_noise_in_proportion_to_the_gradient(model, mode):
+    def noisy(noise, max_norm):
+        other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+        options = {"apply_to": mode, "max_norm": max_norm, "noise": noise, "generator": generator}
+        optimizer = attach(torch.optim.SGD(other.parameters(), lr=0.1), groups_of(other), **options, **conflict_aware())
+        backward(other)
+        optimizer._stepper.step()
+        return torch.cat([g.flatten() for g in gradients(other)])
+
+    for noise in (0.0, 1.0):
+        loose, clipped = noisy(noise, 1e9), noisy(noise, 1e-2)
+        clip = 1e-2 / noisy(0.0, 1e9).norm()
+        torch.testing.assert_close(clipped, loose * clip, rtol=1e-4, atol=1e-9)
+    assert not torch.equal(loose, noisy(0.0, 1e9))
+
+
 def test_a_second_step_on_the_same_gradients_does_not_compound(model):
     optimizer = ConflictAwarePenalty(
         torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to="gradient", **PLAIN
