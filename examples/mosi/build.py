@@ -59,28 +59,33 @@ def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generato
     parts = [{"params": fast, "lr": config.lr}] + [{"params": slow, "lr": slow_lr}] * bool(slow)
     optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay, fused=True)
     groups = {name: trainable(module) for name, module in model.groups().items()}
-    if config.balance == "paper" and len(groups.keys() - {"text"}) < 2:
+    beside_text = [name for name in groups if name != "text"]
+    if config.balance == "paper" and len(beside_text) < 2:
         raise ValueError(
             '`modalities` must hold two beside text with balance="paper", which compares these alone. '
             f"Got {sorted(groups)}. Add a modality, or balance in another way."
         )
     if len(groups) < 2:
         return optimizer  # nothing to balance
-    options = balancing(config, steps) | {"max_norm": config.max_norm or None}
+    options = balancing(config, steps, beside_text) | {"max_norm": config.max_norm or None}
     with warnings.catch_warnings():
         # The paper's penalty acts under AdamW through its noise and its changes alone, which is what is studied.
         warnings.filterwarnings("ignore", '`apply_to="gradient"` does nothing lasting')
         return ConflictAwarePenalty(optimizer, groups, generator=noise, **options)
 
 
-def balancing(config: Config, steps: int) -> dict[str, Any]:
+def balancing(config: Config, steps: int, beside_text: list[str]) -> dict[str, Any]:
     """The options of the penalty that `balance` and `penalty` stand for."""
     options: dict[str, Any] = {
         "off": {"rule": rules.Watch()},  # the plain optimizer, bit for bit, with the norms on record
         "default": {},
         "errors": {"rule": rules.ConflictAware(centred=True)},
-        # The paper's window is the first 25 of 30 epochs.
-        "paper": PAPER | {"window": (0, round(steps * config.epochs * 25 / 30))},
+        # The paper's window is the first 25 of 30 epochs. Text takes no part in it, and gets no noise.
+        "paper": PAPER
+        | {
+            "window": (0, round(steps * config.epochs * 25 / 30)),
+            "noise": dict.fromkeys(beside_text, PAPER["noise"]),
+        },
     }[config.balance]
     of_rule = {name: value for name, value in config.penalty.items() if hasattr(options.get("rule"), name)}
     if of_rule:

@@ -13,6 +13,7 @@ from gradbalance._engine.ask import ask_on_host, name_of
 from gradbalance._engine.ask_on_device import ask_on_device
 from gradbalance._engine.errors import Observed
 from gradbalance._engine.groups import Assignment
+from gradbalance._engine.options import by_name
 from gradbalance._engine.state import Balance, Flag, State
 from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
@@ -48,9 +49,9 @@ class Engine:
         self.into_gradients = options["apply_to"] == "gradient" and getattr(self._rule, "acts", True)
         self._every, self._window = options["every"], options["window"]
         self._smoothing = options["smoothing"] ** self._every
-        self._noise, self._generator = options["noise"], options["generator"]
+        self._noise, self._generator = by_name(options["noise"], assignment.names), options["generator"]
         self._max_norm, self._process_group = options["max_norm"], options["process_group"]
-        self._writes = self.into_gradients or self._noise > 0 or self._max_norm is not None
+        self._writes = self.into_gradients or any(self._noise) or self._max_norm is not None
         self._scale_free = not isinstance(stepper, torch.optim.SGD)
         self.state, self.observed = State(assignment.names), Observed(assignment.names)
         self.listeners: list[Callable[[Balance], None]] = []
@@ -112,20 +113,17 @@ class Engine:
 
     def _write(self, gathered: list[Gathered], norms: Vector | None, due: Flag) -> None:
         """Scale and clip the gradients, and add noise."""
-        n = len(self.state.names)
         factors: Tensor | None = None
-        noise: Tensor | float = self._noise
+        clip: Tensor | None = None
         if self.into_gradients:
             factors = self.state.tensor(self.state.coefficients)
-        stds = spreads(gathered, n) if self._noise else []
+        spread = spreads(gathered, self._noise) if any(self._noise) and due is not False else []
         if isinstance(norms, Tensor) and self._max_norm is not None:
             factors, clip = clipped(norms, factors, self._max_norm)
-            noise = clip * noise
         try:
             if factors is not None:
                 scale_(gathered, factors)
-            if self._noise:
-                add_noise_(gathered, n, stds, noise, due, self._generator)
+            add_noise_(spread, clip, due, self._generator)
         except RuntimeError as error:
             if any(t.is_inference() for g in gathered for t in g.write):
                 raise RuntimeError(_INFERENCE) from error
@@ -183,9 +181,9 @@ class Engine:
         self._in_step = False
 
     def _check_noise(self, layout: Layout) -> None:
-        if self._noise and layout.is_sharded:
+        if any(self._noise) and layout.is_sharded:
             raise RuntimeError("`noise` must be 0 with sharded parameters. Got DTensors. Leave the noise off.")
-        if self._noise and self._generator is None and world_size(self._process_group) > 1:
+        if any(self._noise) and self._generator is None and world_size(self._process_group) > 1:
             raise RuntimeError(
                 "`generator` must be given with `noise` on several ranks. Got None, which draws other noise on each "
                 "rank. Pass a generator with the same seed on every rank."

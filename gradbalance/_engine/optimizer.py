@@ -79,7 +79,7 @@ class ConflictAwarePenalty(Optimizer):
         window: ``(start, stop)`` in optimizer steps between which the rule acts, ``stop`` None for no end; None for
             always. [P] epochs 0 to 25 of 30.
         noise: Standard deviation of Gaussian noise on each grouped gradient tensor inside the window, as a multiple
-            of the tensor's own. [P] 1, from OGM-GE.
+            of the tensor's own; one for all groups or, by name, for some. [P] 1, from OGM-GE.
         max_norm: Clip the global norm of all parameters of the optimizer after the penalty, out of the norms taken
             anyway; noise gets the same factor. None does not clip.
         generator: Source of the noise. On several ranks it is required and must have the same seed.

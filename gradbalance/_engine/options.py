@@ -1,5 +1,6 @@
 """The ranges of the engine's options, and the settings of the paper."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +28,9 @@ def check(options: dict[str, Any]) -> None:
     """
     _check_rule(options["rule"])
     _check_range("smoothing", options["smoothing"], 0, 1)
-    _check_range("noise", options["noise"], 0)
+    noise = options["noise"]
+    for amount in noise.values() if isinstance(noise, Mapping) else [noise]:
+        _check_range("noise", amount, 0)
     if options["max_norm"] is not None:
         _check_range("max_norm", options["max_norm"], 0, open_below=True)
     if options["apply_to"] not in get_args(ApplyTo):
@@ -42,6 +45,19 @@ def check(options: dict[str, Any]) -> None:
             raise TypeError(f"`{name}` must be a {kind.__name__}. Got {options[name]!r}. Pass a {kind.__name__}.")
     if options["window"] is not None:
         _check_window(options["window"])
+
+
+def by_name(amount: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """The noise of each group: one for all, or that of its name, 0 where there is none.
+
+    Raises:
+        ValueError: If there is one for another name.
+    """
+    if not isinstance(amount, Mapping):
+        return [amount] * len(names)
+    if unknown := [name for name in amount if name not in names]:
+        raise ValueError(f"`noise` must name groups. Got {unknown[0]!r}. The groups are {', '.join(names)}.")
+    return [amount.get(name, 0.0) for name in names]
 
 
 def _check_rule(value: Any) -> None:

@@ -48,7 +48,7 @@ class Penalty:
         smoothing: float = 0.98,
         every: int = 1,
         window: tuple[int, int | None] | None = None,
-        noise: float = 0.0,
+        noise: float | Mapping[str, float] = 0.0,
         max_norm: float | None = None,
         generator: torch.Generator | None = None,
         process_group: Any = None,

@@ -1,7 +1,7 @@
 """What is written into the gradients: factors, clipping and noise."""
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, compress, islice, repeat
+from collections.abc import Iterable, Sequence
+from itertools import chain, compress, repeat
 from typing import Any
 
 import torch
@@ -50,29 +50,25 @@ def clipped(norms: Tensor, factors: Tensor | None, max_norm: float) -> tuple[Ten
     return clip if factors is None else factors * clip, clip
 
 
-def spreads(gathered: Iterable[Gathered], n_groups: int) -> list[Tensor | None]:
-    """The standard deviation of each tensor of the first groups in turn, None for a single element: it has none."""
-    return [t.std() if t.numel() > 1 else None for t in _of(gathered, n_groups)]
+def spreads(gathered: Iterable[Gathered], amounts: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that get noise, with the standard deviation of it: the amount of the group times the tensor's own."""
+    return [
+        (t, t.std() * amount)
+        for _, counts, _, write in gathered
+        for t, amount in zip(write, _for_each(amounts, counts), strict=False)
+        if amount and t.numel() > 1  # a single element has no spread
+    ]
 
 
 def add_noise_(
-    gathered: Iterable[Gathered],
-    n_groups: int,
-    stds: Iterable[Tensor | None],
-    amount: Tensor | float,
+    spread: Iterable[tuple[Tensor, Tensor]],
+    clip: Tensor | None,
     due: Tensor | bool,
     generator: torch.Generator | None,
 ) -> None:
-    """Add ``amount`` times Gaussian noise of the given standard deviations to the same tensors, in place, if due."""
-    if due is False:
-        return
-    for t, std in zip(_of(gathered, n_groups), stds, strict=True):
-        if std is not None:
-            share = amount.to(std) if isinstance(amount, Tensor) else amount
-            noise = torch.empty_like(t).normal_(generator=generator).mul_(std * share)
-            # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
-            t.add_(noise if due is True else torch.where(due.to(t.device), noise, 0.0))
-
-
-def _of(gathered: Iterable[Gathered], n_groups: int) -> Iterator[Tensor]:
-    return chain.from_iterable(islice(g.write, sum(g.counts[:n_groups])) for g in gathered)
+    """Add Gaussian noise of the given standard deviations, times ``clip``, in place, if due."""
+    for t, std in spread:
+        std = std if clip is None else std * clip.to(std)
+        noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
+        # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
+        t.add_(noise if due is True else torch.where(due.to(t.device), noise, 0.0))

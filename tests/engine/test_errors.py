@@ -265,6 +265,8 @@ OUT_OF_RANGE = {
     "smoothing ": (float("nan"), "`smoothing` must be in [0, 1). Got nan."),
     "smoothing  ": (-0.1, "`smoothing` must be in [0, 1). Got -0.1."),
     "noise ": (-1, "`noise` must be in [0, inf). Got -1."),
+    "noise  ": ({"text": -1}, "`noise` must be in [0, inf). Got -1."),
+    "noise   ": ({"video": 1}, "`noise` must name groups. Got 'video'. The groups are text, audio."),
 }
 
 OF_THE_WRONG_KIND = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance.rules import ByHand, ConflictAware
+from gradbalance.rules import ByHand, ConflictAware, Watch
 from tests.engine.models import PLAIN, backward, conflict_aware, gradients, groups_of, slow_norm
 from tests.reference import Reference, SlowConflictAware
 
@@ -114,6 +114,19 @@ def test_max_norm_clips_as_clip_grad_norm_does_after_the_penalty(model, mode, ma
     nn.utils.clip_grad_norm_(by_hand.parameters(), max_norm)
     for p, q in zip(clipped.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+@pytest.mark.usefixtures("host")
+def test_noise_by_name_falls_on_the_groups_that_are_named_alone(model, mode):
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(sgd, groups_of(model), Watch(), apply_to=mode, noise={"audio": 1.0})
+    backward(model)
+    before = {name: gradients(m) for name, m in model.named_children()}
+    optimizer.step()
+    for name, module in model.named_children():
+        same = all(map(torch.equal, gradients(module), before[name]))
+        assert same == (name != "audio")
 
 
 def test_noise_has_the_spread_of_each_gradient_and_is_repeatable():

@@ -148,10 +148,10 @@ def test_every_row_gives_a_line_with_what_the_report_asks_for(name):
 )
 def test_each_row_of_the_paper_has_the_parts_of_its_name(name, ame, sl, gm, ge, cp):
     own = config(ROWS[name], {"full": {"stat": 0.2}, "baseline": {"stat": 0.2}})
-    options = balancing(own, 10)
+    options = balancing(own, 10, ["audio"])
     assert (own.ame, own.stat > 0, own.balance) == (ame, sl, "paper" if gm else "off")
     if gm:
-        assert (options["noise"] > 0, options["rule"].eta < 1) == (ge, cp)
+        assert (options["noise"], options["rule"].eta < 1) == ({"audio": 1.0} if ge else 0.0, cp)
 
 
 def test_every_row_of_the_paper_has_its_numbers():

@@ -155,11 +155,13 @@ def test_paper_observes_all_but_text_inside_its_window(data, monkeypatch):
     for balance in ("paper", "errors", "default", "off"):
         train.train(Config(**SMALL | {"epochs": 1}, balance=balance), data)
     assert seen == [{"audio", "timing"}] * 6 + [{"text", "audio", "timing"}] * 6
-    assert build.balancing(Config(epochs=30, balance="paper"), steps=10) == PAPER | {"window": (0, 250)}
+    noise = {"audio": 1.0, "visual": 1.0}
+    paper = build.balancing(Config(epochs=30, balance="paper"), 10, ["audio", "visual"])
+    assert paper == PAPER | {"window": (0, 250), "noise": noise}
 
 
 def test_further_options_go_to_the_rule_or_to_the_penalty():
-    options = build.balancing(Config(balance="paper", penalty={"eta": 1.0, "noise": 0.0}), steps=10)
+    options = build.balancing(Config(balance="paper", penalty={"eta": 1.0, "noise": 0.0}), 10, ["audio"])
     assert options["rule"] == replace(PAPER["rule"], eta=1.0)
     assert options["noise"] == 0
 
