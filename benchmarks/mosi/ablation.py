@@ -5,6 +5,7 @@ have equally many at any time.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -125,13 +126,11 @@ def finished(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from map(work, jobs)
         return
-    # New workers now and then, as their memory grows. One that the system kills for it is an error here; a
-    # multiprocessing.Pool would wait for ever, and so would this one with `max_tasks_per_child` (Python 3.11).
+    # A worker that the system kills is an error here; a multiprocessing.Pool would wait for ever.
     context = multiprocessing.get_context("spawn")
-    for start in range(0, len(jobs), 4 * workers):
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            for done in as_completed([pool.submit(work, job) for job in jobs[start : start + 4 * workers]]):
-                yield done.result()
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for done in as_completed([pool.submit(work, job) for job in jobs]):
+            yield done.result()
 
 
 @cache
@@ -146,6 +145,7 @@ TEXT = ("text", "text_encoder", "text_layers", "text_pool")  # what the data set
 
 def work(job: Job) -> dict[str, Any]:
     """One run as a line: test metrics, probes, and the balance of each epoch."""
+    gc.collect()  # the last model and its optimizer hold each other
     started = time.perf_counter(), time.process_time()
     own = job.config
     text = [getattr(own, name) for name in TEXT]
