@@ -117,7 +117,7 @@ class Engine:
         clip: Tensor | None = None
         if self.into_gradients:
             factors = self.state.tensor(self.state.coefficients)
-        spread = spreads(gathered, self._noise) if any(self._noise) and due is not False else []
+        spread = spreads(gathered, self._noise) if any(self._noise) else []
         if isinstance(norms, Tensor) and self._max_norm is not None:
             factors, clip = clipped(norms, factors, self._max_norm)
         try:

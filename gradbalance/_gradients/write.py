@@ -67,8 +67,12 @@ def add_noise_(
     generator: torch.Generator | None,
 ) -> None:
     """Add Gaussian noise of the given standard deviations, times ``clip``, in place, if due."""
+    if due is False:
+        return
     for t, std in spread:
         std = std if clip is None else std * clip.to(std)
         noise = torch.empty_like(t).normal_(generator=generator).mul_(std)
-        # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
-        t.add_(noise if due is True else torch.where(due.to(t.device), noise, 0.0))
+        if isinstance(due, Tensor):
+            # Selected, not multiplied by zero: the spread of a gradient with an inf in it is NaN.
+            noise = torch.where(due.to(t.device), noise, 0.0)
+        t.add_(noise)
