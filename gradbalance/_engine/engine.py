@@ -13,7 +13,7 @@ from gradbalance._engine.ask import ask_on_host, name_of
 from gradbalance._engine.ask_on_device import ask_on_device
 from gradbalance._engine.errors import Observed
 from gradbalance._engine.groups import Assignment
-from gradbalance._engine.options import by_name
+from gradbalance._engine.options import noise_of
 from gradbalance._engine.state import Balance, Flag, State
 from gradbalance._gradients.collectives import world_size
 from gradbalance._gradients.fingerprint import Fingerprint
@@ -49,7 +49,7 @@ class Engine:
         self.into_gradients = options["apply_to"] == "gradient" and getattr(self._rule, "acts", True)
         self._every, self._window = options["every"], options["window"]
         self._smoothing = options["smoothing"] ** self._every
-        self._noise, self._generator = by_name(options["noise"], assignment.names), options["generator"]
+        self._noise, self._generator = noise_of(options["noise"], assignment.names), options["generator"]
         self._max_norm, self._process_group = options["max_norm"], options["process_group"]
         self._writes = self.into_gradients or any(self._noise) or self._max_norm is not None
         self._scale_free = not isinstance(stepper, torch.optim.SGD)

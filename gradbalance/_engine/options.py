@@ -47,7 +47,7 @@ def check(options: dict[str, Any]) -> None:
         _check_window(options["window"])
 
 
-def by_name(amount: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
+def noise_of(amount: float | Mapping[str, float], names: Sequence[str]) -> list[float]:
     """The noise of each group: one for all, or that of its name, 0 where there is none.
 
     Raises:
