@@ -160,8 +160,13 @@ def rest_verdict(runs: Runs) -> list[str]:
 
 
 def pairs_verdict(runs: Runs) -> list[str]:
-    """What the default rule and a modality of noise do to a model that is otherwise the same."""
+    """What a part of the method, the default rule or a modality of noise does to a model that is otherwise the same."""
     questions = [
+        ("What does GE add to AME+GM?", "A3", "A2"),
+        ("What does CP add to AME+GM+GE?", "A4", "A3"),
+        ("What does the full model have without CP?", "A5", FULL),
+        ("What does the balancing add to AME+SL?", FULL, LOSSES),
+        ("What does the full model have on the update?", "U", FULL),
         ("What does the library's default rule do to AME+SL?", DEFAULT, LOSSES),
         ("What does a modality of pure noise cost?", NOISE, LOSSES),
         ("What does the default rule give back of it?", NOISE_DEFAULT, NOISE),
