@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class Engine:
         way: LearningRates | Displacement | None,
         options: Mapping[str, Any],
     ) -> None:
-        self._reader, self._stepper, self.assignment, self.way = reader, stepper, assignment, way
+        self._reader, self._stepper = proxy(reader), proxy(stepper)  # which hold this
+        self.assignment, self.way = assignment, way
         self._rule = options["rule"]
         self._needs_coherence = getattr(self._rule, "needs_coherence", True)
         self.into_gradients = options["apply_to"] == "gradient" and getattr(self._rule, "acts", True)
@@ -157,6 +159,10 @@ class Engine:
         for listener in self.listeners:
             listener(self.state.balance)
         return decided
+
+    def parameters(self) -> dict[str, list[Tensor]]:
+        """Those of each group, by name."""
+        return self.assignment.parameters(self._reader.param_groups)
 
     def _is_rewritten(self, norms: Tensor) -> Tensor:
         """Whether the gradients have other norms than the last step left them with; from the second suspicion on."""

@@ -3,8 +3,8 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any, ParamSpec, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from gradbalance._gradients.collectives import average
 from gradbalance._gradients.layout import wide
 from gradbalance._gradients.meter import Reading
 from gradbalance._torch.checkpoint import Checkpoint
-from gradbalance._torch.hooks import StepHooks, owner_of
+from gradbalance._torch.hooks import StepHooks, hooks_of
 from gradbalance._torch.trial import way_to_scale
 from gradbalance._torch.unwrap import check_optimizer, unwrap
 from gradbalance.rules import Coherence, Rule
@@ -56,29 +56,31 @@ class Penalty:
     ) -> None:
         self._options = {k: v for k, v in locals().items() if k not in ("self", "optimizer", "groups")}
         check(self._options)
-        self._reader, self._stepper = unwrap(optimizer)
-        check_optimizer(self._stepper)
-        if penalty_of(self._stepper) is not None:
+        reader, stepper = unwrap(optimizer)
+        check_optimizer(stepper)
+        if penalty_of(stepper) is not None:
             raise ValueError(
-                f"`optimizer` must not be wrapped twice. Got {type(self._stepper).__name__} with a penalty on it. "
+                f"`optimizer` must not be wrapped twice. Got {type(stepper).__name__} with a penalty on it. "
                 "Call its `remove()` first."
             )
         self.rule = rule
         acts = getattr(rule, "acts", True)
-        if acts and apply_to == "gradient" and not isinstance(self._stepper, torch.optim.SGD):
+        if acts and apply_to == "gradient" and not isinstance(stepper, torch.optim.SGD):
             warnings.warn(
-                f'`apply_to="gradient"` does nothing lasting under {type(self._stepper).__name__}, which cancels a '
+                f'`apply_to="gradient"` does nothing lasting under {type(stepper).__name__}, which cancels a '
                 'constant factor on the gradient. Use `apply_to="update"`.',
                 UserWarning,
                 stacklevel=3,
             )
-        assignment = grouping.assign(self._reader.param_groups, groups)
+        assignment = grouping.assign(reader.param_groups, groups)
         way = way_to_scale(optimizer) if acts and apply_to == "update" else None
-        self._engine = Engine(self._reader, self._stepper, assignment, way, self._options)
+        self._engine = Engine(reader, stepper, assignment, way, self._options)
         save = self._engine.save if persist else None
-        self._checkpoint = Checkpoint(optimizer, (self._reader, self._stepper), save, self._engine.load)
-        self._hooks = StepHooks(self._stepper, self, self._before_step, self._engine.after_step)
-        vars(self._stepper)["__reduce_ex__"] = MethodType(self._reduce, self._stepper)
+        self._checkpoint = Checkpoint(optimizer, (reader, stepper), save, self._engine.load)
+        # The optimizer holds the penalty by these, and not the other way round: it is freed as soon as it is let go.
+        self._stepper = ref(stepper)
+        StepHooks(stepper, self, self._before_step, self._engine.after_step)
+        vars(stepper)["__reduce_ex__"] = self._reduce
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,16 +153,21 @@ class Penalty:
 
     def remove(self) -> None:
         """Take the penalty off: the optimizer steps as if it had never been there."""
-        self._engine.after_step()
-        self._checkpoint.remove()
-        self._hooks.remove()
-        vars(self._stepper).pop("__reduce_ex__", None)
+        stepper = self._stepper()
+        hooks = None if stepper is None else hooks_of(stepper)
+        if stepper is not None and hooks is not None and hooks.owner is self:
+            self._engine.after_step()
+            self._checkpoint.remove()
+            hooks.remove(stepper)
+            vars(stepper).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
         """The groups with their trainable sizes, the rule, where it acts, and the options that are not the defaults."""
-        members = self._engine.assignment.parameters(self._reader.param_groups)
+        if self._stepper() is None:
+            return "Penalty(on an optimizer that is gone)"
         groups = ", ".join(
-            f"{name}: {sum(p.numel() for p in own if p.requires_grad):,}" for name, own in members.items()
+            f"{name}: {sum(p.numel() for p in own if p.requires_grad):,}"
+            for name, own in self._engine.parameters().items()
         )
         way = self._engine.way
         where = "on nothing" if way is None else f"on the update by {way.name}"
@@ -174,14 +181,13 @@ class Penalty:
         self._checkpoint.take_in()
         self._engine.before_step()
 
-    def _reduce(self, optimizer: Optimizer, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles put the penalty on again: `Optimizer.__getstate__` drops hooks."""
-        groups = self._engine.assignment.parameters(self._reader.param_groups)
-        parts: Any = object.__reduce_ex__(optimizer, max(2, int(protocol)))
-        return _rebuild, (*parts[:3], groups, self._options, self._engine.save())
+    def _reduce(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles of the optimizer put the penalty on again: `Optimizer.__getstate__` drops hooks."""
+        parts: Any = object.__reduce_ex__(self._stepper(), max(2, int(protocol)))
+        return _rebuild, (*parts[:3], self._engine.parameters(), self._options, self._engine.save())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return penalty_of, (self._stepper,)
+        return penalty_of, (self._stepper(),)
 
 
 def _with_arguments_of(source: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
@@ -202,7 +208,7 @@ def attach(*args: Any, **options: Any) -> Penalty:
     arguments.
 
     Returns:
-        The handle: ``observe``, ``coefficients``, ``balance``, ``remove``.
+        The handle: ``observe``, ``coefficients``, ``balance``, ``remove``. It does not keep the optimizer.
 
     Raises:
         TypeError, ValueError, RuntimeError: As in :class:`ConflictAwarePenalty`.
@@ -222,8 +228,8 @@ def attach(*args: Any, **options: Any) -> Penalty:
 
 def penalty_of(optimizer: Optimizer) -> Penalty | None:
     """The penalty attached to an optimizer, or to the one it wraps, if any."""
-    penalty: Penalty | None = owner_of(unwrap(optimizer)[1])
-    return penalty
+    hooks = hooks_of(unwrap(optimizer)[1])
+    return None if hooks is None else hooks.owner
 
 
 def _rebuild(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import proxy
 
 from torch.optim import Optimizer
 
@@ -27,7 +28,8 @@ class Checkpoint:
         save: Callable[[], dict[str, Any]] | None,
         load: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._steppers, self._save, self._load = steppers, save, load
+        self._steppers = [proxy(stepper) for stepper in steppers]  # which hold this
+        self._save, self._load = save, load
         self._handles: list[Any] = []
         self.take_in()
         for layer in layers(optimizer):

@@ -1,6 +1,7 @@
 """Steps of some parameters made shorter or longer after the fact, for optimizers that do not follow a learning rate."""
 
 from collections.abc import Mapping
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class Displacement:
     name = "displacement"
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer = proxy(optimizer)  # which holds this
         self._members: dict[int, list[Tensor]] = {}
         self._before: list[tuple[float, list[Tensor], list[Tensor]]] = []  # factor, parameters, copies
 

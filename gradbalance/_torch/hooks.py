@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from types import MethodType
 from typing import Any
+from weakref import proxy, ref
 
 import torch
 from torch._compile import _disable_dynamo  # the public `torch.compiler.disable` takes seconds to import
@@ -14,18 +15,19 @@ class StepHooks:
     """Calls ``before`` once the gradients are there, if need be after the closure, and ``after`` even if a step raises.
 
     Both stand next to the step itself: hooks of others that set a learning rate do so before the one and after the
-    other, whenever they were registered.
+    other, whenever they were registered. The optimizer holds this, so that nothing here holds the optimizer.
 
     Args:
         optimizer: Whose steps.
-        owner: Whose hooks these are, for :func:`owner_of`.
+        owner: Whose hooks these are, for :func:`hooks_of`.
         before: Called before the parameters are updated.
         after: Called after the step, twice where its post-hooks run.
     """
 
     def __init__(self, optimizer: Optimizer, owner: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
         self.owner = owner
-        self._optimizer, self._before, self._after = optimizer, before, after
+        self._before, self._after = before, after
+        self._unhooked = _UNHOOKED.format(type(optimizer).__name__)
         self._began = self._ran = False
         try:
             self._handles = [
@@ -33,18 +35,18 @@ class StepHooks:
                 optimizer.register_step_post_hook(self._after_step),
             ]
         except AttributeError as error:
-            raise ValueError(_UNHOOKED.format(type(optimizer).__name__)) from error
+            raise ValueError(self._unhooked) from error
         # On the instance, since the class is the user's; frameworks and schedulers patch `step` in the same place.
         self._patched_step = vars(optimizer).get("step")
-        self._step = MethodType(self._guarded(optimizer.step), optimizer)
-        vars(optimizer)["step"] = self._step
+        step = MethodType(self._guarded(optimizer), proxy(optimizer))  # a method: schedulers ask for its function
+        vars(optimizer)["step"], self._step = step, ref(step)
 
-    def remove(self) -> None:
-        """Take the hooks off."""
+    def remove(self, optimizer: Optimizer) -> None:
+        """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
-        own = vars(self._optimizer)
-        if own.get("step") is self._step:  # else a scheduler patched it since; it does no harm
+        own = vars(optimizer)
+        if "step" in own and own["step"] is self._step():  # else a scheduler patched it since; it does no harm
             del own["step"]
             own.update({} if self._patched_step is None else {"step": self._patched_step})
 
@@ -89,17 +91,21 @@ class StepHooks:
             self._after()
         hooked = self._handles[0].id in (self._handles[0].hooks_dict_ref() or ())
         if hooked and not self._began and not raised:
-            raise RuntimeError(_UNHOOKED.format(type(self._optimizer).__name__))
+            raise RuntimeError(self._unhooked)
 
-    def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """``step`` with an end that is reached even if it raises: then post-hooks do not run."""
+    def _guarded(self, optimizer: Optimizer) -> Callable[..., Any]:
+        """Its step with an end that is reached even if it raises: then post-hooks do not run."""
+        alive = ref(optimizer)
+        step: Any = optimizer.step
+        is_own = getattr(step, "__self__", None) is optimizer  # else a scheduler or a framework has patched it
+        step = step.__func__ if is_own else step
 
         @wraps(step)
         def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
             self._begin()
             raised = True
             try:
-                result = step(*args, **kwargs)
+                result = step(alive(), *args, **kwargs) if is_own else step(*args, **kwargs)
                 raised = False
             finally:
                 self._finish(raised)
@@ -114,8 +120,8 @@ _UNHOOKED = (
 )
 
 
-def owner_of(optimizer: Optimizer) -> Any:
-    """Who hooked the steps of the optimizer with :class:`StepHooks`, or None."""
+def hooks_of(optimizer: Optimizer) -> StepHooks | None:
+    """The :class:`StepHooks` on the optimizer, if any."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
-    return next((hook.owner for hook in owners if isinstance(hook, StepHooks)), None)
+    return next((owner for owner in owners if isinstance(owner, StepHooks)), None)

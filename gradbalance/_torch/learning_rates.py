@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class LearningRates:
     name = "learning rate"
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer = proxy(optimizer)  # which holds this
         self._parts: list[dict[int, list[Tensor]]] = []
         self._true: list[dict[str, Any]] | None = None
         self._written: list[dict[str, Any]] = []

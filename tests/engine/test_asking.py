@@ -231,16 +231,6 @@ def test_coefficients_for_takes_rules_that_decide_without_coherence_and_refuses_
         assert penalty.balance.step == 1
 
 
-def test_coefficients_for_applies_the_rule_to_norms_from_elsewhere(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    penalty = attach(optimizer, groups_of(model), ConflictAware(eta=0.5), smoothing=0.0)
-    assert penalty.coefficients_for({"audio": 1.0, "text": torch.tensor(2.0)}) == {"text": 0.5, "audio": 1.0}
-    assert penalty.coefficients_for({"audio": 1.0, "text": 2.0}, {"text": 2.0, "audio": 1.0})["text"] == 1.0
-    assert penalty.balance.step == 2
-    with pytest.raises(ValueError, match="`norms` must name exactly the groups"):
-        penalty.coefficients_for({"text": 1.0})
-
-
 def test_a_rule_of_many_groups_is_asked_for_each():
     groups = {f"group {i}": [nn.Parameter(torch.zeros(3))] for i in range(40)}
     members = [p for group in groups.values() for p in group]

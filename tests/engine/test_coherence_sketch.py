@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from gradbalance import attach
+from gradbalance import ConflictAwarePenalty, attach
 from gradbalance._gradients import coherence
 from gradbalance._gradients.coherence import ENTRIES, Sketch, _chosen, _thinned
 from gradbalance.rules import ConflictAware, Watch
@@ -41,7 +41,7 @@ def taken(sketch):
 
 
 def watched(parameters, groups, **options):
-    return attach(torch.optim.SGD(parameters, lr=0.0), groups, Watch(), **options)
+    return ConflictAwarePenalty(torch.optim.SGD(parameters, lr=0.0), groups, Watch(), **options)
 
 
 @pytest.mark.usefixtures("thinned")
@@ -211,7 +211,7 @@ def test_the_sketch_of_a_large_group_is_close_to_its_gradient():
     for _ in range(2):
         for p in parameters:
             p.grad = common + torch.randn(300, 400, generator=generator)
-        penalty._stepper.step()
+        penalty.step()
     assert penalty.balance.coherences.tolist() == pytest.approx([0.5, 0.5], abs=0.05)
 
 
@@ -225,7 +225,7 @@ def test_small_tensors_count_in_the_sketch_by_their_size_alone():
         for p in parameters:
             p.grad = torch.ones_like(p)
         parameters[0].grad = torch.randn(1000, 1000, generator=generator)
-        penalty._stepper.step()
+        penalty.step()
     assert penalty.balance.coherences.tolist() == pytest.approx([0.014, 1.0], abs=0.05)
 
 
@@ -237,7 +237,7 @@ def test_a_step_that_does_not_count_leaves_the_sketch(model):
         backward(model, step)
         if bad:
             model.text.bias.grad[0] = math.inf
-        penalty._stepper.step()
+        penalty.step()
         model.load_state_dict(start)  # an infinite gradient spoils a parameter even at lr 0
     assert penalty.balance.coherences.tolist() == pytest.approx([1.0, 1.0])
 
@@ -260,7 +260,7 @@ def test_the_norm_of_a_gradient_is_nothing_to_its_coherence():
             backward(model, step)
             for p in model.parameters():
                 p.grad *= scale * (step + 1)
-            penalty._stepper.step()
+            penalty.step()
         return penalty.balance.coherences
 
     torch.testing.assert_close(coherences(2.0**-40), coherences(1.0), rtol=1e-6, atol=0)

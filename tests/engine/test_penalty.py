@@ -1,6 +1,8 @@
 """The penalty on an optimizer in a plain loop: what is scaled, by how much, and what is left alone."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from gradbalance import ConflictAwarePenalty, attach
 from gradbalance.rules import ByHand, ConflictAware, Watch
-from tests.engine.models import PLAIN, backward, conflict_aware, gradients, groups_of, slow_norm
+from tests.engine.models import PLAIN, TwoBranches, backward, conflict_aware, gradients, groups_of, slow_norm
 from tests.reference import Reference, SlowConflictAware
 
 
@@ -103,9 +105,10 @@ def test_weight_decay_that_is_decoupled_is_scaled_in_update_mode(model):
 def test_max_norm_clips_as_clip_grad_norm_does_after_the_penalty(model, mode, max_norm):
     clipped, by_hand = model, copy.deepcopy(model)
     options = {"apply_to": mode, **conflict_aware(eta=0.5)}
-    optimizer = attach(torch.optim.SGD(clipped.parameters(), lr=0.1), groups_of(clipped), max_norm=max_norm, **options)
+    sgd = torch.optim.SGD(clipped.parameters(), lr=0.1)
+    optimizer = ConflictAwarePenalty(sgd, groups_of(clipped), max_norm=max_norm, **options)
     backward(clipped)
-    optimizer._stepper.step()
+    optimizer.step()
     backward(by_hand)
     if mode == "gradient":
         for name, c in optimizer.coefficients().items():
@@ -164,9 +167,10 @@ def test_clipping_leaves_the_noise_in_proportion_to_the_gradient(model, mode):
     def noisy(noise, max_norm):
         other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
         options = {"apply_to": mode, "max_norm": max_norm, "noise": noise, "generator": generator}
-        optimizer = attach(torch.optim.SGD(other.parameters(), lr=0.1), groups_of(other), **options, **conflict_aware())
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        attach(optimizer, groups_of(other), **options, **conflict_aware())
         backward(other)
-        optimizer._stepper.step()
+        optimizer.step()
         return torch.cat([g.flatten() for g in gradients(other)])
 
     for noise in (0.0, 1.0):
@@ -372,6 +376,70 @@ def test_remove_leaves_a_schedule_built_since_in_place(model):
     optimizer.step()
     scheduler.step()  # would warn if the step it counts were gone
     assert set(penalty.coefficients().values()) == {1.0}
+
+
+@pytest.fixture
+def uncollected():
+    """References alone free what they count."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor], ids=["rate", "displacement"])
+@pytest.mark.parametrize("put_on", [ConflictAwarePenalty, attach])
+@pytest.mark.parametrize("case", ["alone", "with a schedule", "with a schedule from before", "a copy"])
+@pytest.mark.usefixtures("uncollected")
+def test_an_optimizer_that_is_let_go_is_freed_at_once_with_what_it_trained(kind, put_on, case):
+    def trained():
+        model = TwoBranches()
+        optimizer = inner = kind(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(inner, 1) if case == "with a schedule from before" else None
+        penalty = put_on(inner, groups_of(model))
+        if put_on is ConflictAwarePenalty:
+            optimizer = penalty
+        if case == "a copy":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        if case == "with a schedule":
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        for step in range(3):
+            backward(model, step)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        return weakref.ref(optimizer), weakref.ref(model.text.weight)
+
+    trained()  # what is set up in python at a first step may hold it
+    optimizer, weight = trained()
+    assert optimizer() is None
+    assert weight() is None
+
+
+def test_a_handle_outlives_its_optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty = attach(optimizer, groups_of(model), ByHand(text=0.5))
+    backward(model)
+    optimizer.step()
+    del optimizer
+    assert penalty.coefficients() == {"text": 0.5, "audio": 1.0}
+    assert "gone" in repr(penalty)
+    penalty.remove()
+
+
+def test_a_handle_that_was_removed_leaves_the_next_penalty_alone(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = attach(optimizer, groups_of(model))
+    first.remove()
+    second = attach(optimizer, groups_of(model), ByHand(text=0.5))
+    first.remove()
+    backward(model)
+    twin = copy.deepcopy(optimizer)
+    twin.step()
+    optimizer.step()
+    assert second.coefficients() == {"text": 0.5, "audio": 1.0}
+    with pytest.raises(ValueError, match="must not be wrapped twice"):
+        attach(twin, groups_of(model))
 
 
 def test_the_wrapper_is_equal_to_what_it_wraps_and_to_no_other(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradbalance import ConflictAwarePenalty, Recorder, attach, rules
+from gradbalance import ConflictAwarePenalty, Recorder, rules
 from gradbalance.rules import Measured
 from tests import needs
 
@@ -143,18 +143,15 @@ def test_frozen_weights_of_integers_do_no_harm(dtype, rule):
         torch.manual_seed(0)
         model = nn.ModuleDict({"a": Quantised(4, 3, dtype), "b": Quantised(5, 3, dtype)})
         parameters = [p for p in model.parameters() if hold_all or p.requires_grad]
-        handle = attach(torch.optim.AdamW(parameters, lr=0.01), dict(model.items()), rule=rule)
+        optimizer = ConflictAwarePenalty(torch.optim.AdamW(parameters, lr=0.01), dict(model.items()), rule=rule)
         frozen = [p.clone() for p in model.parameters() if not p.requires_grad]
-        with Recorder(handle):
+        with Recorder(optimizer):
             for _ in range(4):
                 (model["a"](torch.randn(2, 4)) + model["b"](torch.randn(2, 5))).square().mean().backward()
-                handle_step(handle)
+                optimizer.step()
+                optimizer.zero_grad()
         assert all(map(torch.equal, frozen, (p for p in model.parameters() if not p.requires_grad)))
-        return handle.balance, [p.detach() for p in model.parameters() if p.requires_grad]
-
-    def handle_step(handle):
-        handle._stepper.step()
-        handle._stepper.zero_grad()
+        return optimizer.balance, [p.detach() for p in model.parameters() if p.requires_grad]
 
     (alone, mine), (among, theirs) = run(False), run(True)
     assert alone.step == among.step == 4
