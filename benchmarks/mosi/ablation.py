@@ -5,11 +5,11 @@ have equally many at any time.
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -128,9 +128,17 @@ def finished(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
         return
     # A worker that the system kills is an error here; a multiprocessing.Pool would wait for ever.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, begin) as pool:
         for done in as_completed([pool.submit(work, job) for job in jobs]):
             yield done.result()
+
+
+def begin() -> None:
+    """Sets up a worker: it has one thread, and ends with its parent even if that is killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @cache
@@ -145,7 +153,6 @@ TEXT = ("text", "text_encoder", "text_layers", "text_pool")  # what the data set
 
 def work(job: Job) -> dict[str, Any]:
     """One run as a line: test metrics, probes, and the balance of each epoch."""
-    gc.collect()  # the last model and its optimizer hold each other
     started = time.perf_counter(), time.process_time()
     own = job.config
     text = [getattr(own, name) for name in TEXT]

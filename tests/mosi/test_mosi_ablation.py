@@ -80,6 +80,27 @@ def test_a_killed_study_goes_on_without_loss_or_repetition(out, tmp_path):
     assert without_times(ablation.read(whole)) == without_times(ablation.read(out))
 
 
+WORKING = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from benchmarks.mosi.ablation import begin
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin) as pool:
+        pool.submit(print, "at work", flush=True).result()
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_a_worker_ends_with_a_study_that_is_killed(tmp_path):
+    script = tmp_path / "working.py"
+    script.write_text(WORKING)
+    environment = os.environ | {"PYTHONPATH": "."}
+    with subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"at work\n"
+        process.kill()
+        process.communicate(timeout=60)  # reads until the last process that could write has ended
+
+
 def test_a_finished_study_runs_nothing(out, monkeypatch):
     ablation.run(jobs("A0"), out, 1)
     monkeypatch.setattr(ablation, "train", None)
