@@ -32,8 +32,10 @@ from examples.mosi.train import train
 RESULTS = Path(__file__).parent / "results"
 MPNET = Path("~/.cache/gradbalance/encoders/all-mpnet-base-v2").expanduser()
 STUDIES = {
-    "frozen": {"epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
+    "default": {},  # the example as it comes
+    "frozen": {"text": "frozen", "epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
     "top": {
+        "text": "top",
         "text_encoder": str(MPNET),
         "text_layers": 12,
         "text_lr": 3e-5,
@@ -43,7 +45,13 @@ STUDIES = {
         "draws": 32,
     },
     # The paper's own settings, for a GPU.
-    "finetune": {"text_encoder": "microsoft/deberta-v3-base", "text_lr": 1e-5, "epochs": 30, "batch_size": 8},
+    "finetune": {
+        "text": "finetune",
+        "text_encoder": "microsoft/deberta-v3-base",
+        "text_lr": 1e-5,
+        "epochs": 30,
+        "batch_size": 8,
+    },
 }
 
 
@@ -73,7 +81,7 @@ def main() -> None:
             smoke(Path(folder) / "lines.jsonl", options.workers)
         return
     record = options.settings or RESULTS / f"search-{options.text}.json"
-    common = STUDIES[options.text] | {name: getattr(options, name) for name in ("data", "split", "text", "device")}
+    common = STUDIES[options.text] | {name: getattr(options, name) for name in ("data", "split", "device")}
     common |= {"text_encoder": options.text_encoder} if "text_encoder" in options else {}
     dataset = prepare(Config(**common))  # also fills the cache of states before any worker reads it
     print(dataset.corpus.banner)

@@ -80,6 +80,10 @@ def test_a_killed_study_goes_on_without_loss_or_repetition(out, tmp_path):
     assert without_times(ablation.read(whole)) == without_times(ablation.read(out))
 
 
+def test_the_study_of_the_defaults_runs_the_example_as_it_comes():
+    assert config(ROWS["L"], {}, **ablation.STUDIES["default"]) == Config()
+
+
 WORKING = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
