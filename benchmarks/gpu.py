@@ -55,7 +55,7 @@ def steps(device: str) -> tuple[dict[str, Call], Call]:
     lr = torch.tensor(1e-5, device=device)
     optimizer = torch.optim.AdamW([p for group in groups.values() for p in group], lr=lr, capturable=device != "cpu")
     overhead.balance(optimizer, groups, overhead.MODES["update"])
-    found["update, AdamW with tensor lr"] = optimizer.step
+    found["update, AdamW with tensor lr"] = lambda: optimizer.step()
     renew = overhead.renewal(groups)
     interleaved(found, 1, device, prepare=renew)
     return found, renew

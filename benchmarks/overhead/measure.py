@@ -64,7 +64,11 @@ def penalty(groups: Groups, options: dict[str, Any]) -> Call:
     """One step of the penalty on an optimizer that does nothing else."""
     optimizer = NoStep([p for group in groups.values() for p in group])
     balance(optimizer, groups, options)
-    return optimizer.step
+
+    def step() -> None:
+        optimizer.step()
+
+    return step
 
 
 def balance(optimizer: torch.optim.Optimizer, groups: Groups, options: dict[str, Any]) -> None:

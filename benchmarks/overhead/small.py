@@ -52,7 +52,8 @@ def operators(optimizer: str, width: int = 32, **options: Any) -> list[str]:
     """What one counted step of the penalty dispatches, the optimizer's own step left out."""
     torch.manual_seed(0)
     model = TwoBranches(width)
-    penalty = attach(OPTIMIZERS[optimizer](model.parameters()), {"a": model.a, "b": model.b}, **options)
+    plain = OPTIMIZERS[optimizer](model.parameters())
+    penalty = attach(plain, {"a": model.a, "b": model.b}, **options)
     for _ in range(3):  # until every mean is known
         model.zero_grad()
         model().backward()

@@ -102,10 +102,13 @@ class StepHooks:
 
         @wraps(step)
         def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            optimizer = alive()
+            if optimizer is None:
+                raise ReferenceError(_GONE)
             self._begin()
             raised = True
             try:
-                result = step(alive(), *args, **kwargs) if is_own else step(*args, **kwargs)
+                result = step(optimizer, *args, **kwargs) if is_own else step(*args, **kwargs)
                 raised = False
             finally:
                 self._finish(raised)
@@ -118,6 +121,7 @@ _UNHOOKED = (
     "`optimizer` must run its step hooks. Got {}, whose `step` does not: its `__init__` does not call that of "
     "torch.optim.Optimizer. Wrap the optimizer inside it, or call `super().__init__`."
 )
+_GONE = "The optimizer must be there when it steps. Got its `step` alone. Keep the optimizer, and call its `step`."
 
 
 def hooks_of(optimizer: Optimizer) -> StepHooks | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from gradbalance import attach, rules
+from gradbalance import ConflictAwarePenalty, rules
 
 FACTOR = 0.5
 
@@ -33,30 +33,31 @@ def feed(model, step):
 
 
 def displacements(make, steps=20, bias=True, **options):
-    """How far each parameter moves, by name, and the handle if there are options of a penalty."""
+    """How far each parameter moves, by name; the optimizer, wrapped if there are options of a penalty."""
     model = Branches(bias)
     torch.manual_seed(1)
     optimizer = make(model)
-    handle = attach(optimizer, model.groups, **options) if options else None
+    if options:
+        optimizer = ConflictAwarePenalty(optimizer, model.groups, **options)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(steps):
         feed(model, step)
         optimizer.step()
-    return {name: p.detach() - start[name] for name, p in model.named_parameters()}, handle
+    return {name: p.detach() - start[name] for name, p in model.named_parameters()}, optimizer
 
 
 def ratios(make, steps=20, bias=True, factor=FACTOR):
-    """The displacement of each parameter over that of the plain run; the handle."""
+    """The displacement of each parameter over that of the plain run; the wrapped optimizer."""
     plain, _ = displacements(make, steps, bias)
-    scaled, handle = displacements(make, steps, bias, rule=rules.ByHand(a=factor))
-    return {name: (scaled[name].norm() / plain[name].norm()).item() for name in plain}, handle
+    scaled, optimizer = displacements(make, steps, bias, rule=rules.ByHand(a=factor))
+    return {name: (scaled[name].norm() / plain[name].norm()).item() for name in plain}, optimizer
 
 
 def assert_half_of_a_alone(make, way, steps=20, bias=True):
     """Every parameter of the branch moves by half of what it does in the plain run, and every other one by all."""
     plain, _ = displacements(make, steps, bias)
-    scaled, handle = displacements(make, steps, bias, rule=rules.ByHand(a=FACTOR))
-    assert f"update by {way}" in repr(handle)
+    scaled, optimizer = displacements(make, steps, bias, rule=rules.ByHand(a=FACTOR))
+    assert f"update by {way}" in repr(optimizer)
     for name, before in plain.items():
         assert before.norm() > 0
         expected = before * (FACTOR if name.startswith("a.") else 1.0)

@@ -180,8 +180,8 @@ def test_after_the_fact_a_step_that_raised_leaves_nothing_behind():
 
 
 def test_after_the_fact_a_group_with_coefficient_0_stays_where_it_is():
-    found, handle = displacements(rprop, rule=rules.ByHand(a=0.0))
-    assert "by displacement" in repr(handle)
+    found, optimizer = displacements(rprop, rule=rules.ByHand(a=0.0))
+    assert "by displacement" in repr(optimizer)
     assert all(d.norm() == 0 for name, d in found.items() if name.startswith("a."))
     assert all(d.norm() > 0 for name, d in found.items() if not name.startswith("a."))
 

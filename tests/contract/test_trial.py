@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from gradbalance import attach, rules
+from gradbalance import ConflictAwarePenalty, attach, rules
 from gradbalance._torch.twin import FAR, RATE, Twin, undisturbed
 from tests.contract.fixed import Branches, assert_half_of_a_alone, displacements, feed
 
@@ -361,14 +361,14 @@ def test_parameters_with_other_marks_are_tried_too():
 def test_parameters_on_the_meta_device_are_tried_on_the_cpu():
     model = Branches()
     model.a[0].to("meta")
-    handle = attach(of(Descent)(model), model.groups, rule=rules.ByHand(a=0.5))
-    assert "update by learning rate" in repr(handle)
+    optimizer = ConflictAwarePenalty(of(Descent)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(optimizer)
 
 
 def test_a_momentum_of_single_numbers_is_not_taken_for_a_copy():
     a, b = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
-    handle = attach(MomentumFromConstruction([a, b]), {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
-    assert "update by displacement" in repr(handle)
+    optimizer = ConflictAwarePenalty(MomentumFromConstruction([a, b]), {"a": [a], "b": [b]}, rule=rules.ByHand(a=0.5))
+    assert "update by displacement" in repr(optimizer)
 
 
 @pytest.mark.parametrize(("lr", "at_one", "rate"), [(0.01, False, RATE), (0.01, True, 1.0), (3.0, True, 3.0)])
@@ -401,15 +401,15 @@ def test_torchs_own_with_a_schedule_inside_are_scaled_after_the_fact(cls):
 
 
 def test_random_steps_are_compared_with_the_same_random_numbers():
-    _, handle = displacements(of(Stochastic), rule=rules.ByHand(a=0.5))
-    assert "update by" in repr(handle)
+    _, optimizer = displacements(of(Stochastic), rule=rules.ByHand(a=0.5))
+    assert "update by" in repr(optimizer)
 
 
 @pytest.mark.parametrize("cls", [WithClosure, WithSecondDerivatives])
 def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
     model = Branches()
-    handle = attach(of(cls)(model), model.groups, rule=rules.ByHand(a=0.5))
-    assert "update by learning rate" in repr(handle)
+    optimizer = ConflictAwarePenalty(of(cls)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -471,15 +471,15 @@ def test_a_trial_leaves_no_trace(cls):
 
 def test_a_rate_of_zero_before_a_warm_up_is_no_obstacle():
     model = Branches()
-    handle = attach(of(Descent, lr=0.0)(model), model.groups, rule=rules.ByHand(a=0.5))
-    assert "update by learning rate" in repr(handle)
+    optimizer = ConflictAwarePenalty(of(Descent, lr=0.0)(model), model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(optimizer)
 
 
 def test_what_steps_in_a_mode_of_training_alone_is_tried_in_it():
     model = Branches()
     optimizer = of(InTrainMode)(model)
-    handle = attach(optimizer, model.groups, rule=rules.ByHand(a=0.5))
-    assert "update by learning rate" in repr(handle)
+    optimizer = ConflictAwarePenalty(optimizer, model.groups, rule=rules.ByHand(a=0.5))
+    assert "update by learning rate" in repr(optimizer)
     assert "training" not in optimizer.param_groups[0]
 
 

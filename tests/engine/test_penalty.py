@@ -421,9 +421,12 @@ def test_a_handle_outlives_its_optimizer(model):
     penalty = attach(optimizer, groups_of(model), ByHand(text=0.5))
     backward(model)
     optimizer.step()
+    step = optimizer.step
     del optimizer
     assert penalty.coefficients() == {"text": 0.5, "audio": 1.0}
     assert "gone" in repr(penalty)
+    with pytest.raises(ReferenceError, match="Keep the optimizer"):
+        step()
     penalty.remove()
 
 
