@@ -55,10 +55,10 @@ def results(runs: Runs, rows: dict) -> Table:
 
 def trained(own: dict[str, Any]) -> str:
     """What of the text encoder is trained, and how."""
-    how = {"frozen": "frozen", "top": f"its top {own['text_layers']} layers trained", "finetune": "trained"}[
-        own["text"]
-    ]
-    return how if own["text"] == "frozen" else f"{how} in {own['precision']}"
+    if own["text"] == "frozen":
+        return "frozen"
+    some = own["text"] == "top" and own["text_layers"]  # 0: all
+    return f"{f'its top {some} layers' if some else 'all its layers'} trained in {own['precision']}"
 
 
 def at_mean(runs: Runs, rows: dict) -> list[Block]:
