@@ -3,27 +3,26 @@
 One step, and where it happens::
 
     optimizer.step()
-      _torch/hooks           once the gradients are there, and however step is called
-      _engine/engine         measure, ask, act:
-        _gradients/meter       reads norms and coherence of each branch, over all devices and ranks
-        _engine/ask            turns them into running means, and asks the rule (on a GPU: _engine/ask_on_device)
-        rules/                 what was measured in, a coefficient for each branch out: yours, or one of these
-        _gradients/write       scales the gradients, clips and adds noise, or
-        _torch/learning_rates  scales the step by the learning rate, or
-        _torch/displacement    after the fact, where the step does not follow one
-      _record/recorder       hears of the balance
+      _optimizer/hooks       once the gradients are complete, however the step is called
+      _step/engine           measure, decide, act:
+        _step/gradients        which gradients there are
+        _step/sketch           how much they agree with the last ones
+        _step/measure          norms over all shards and ranks, and their way to the host
+        _step/state            running means, and the rule
+        rules/                 what was measured in, a coefficient for each group out: yours, or one of these
+        _step/write            scales, clips and perturbs gradients, or
+        _optimizer/scaling     scales the step by the learning rate, or by rescaling the finished update
+      recorder               is told the balance
 
-``_moments`` holds the other half, the loss that aligns statistics.
+``statistics`` holds the other half, a loss that aligns statistics of distributions.
 """
 
 from gradbalance import rules
-from gradbalance._engine.by_name import groups_by_name
-from gradbalance._engine.optimizer import ConflictAwarePenalty
-from gradbalance._engine.options import PAPER
-from gradbalance._engine.penalty import Penalty, attach
-from gradbalance._engine.state import Balance
-from gradbalance._moments import Moments, StatisticalLoss, moments, statistical_loss
-from gradbalance._record import Recorder
+from gradbalance.balance import Balance
+from gradbalance.groups import groups_by_name
+from gradbalance.penalty import PAPER, ConflictAwarePenalty, Penalty, attach
+from gradbalance.recorder import Recorder
+from gradbalance.statistics import Moments, StatisticalLoss, moments, statistical_loss
 
 __all__ = [
     "PAPER",

@@ -1,14 +1,15 @@
-"""Rules: by how much each branch is scaled, out of what was measured. Pure arithmetic on a few N-vectors.
+"""Rules: by how much the step of each group is scaled, from what was measured.
 
-A rule is anything that is called with a :class:`Measured` and returns a coefficient for each group. It inherits the
-rest from the engine: skipped steps, mixed precision, sharding, checkpoints, ``every``, recording.
+A rule is host arithmetic on a few numpy vectors: anything that is called with a :class:`Measured` and returns a
+coefficient for each group. The engine handles the rest: skipped steps, mixed precision, sharding, checkpoints,
+``every``, recording.
 
 Example:
     >>> import torch
     >>> from gradbalance import ConflictAwarePenalty
     >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
     >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=lambda m: m.shares.amin() / m.shares)
+    >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=lambda m: m.shares.min() / m.shares)
     >>> (3 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()
     >>> optimizer.step()
     >>> {name: round(c, 3) for name, c in optimizer.coefficients().items()}
@@ -16,8 +17,8 @@ Example:
 """
 
 from gradbalance.rules.base import Measured, Rule
-from gradbalance.rules.by_hand import ByHand, Watch
 from gradbalance.rules.coherence import Coherence
 from gradbalance.rules.conflict_aware import ConflictAware
+from gradbalance.rules.constant import ByHand, Watch
 
 __all__ = ["ByHand", "Coherence", "ConflictAware", "Measured", "Rule", "Watch"]

@@ -1,57 +1,71 @@
-"""What a rule is given, and what it gives back."""
+"""What a rule is given, and what it returns."""
 
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Vector = NDArray[np.float64]
 
 
 class Measured(NamedTuple):
-    """What the engine measured at a step, as tensors on the device of the parameters; N groups.
+    """What the engine measured, as numpy arrays on the host; N groups.
+
+    A *group* is the parameters of one branch of a model: an encoder, a modality, a tower, a head.
 
     Attributes:
         names: The groups, in order.
         norms: Gradient norm of each group over all its shards, unscaled, shape ``[N]``. [P]
-        shares: Running mean of each group's part in the sum of the norms, NaN before its first, shape ``[N]``. It
-            does not change when the loss is scaled, clipped or accumulated. [R]
-        coherences: Running mean of the cosine between successive gradients of a group, in [-1, 1], NaN before the
-            second step and for a group that is not active, shape ``[N]``. None for a rule with ``needs_coherence =
-            False``. [R]
+        shares: Running mean of each group's share of the sum of the norms, in [0, 1], NaN before its first, shape
+            ``[N]``. It does not change when the loss is scaled, clipped or accumulated. [R]
+        coherences: Running mean of the cosine between a group's gradient and the last one that it had, in [-1, 1],
+            NaN before its first, shape ``[N]``. None for a rule with ``needs_coherence = False``. [R]
+        coherence_errors: Standard errors of these means, inf before the third value, shape ``[N]``; or None. [R]
+        useful: Running mean of that cosine times the share of the norm: the part of the gradient that the batch before
+            already asked for, NaN before its first, shape ``[N]``; or None. To first order it is the decrease of the
+            loss, per unit length of a step of the group, on data that the step was not computed from. [R]
+        useful_errors: Standard errors of these means, inf before the third value, shape ``[N]``; or None. [R]
         errors: Running mean of the observed errors, lower is better, NaN for a group that is not observed, shape
-            ``[N]``. None if none ever was. [P]
-        active: Which groups have a finite norm above 0, bool, shape ``[N]``.
-        scale_free: Whether a step of the optimizer is as long however large the gradient: true but for SGD. [R]
-        coefficients: Those in force, 1 at the start, shape ``[N]``.
-        step: Optimizer steps that counted, shape ``[]``.
+            ``[N]``. None if no errors were ever observed. [P]
+        active: Which groups have a finite norm above 0 at this step, bool, shape ``[N]``.
+        scale_free: Whether a step of the optimizer is as long however large the gradient is: true for all but
+            ``torch.optim.SGD`` and its subclasses. [R]
+        coefficients: Coefficients in force, 1 at the start, shape ``[N]``.
+        step: Number of optimizer steps that counted before this one.
 
     Reference:
         Gradient coherence: Chatterjee, Coherent Gradients, ICLR 2020; Chatterjee and Zielinski, arXiv 2008.01217.
+        The useful part is the derivative that hypergradient descent follows: Baydin et al., ICLR 2018.
     """
 
     names: tuple[str, ...]
-    norms: Tensor
-    shares: Tensor
-    coherences: Tensor | None
-    errors: Tensor | None
-    active: Tensor
+    norms: Vector
+    shares: Vector
+    coherences: Vector | None
+    coherence_errors: Vector | None
+    useful: Vector | None
+    useful_errors: Vector | None
+    errors: Vector | None
+    active: NDArray[np.bool_]
     scale_free: bool
-    coefficients: Tensor
-    step: Tensor
+    coefficients: Vector
+    step: int
 
 
 class Rule(Protocol):
-    """A callable from :class:`Measured` to coefficients ``[N]``, finite and >= 0, or to these and conflicts ``[N, N]``.
+    """A callable from :class:`Measured` to the coefficients, shape ``[N]``, finite and >= 0.
 
-    A plain function will do. What a rule may have besides:
+    A plain function is a rule. The answer may be anything that ``numpy.asarray`` takes, such as an array, a list or a
+    CPU tensor, or a pair of coefficients and conflicts (bool, shape ``[N, N]``). Optional attributes of a rule:
 
-    - ``needs_coherence = False``: the coherences are not measured, which then cost nothing.
-    - ``acts = False``: the coefficients are shown but never applied.
-    - ``in_numbers(measured)``: the same as its call, with lists of floats for tensors and without conflicts. The engine
-      asks it instead where the parameters are on the CPU: a small model's step is then shorter.
-    - ``state_dict()`` and ``load_state_dict(state)``: what it keeps between steps goes into the optimizer's checkpoint.
-      Such a rule is asked only at steps that count; on an accelerator to know that costs a host read.
+    - ``needs_coherence = False``: the coherences are not measured, and cost nothing.
+    - ``acts = False``: the answer is shown as ``proposed``, and never applied.
+    - ``is_constant = True``: the answer depends on the names alone, so that it applies from the first step on.
+    - ``state_dict()`` and ``load_state_dict(state)``: what the rule keeps between steps is saved in the optimizer's
+      checkpoint.
 
-    Tensors stay on the device: a host read (``item``, ``if`` on a tensor) would stall an accelerator at every step.
+    A rule is called only at steps that count, and only where the step is measured (``every``).
     """
 
-    def __call__(self, measured: Measured, /) -> Tensor | tuple[Tensor, Tensor]:
-        """The coefficient of each group, ``[N]``; or a pair with who is damped for whose sake, bool, ``[N, N]``."""
+    def __call__(self, measured: Measured, /) -> ArrayLike | tuple[ArrayLike, ArrayLike]:
+        """The coefficient of each group, or a pair with who is slowed down for whose sake."""

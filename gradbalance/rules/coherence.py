@@ -1,15 +1,14 @@
 """The default rule: a branch moves as far as its gradients agree from step to step, not as far as they are large."""
 
+import math
 from dataclasses import dataclass
-from math import log2
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from gradbalance.rules.base import Measured
+from gradbalance.rules.base import Measured, Vector
 
-TINY = 1e-150  # below any share: what is divided by
+TINY = 1e-150  # below any share: shares are divided by
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,15 @@ class Coherence:
 
     Example:
         >>> from gradbalance.rules import Measured
-        >>> half, both = torch.full((2,), 0.5), torch.ones(2, dtype=torch.bool)
+        >>> half = np.full(2, 0.5)
         >>> measured = Measured(
-        ...     names=("speech", "noise"), norms=half, shares=half, coherences=torch.tensor([0.3, 0.1]), errors=None,
-        ...     active=both, scale_free=True, coefficients=2 * half, step=torch.tensor(100),
+        ...     names=("speech", "noise"), norms=half, shares=half,
+        ...     coherences=np.array([0.3, 0.1]), coherence_errors=np.zeros(2),
+        ...     useful=np.array([0.15, 0.05]), useful_errors=np.zeros(2), errors=None,
+        ...     active=np.ones(2, dtype=bool), scale_free=True, coefficients=np.ones(2), step=100,
         ... )
-        >>> Coherence()(measured)
-        tensor([3., 1.])
+        >>> Coherence()(measured).tolist()
+        [3.0, 1.0]
 
     Reference:
         Gradient coherence: Chatterjee, Coherent Gradients, ICLR 2020; Chatterjee and Zielinski, arXiv 2008.01217. To
@@ -69,52 +70,45 @@ class Coherence:
     limit: ClassVar[float] = 20.0  # of a starved branch under SGD
 
     def __post_init__(self) -> None:
-        if not 1 <= self.most < float("inf"):
-            raise ValueError(f"`most` must be finite and >= 1. Got {self.most}. Take 1 to leave all branches alone.")
+        if not 1 <= self.most < math.inf:
+            raise ValueError(
+                f"`most` must be finite and >= 1. Got {self.most}. Take 1 to leave all branches alone."
+            )
         for name in ("chance", "clear"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be finite and > 0. Got {value}. A coherence is at most 1.")
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"`{name}` must be finite and > 0. Got {value}. A coherence is at most 1."
+                )
 
-    def __call__(self, measured: Measured) -> Tensor:
+    def __call__(self, measured: Measured) -> Vector:
         """The coefficients, shape ``[N]``."""
+        coefficients = np.ones(len(measured.names))
         if measured.coherences is None:
-            return torch.ones_like(measured.shares)
-        signal = measured.coherences.clamp(min=0) + self.chance
+            return coefficients
+        known = ~np.isnan(measured.coherences)
+        if not known.any():
+            return coefficients
+        coherences = measured.coherences[known].clip(min=0)
         if measured.scale_free:
-            least = signal.nan_to_num(nan=torch.inf).amin()
-            further = (signal / least).square().clamp(max=self.most)
-            beta = (measured.coherences.nan_to_num(nan=0.0).amax() / self.clear).clamp(0.0, 1.0)
-            paid = further.nan_to_num(nan=1.0).amax() ** (beta - 1)
-            return (further * paid).nan_to_num(nan=1.0)
-        known = ~signal.isnan()
-        shares = torch.where(known, measured.shares, 0.0)
-        clearer = (signal[:, None] / signal).square().clamp(min=1.0)
-        longer = (shares / shares[:, None]).clamp(min=1.0)
-        further = torch.minimum(clearer.clamp(max=self.most), longer) * longer ** clearer.log2().clamp(max=1.0)
-        further = torch.where(known[:, None] & known, further, 1.0).amax(1)
-        paid = shares.amax() / (further * shares).amax()
-        return torch.where(known, (further * paid).clamp(max=self.limit), 1.0)
-
-    def in_numbers(self, measured: Any) -> list[float]:
-        """The same for lists of floats, which is how the engine asks on the host."""
-        if measured.coherences is None:
-            return [1.0] * len(measured.names)
-        a = {m: max(value, 0.0) for m, value in enumerate(measured.coherences) if value == value}
-        if measured.scale_free:
-            p = dict.fromkeys(a, 1.0)
-            least = min(a.values(), default=0.0) + self.chance
-            x = {m: min(((a[m] + self.chance) / least) ** 2, self.most) for m in a}
-            beta, limit = min(1.0, max(a.values(), default=0.0) / self.clear), self.most
+            coefficients[known] = self._by_coherence(coherences)
         else:
-            p = {m: max(measured.shares[m], TINY) for m in a}
-            x = {m: max(self._further(a[m], a[k], p[k] / p[m]) for k in a) for m in a}
-            beta, limit = 0.0, self.limit
-        before, after = max(p.values(), default=1.0), max((x[m] * p[m] for m in a), default=1.0)
-        paid = (before / after) ** (1 - beta)
-        return [min(x[m] * paid, limit) if m in a else 1.0 for m in range(len(measured.names))]
+            coefficients[known] = self._by_share(coherences, measured.shares[known])
+        return coefficients
 
-    def _further(self, mine: float, other: float, ratio: float) -> float:
-        clearer, longer = max(((mine + self.chance) / (other + self.chance)) ** 2, 1.0), max(ratio, 1.0)
-        further: float = min(clearer, longer, self.most) * longer ** min(log2(clearer), 1.0)
-        return further
+    def _by_coherence(self, coherences: Vector) -> Vector:
+        signals = coherences + self.chance
+        further = np.square(signals / signals.min()).clip(max=self.most)
+        beta = min(1.0, coherences.max() / self.clear)
+        return further * further.max() ** (beta - 1)
+
+    def _by_share(self, coherences: Vector, shares: Vector) -> Vector:
+        shares = shares.clip(min=TINY)
+        signals = coherences + self.chance
+        clearer = np.square(signals[:, None] / signals).clip(min=1)
+        longer = (shares / shares[:, None]).clip(min=1)
+        pairs = np.minimum(clearer.clip(max=self.most), longer)
+        pairs = pairs * longer ** np.log2(clearer).clip(max=1)
+        further = pairs.max(1)
+        paid = shares.max() / (further * shares).max()
+        return (further * paid).clip(max=self.limit)

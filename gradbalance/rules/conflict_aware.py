@@ -1,12 +1,15 @@
-"""The paper's rule: who dominates and is ahead in its own error is slowed down."""
+"""The paper's rule: a branch that dominates and is ahead in its own error is slowed down."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from gradbalance.rules.base import Measured
+from gradbalance.rules.base import Measured, Vector
+
+Flags = NDArray[np.bool_]
 
 EPS = 1e-8
 DEAD_BAND = 1e-6  # the mean of equal floats can differ from them by one ulp, and that must not count as a lead
@@ -30,6 +33,7 @@ class ConflictAware:
         ValueError: If an option is out of its range.
 
     Example:
+        >>> import torch
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
         >>> sgd = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
@@ -52,67 +56,80 @@ class ConflictAware:
     needs_coherence: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, low, high in (("alpha", 0, float("inf")), ("eta", 0, 1), ("threshold", 1, float("inf"))):
-            value = getattr(self, name)
-            if not low <= value <= high or value == float("inf"):
-                interval = f"[{low}, {high}]" if high == 1 else f"[{low}, inf)"
-                raise ValueError(f"`{name}` must be in {interval}. Got {value}. Choose a value inside the interval.")
+        _check_range("alpha", self.alpha, 0, math.inf)
+        _check_range("eta", self.eta, 0, 1)
+        _check_range("threshold", self.threshold, 1, math.inf)
 
-    def __call__(self, measured: Measured) -> tuple[Tensor, Tensor]:
+    def __call__(self, measured: Measured) -> tuple[Vector, Flags]:
         """The coefficients, in [0, 1], shape ``[N]``, and the conflicts, bool, shape ``[N, N]``."""
-        members, errors = measured.active, measured.errors
-        if errors is not None:
-            seen = ~errors.isnan()
-            blind = ~seen.any()  # all that was observed fell into steps that did not count
-            members = members & (seen | blind)
-        shares = torch.where(members, measured.shares, torch.nan)
-        conflicts = conflict_matrix(shares, self.threshold)
-        if errors is not None:
-            conflicts = conflicts & ((errors[:, None] < errors[None, :]) | blind)
-        coefficients = penalty(conflicts, members, self.eta, shares.dtype)
-        if errors is not None and self.alpha > 0:
-            coefficients = coefficients * modulation(errors, members & seen, self.alpha, self.centred)
+        errors = measured.errors
+        if errors is None or np.isnan(errors).all():  # all observed errors fell into steps that did not count
+            members = measured.active
+            conflicts = conflict_matrix(measured.shares, members, self.threshold)
+            return penalty(conflicts, members, self.eta), conflicts
+        members = measured.active & ~np.isnan(errors)
+        conflicts = conflict_matrix(measured.shares, members, self.threshold)
+        conflicts &= errors[:, None] < errors
+        coefficients = penalty(conflicts, members, self.eta)
+        if self.alpha > 0:
+            coefficients = coefficients * modulation(errors, members, self.alpha, self.centred)
         return coefficients, conflicts
 
 
-def conflict_matrix(shares: Tensor, threshold: float) -> Tensor:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    try:
+        valid = low <= value <= high and value < math.inf
+    except TypeError:
+        raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a Python number.") from None
+    if not valid:
+        raise ValueError(
+            f"`{name}` must be finite and in [{low}, {high}]. Got {value}. "
+            "Choose a value inside the interval."
+        )
+
+
+def conflict_matrix(shares: Vector, members: Flags, threshold: float) -> Flags:
     r"""Which group outweighs which, :math:`X_{mk} = p_m > \tau\,p_k`, shape ``[N, N]``.
 
     Args:
-        shares: Share of the gradient norm of each group, in [0, 1], NaN for who takes no part, shape ``[N]``.
+        shares: Share of the gradient norm of each group, in [0, 1], shape ``[N]``.
+        members: Which groups take part, bool, shape ``[N]``.
         threshold: How many times the other share counts as a conflict, >= 1.
 
     Example:
-        >>> conflict_matrix(torch.tensor([0.6, 0.3, 0.1]), threshold=2.5)[0].tolist()
+        >>> everyone = np.ones(3, dtype=bool)
+        >>> conflict_matrix(np.array([0.6, 0.3, 0.1]), everyone, threshold=2.5)[0].tolist()
         [False, False, True]
     """
-    return shares[:, None] > threshold * shares[None, :]
+    outweighs = shares[:, None] > threshold * shares
+    return outweighs & members[:, None] & members
 
 
-def penalty(conflicts: Tensor, members: Tensor, eta: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    r"""The factor :math:`\pi_m = \eta^{\kappa_m}`, :math:`\kappa_m` the fraction of peers in conflict, shape ``[N]``.
+def penalty(conflicts: Flags, members: Flags, eta: float) -> Vector:
+    r"""The factor :math:`\pi_m = \eta^{\kappa_m}`, shape ``[N]``.
 
-    [P] for two groups: ``eta`` or 1. [R] for more: the mean over the peers.
+    :math:`\kappa_m` is the fraction of the other members with which the group is in conflict. [P] for two groups:
+    ``eta`` or 1. [R] for more: the mean over the other members.
 
     Args:
-        conflicts: Which group outweighs which, shape ``[N, N]``.
+        conflicts: Which group is in conflict with which, shape ``[N, N]``.
         members: Which groups take part, shape ``[N]``.
-        eta: The factor of a group in conflict with every peer, in [0, 1].
-        dtype: Of the result.
+        eta: The factor of a group in conflict with all others, in [0, 1].
 
     Example:
-        >>> conflicts = torch.tensor([[False, True, True], [False, False, True], [False, False, False]])
-        >>> penalty(conflicts, torch.ones(3, dtype=torch.bool), eta=0.25).tolist()
+        >>> conflicts = np.array([[False, True, True], [False, False, True], [False, False, False]])
+        >>> penalty(conflicts, np.ones(3, dtype=bool), eta=0.25).tolist()
         [0.25, 0.5, 1.0]
     """
-    peers = (members.sum(dtype=dtype) - 1).clamp(min=1)
-    return torch.pow(eta, conflicts.sum(1) / peers)
+    others = max(1, members.sum() - 1)
+    fractions = conflicts.sum(1) / others
+    return np.power(eta, fractions)
 
 
-def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> Tensor:
+def modulation(errors: Vector, members: Flags, alpha: float, centred: bool) -> Vector:
     r"""The factor :math:`q_m = 1 - \tanh(\alpha\,\varphi(r_m))` where :math:`r_m > 1`, else 1, shape ``[N]``.
 
-    :math:`r_m` is the score :math:`s_m = 1/(e_m + \epsilon)` over the mean score of the peers.
+    :math:`r_m` is the score :math:`s_m = 1/(e_m + \epsilon)` over the mean score of the other members.
 
     Args:
         errors: Error of each group, >= 0, shape ``[N]``.
@@ -121,12 +138,16 @@ def modulation(errors: Tensor, members: Tensor, alpha: float, centred: bool) -> 
         centred: Whether :math:`\varphi(r) = r - 1` [R] instead of :math:`\varphi(r) = r` [P].
 
     Example:
-        >>> modulation(torch.tensor([1.0, 2.0]), torch.ones(2, dtype=torch.bool), alpha=1.0, centred=False)
-        tensor([0.0360, 1.0000])
+        >>> factors = modulation(np.array([1.0, 2.0]), np.ones(2, dtype=bool), alpha=1.0, centred=False)
+        >>> factors.round(3).tolist()
+        [0.036, 1.0]
     """
-    scores = torch.where(members, 1 / (errors + EPS), 0.0)
-    # The mean over the peers is summed without the group's own score: subtracting it from the total would cancel.
-    others = scores.expand(len(scores), -1).clone().fill_diagonal_(0).sum(1) / (members.sum() - 1)
-    ratio = scores / others
-    lead = ratio - 1 if centred else ratio
-    return torch.where(members & (ratio > 1 + DEAD_BAND), 1 - torch.tanh(alpha * lead), 1.0)
+    if members.sum() < 2:
+        return np.ones(len(errors))
+    scores = np.where(members, 1 / (errors + EPS), 0.0)
+    # Summed without the group's own score: to subtract it from the total would cancel.
+    of_others = np.tile(scores, (len(scores), 1))
+    np.fill_diagonal(of_others, 0.0)
+    ratios = scores / (of_others.sum(1) / (members.sum() - 1))
+    leads = ratios - 1 if centred else ratios
+    return np.where(members & (ratios > 1 + DEAD_BAND), 1 - np.tanh(alpha * leads), 1.0)

@@ -1,23 +1,27 @@
-"""Coefficients that do not depend on what was measured: constants, or none at all."""
+"""Rules that do not act on what was measured: constant factors, or none at all."""
 
-import torch
-from torch import Tensor
+import math
 
-from gradbalance.rules.base import Measured
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gradbalance.rules.base import Measured, Rule, Vector
 
 
 class ByHand:
     """Constant coefficients, 1 for a group that is not named: the strong simple rival of every rule.
 
-    It helps where you know the branch that is too fast or too slow. It is also the way to test an optimizer.
+    It helps where you know which branch is too fast or too slow. It is also the way to test an optimizer.
 
     Args:
-        **factors: The coefficient of a group, >= 0.
+        **factors: Coefficient of a group, >= 0.
 
     Raises:
+        TypeError: If a factor is not a number.
         ValueError: If a factor is negative or not finite; at the first step, if it names no group.
 
     Example:
+        >>> import torch
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()])
@@ -29,24 +33,31 @@ class ByHand:
     """
 
     needs_coherence = False
+    is_constant = True
 
-    def __init__(self, **factors: float) -> None:
+    def __init__(self, /, **factors: float) -> None:
         for name, factor in factors.items():
-            if not 0 <= factor < float("inf"):
+            try:
+                valid = 0 <= factor < math.inf
+            except TypeError:
+                raise TypeError(
+                    f"`{name}` must be a number >= 0. Got {factor!r}. Pass the factor of the group."
+                ) from None
+            if not valid:
                 raise ValueError(
                     f"`{name}` must be a finite factor >= 0. Got {factor}. Take 1 to leave the group alone."
                 )
         self.factors = factors
 
-    def __call__(self, measured: Measured) -> Tensor:
+    def __call__(self, measured: Measured) -> Vector:
         """The constants, shape ``[N]``."""
-        if unknown := self.factors.keys() - set(measured.names):
+        unknown = self.factors.keys() - set(measured.names)
+        if unknown:
             raise ValueError(
                 f"`ByHand` must name groups. Got {', '.join(sorted(unknown))}. "
                 f"The groups are: {', '.join(measured.names)}."
             )
-        # Filled on the device: a CUDA graph cannot capture a copy from the host.
-        return torch.stack([measured.norms.new_full((), self.factors.get(name, 1.0)) for name in measured.names])
+        return np.array([self.factors.get(name, 1.0) for name in measured.names])
 
     def __repr__(self) -> str:
         return f"ByHand({', '.join(f'{name}={factor}' for name, factor in self.factors.items())})"
@@ -55,22 +66,31 @@ class ByHand:
 class Watch:
     """Coefficients of 1: look first, decide then. Everything is measured, and the optimizer steps as if alone.
 
+    Args:
+        rule: A rule whose answers are recorded as ``proposed`` and not applied. None proposes 1.
+
     Example:
+        >>> import torch
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()])
-        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, rule=Watch())
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, rule=Watch(ByHand(text=0.1)))
         >>> (3 * text(torch.zeros(1, 2)) + audio(torch.zeros(1, 2))).sum().backward()
         >>> optimizer.step()
-        >>> penalty.balance.shares.tolist()
-        [0.75, 0.25]
+        >>> penalty.coefficients(), penalty.balance.proposed.tolist()
+        ({'text': 1.0, 'audio': 1.0}, [0.1, 1.0])
     """
 
     acts = False
 
-    def __call__(self, measured: Measured) -> Tensor:
-        """All 1, shape ``[N]``."""
-        return torch.ones_like(measured.norms)
+    def __init__(self, rule: Rule | None = None) -> None:
+        self.rule = rule
+
+    def __call__(self, measured: Measured) -> ArrayLike | tuple[ArrayLike, ArrayLike]:
+        """What the watched rule proposes, shape ``[N]``."""
+        if self.rule is None:
+            return np.ones(len(measured.names))
+        return self.rule(measured)
 
     def __repr__(self) -> str:
-        return "Watch()"
+        return f"Watch({'' if self.rule is None else repr(self.rule)})"

@@ -1,1 +1,0 @@
-"""The penalty: measure the branches, ask the rule, act."""

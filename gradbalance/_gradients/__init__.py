@@ -1,1 +1,0 @@
-"""Reading and writing gradients: the only room that knows DTensor, and the only one with collectives."""

@@ -1,0 +1,1 @@
+"""Living inside somebody's optimizer: which one steps, and how the steps of a group are scaled."""

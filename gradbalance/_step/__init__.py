@@ -1,0 +1,1 @@
+"""One optimizer step: measure the groups, decide by how much each is scaled, act."""

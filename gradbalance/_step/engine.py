@@ -1,0 +1,294 @@
+"""The engine: at each step of an optimizer it measures the groups, decides, and acts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import proxy
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradbalance._optimizer.scaling import Displacement, LearningRates
+from gradbalance._step.gradients import Gradients, Layout, on_host
+from gradbalance._step.measure import Reading, average, measure, world_size
+from gradbalance._step.observed import ObservedErrors
+from gradbalance._step.options import Options
+from gradbalance._step.sketch import Sketch
+from gradbalance._step.state import State, name_of
+from gradbalance._step.write import add_noise_, clip_factor, scale_, spreads
+from gradbalance.balance import Balance
+from gradbalance.groups import Membership
+
+Vector = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+class Engine:
+    """What happens before and after each step.
+
+    Args:
+        reader: The optimizer that lists all parameters.
+        stepper: The one that steps.
+        membership: The group of each parameter.
+        scaling: How the step of a group is scaled; None where its gradients are, or nothing.
+        options: Of the penalty.
+
+    Attributes:
+        coefficients: In force at the last step, shape ``[N]``.
+    """
+
+    def __init__(
+        self,
+        reader: Optimizer,
+        stepper: Optimizer,
+        membership: Membership,
+        scaling: LearningRates | Displacement | None,
+        options: Options,
+    ) -> None:
+        self._reader = proxy(reader)  # which holds this
+        self._stepper = proxy(stepper)
+        self.membership = membership
+        self.scaling = scaling
+        self._options = options
+        self._amounts = options.noise_of(membership.names)
+        smoothing = options.smoothing**options.every
+        scale_free = not isinstance(stepper, torch.optim.SGD)
+        self.state = State(membership.names, options.rule, smoothing, scale_free)
+        self.observed = ObservedErrors(membership.names)
+        self.coefficients = np.ones(len(membership.names))
+        self.listeners: list[Callable[[Balance], None]] = []
+        self._layout: Layout | None = None
+        self._sketch: Sketch | None = None
+        self._loaded_sketch: Mapping[str, Any] = {}  # of a checkpoint, until there is a sketch
+        self._reading: Reading | None = None  # of the last step, until it is decided on
+        self._steps = 0  # however they ended: one of so many is measured
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Measure, decide, act."""
+        self.after_step()
+        self.settle()
+        layout = self._current_layout()
+        _refuse_capture(layout.device)
+        gradients = layout.gather()
+        reading, norms = self._measure(layout, gradients)
+        active = gradients.plan.present
+        if self._is_late(layout):
+            self._reading = reading
+        else:
+            active = self._decide(reading)
+        self._steps += 1
+        self.coefficients = self._in_force(active)
+        self._write(gradients, norms, active)
+        if self.scaling is not None:
+            self.scaling.begin(self.coefficients.tolist())
+
+    def after_step(self) -> None:
+        """Undo what was put in place for the step; may be called twice."""
+        if self.scaling is not None:
+            self.scaling.end()
+
+    def settle(self) -> None:
+        """Decide on the reading of the last step, if that has not been done."""
+        reading = self._reading
+        self._reading = None
+        if reading is not None:
+            self._decide(reading)
+
+    def _measure(self, layout: Layout, gradients: Gradients) -> tuple[Reading, Tensor | None]:
+        """What the step shows, and its unscaled norms if they are needed to clip."""
+        options = self._options
+        is_measured = self._steps % options.every == 0
+        # The step before it is compared too: coherence is that of successive gradients.
+        is_compared = is_measured or (self._steps + 1) % options.every == 0
+        sketch = self._sketch if is_compared else None
+        errors = self.observed.take(layout.device) if is_measured else None
+        reads_alone = self._sketch is not None and self._sketch.is_whole
+        parts = measure(
+            gradients,
+            layout,
+            sketch,
+            errors,
+            with_norms=options.max_norm is not None or (is_measured and not reads_alone),
+            process_group=options.process_group,
+        )
+        # Where GradScaler leaves both for fused optimizers, which it lets step with scaled gradients.
+        norms = parts.get("norms")
+        for name in ("grad_scale", "found_inf"):
+            value = getattr(self._stepper, name, None)
+            if value is not None:
+                parts[name] = value.to(layout.device).reshape(())
+        if norms is not None and "grad_scale" in parts:
+            norms = norms / parts["grad_scale"]
+        return Reading(parts, gradients.plan.present, is_measured), norms
+
+    def _decide(self, reading: Reading) -> Flags:
+        """Take a reading into the state; which groups the decision acts on, none if it does not count."""
+        numbers = reading.numbers()
+        n = len(self.state.names)
+        active = reading.present
+        lengths: Vector | None = None
+        cosines: Vector | None = None
+        is_skipped = "found_inf" in numbers and numbers["found_inf"] > 0
+        with np.errstate(all="ignore"):  # what is not finite does not count
+            if self._sketch is not None and "products" in numbers:
+                lengths, cosines = self._sketch.compare(numbers["products"])
+            if is_skipped:
+                active = np.zeros(n, dtype=bool)
+            if reading.is_measured:
+                norms = lengths if "norms" not in numbers else numbers["norms"][:n]
+                scale = numbers.get("grad_scale", 1.0)
+                norms = np.where(is_skipped, np.nan, norms / scale)
+                active = self.state.learn(norms, cosines, numbers.get("errors"))
+                self._tell(self._in_force(active))
+        if active.any():
+            self.state.step += 1
+            if self._sketch is not None and lengths is not None:
+                self._sketch.keep(lengths)
+        return active
+
+    def _in_force(self, active: Flags) -> Vector:
+        """The coefficients of a step on these groups."""
+        acts = getattr(self._options.rule, "acts", True)
+        if acts and self.state.is_inside(self._options.window):
+            return np.where(active, self.state.decided, 1.0)
+        return np.ones(len(active))
+
+    def _tell(self, coefficients: Vector) -> None:
+        if self.listeners:
+            balance = self.state.balance(coefficients)
+            for listener in self.listeners:
+                listener(balance)
+
+    def _write(self, gradients: Gradients, norms: Tensor | None, active: Flags) -> None:
+        """Scale and clip the gradients, and add noise."""
+        options = self._options
+        max_norm = options.max_norm
+        scales = options.apply_to == "gradient"
+        is_noisy = any(self._amounts) and active.any() and self.state.is_inside(options.window)
+        if not (scales or is_noisy or max_norm is not None):
+            return
+        factors = [1.0] * len(active)
+        if scales:
+            factors = self.coefficients.tolist()
+        factors.append(1.0)  # of the parameters of no group
+        try:
+            noisy = spreads(gradients.by_bucket, self._amounts) if is_noisy else []
+            clip = None
+            if max_norm is not None and norms is not None:
+                clip = clip_factor(norms, factors[: len(norms)], max_norm)
+            scale_(gradients.by_bucket, factors, clip)
+            add_noise_(noisy, clip, options.generator)
+        except RuntimeError as error:
+            if any(t.is_inference() for _, _, write in gradients.by_bucket for t in write):
+                raise RuntimeError(_INFERENCE) from error
+            raise
+
+    def _current_layout(self) -> Layout:
+        """The layout, made anew when the optimizer holds other parameters, or others are trained."""
+        param_groups = self._reader.param_groups
+        if self._layout is not None and self._layout.fits(param_groups):
+            return self._layout
+        self.membership.update(param_groups)
+        n = len(self.state.names)
+        with_rest = self._options.max_norm is not None
+        layout = Layout(param_groups, self.membership.group_of, n, with_rest)
+        self._check(layout)
+        if getattr(self._options.rule, "needs_coherence", True):
+            sketch = Sketch(layout.members, layout.device)
+            if self._sketch is not None:
+                sketch.continue_from(self._sketch)
+            self._sketch = sketch
+            if self._loaded_sketch:
+                sketch.load(self.state.names, self._loaded_sketch)
+                self._loaded_sketch = {}
+        self.state.forget(np.array([not members for members in layout.members]))
+        if self.scaling is not None:
+            self.scaling.divide(self.membership.group_of)
+        self._layout = layout
+        return layout
+
+    def _is_late(self, layout: Layout) -> bool:
+        if self._options.late is not None:
+            return self._options.late
+        return not on_host(layout.device)
+
+    def _check(self, layout: Layout) -> None:
+        if any(self._amounts) and layout.is_sharded:
+            raise RuntimeError(
+                "`noise` must be 0 with sharded parameters. Got DTensors. Leave the noise off."
+            )
+        several = world_size(self._options.process_group) > 1
+        if any(self._amounts) and self._options.generator is None and several:
+            raise RuntimeError(
+                "`generator` must be given with `noise` on several ranks. Got None, which draws other "
+                "noise on each rank. Pass a generator with the same seed on every rank."
+            )
+
+    def decide_for(self, norms: Vector, errors: Mapping[str, Any] | None) -> None:
+        """One decision for norms that were measured elsewhere, shape ``[N]``."""
+        if errors is not None:
+            self.observed.add(errors)
+        parts = {"norms": torch.from_numpy(norms)}
+        observed = self.observed.take(torch.device("cpu"))
+        if observed is not None:
+            parts["errors"] = average(observed, self._options.process_group)
+        present = np.ones(len(norms), dtype=bool)
+        self.coefficients = self._in_force(self._decide(Reading(parts, present, True)))
+
+    def save(self) -> dict[str, Any]:
+        """What is remembered, in builtin types, by group name.
+
+        A pending reading is decided on first: a checkpoint between two steps holds what the second one
+        will know.
+        """
+        self.settle()
+        sketch = self._loaded_sketch
+        if self._sketch is not None:
+            sketch = self._sketch.save(self.state.names)
+        saved = {"rule": name_of(self._options.rule), **self.state.save(), "sketch": sketch}
+        saved["phase"] = self._steps % self._options.every
+        if hasattr(self._options.rule, "state_dict"):
+            saved["rule_state"] = self._options.rule.state_dict()
+        return saved
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Check what :meth:`save` gave.
+
+        Raises:
+            ValueError: If it is that of another rule or of other groups.
+        """
+        name = name_of(self._options.rule)
+        if saved["rule"] != name:
+            raise ValueError(
+                f"`state_dict` must be of the rule {name}. Got that of {saved['rule']}. "
+                "Build with the same rule, or with `persist=False`."
+            )
+        self.state.check(saved)
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take what :meth:`save` gave, checked."""
+        self._reading = None
+        self.state.load(saved)
+        self._steps = saved["phase"]
+        if self._sketch is None:
+            self._loaded_sketch = saved["sketch"]
+        else:
+            self._sketch.load(self.state.names, saved["sketch"])
+        if "rule_state" in saved and hasattr(self._options.rule, "load_state_dict"):
+            self._options.rule.load_state_dict(saved["rule_state"])
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "The optimizer must step outside a CUDA graph capture. Got a step inside one. "
+            "Capture forward and backward, and call `step()` outside."
+        )
+
+
+_INFERENCE = (
+    "The gradients must be writable for `apply_to=\"gradient\"`, `max_norm` and `noise`. Got inference "
+    "tensors. Make them outside `torch.inference_mode()`, or scale the update alone."
+)

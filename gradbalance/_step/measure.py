@@ -1,0 +1,239 @@
+"""What one step shows, over shards and ranks, and its way to the host; the only room with collectives."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradbalance._step.gradients import CPU_PART, BucketGradients, Gradients, Layout, on_host, wide
+from gradbalance._step.sketch import Sketch
+
+# The error of a group that was not observed; NaN is an error that was.
+UNSEEN = -1.0
+
+
+class Reading:
+    """What one step showed: on the host at once, from an accelerator by an asynchronous copy.
+
+    Args:
+        parts: The measurements by name, all on one device.
+        present: Which groups had a gradient, bool, shape ``[N]``.
+        is_measured: Whether the step is one of those that are decided on.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Tensor], present: NDArray[np.bool_], is_measured: bool
+    ) -> None:
+        self.present = present
+        self.is_measured = is_measured
+        self._parts = dict(parts)
+        self._transfer: Transfer | None = None
+        if not all(on_host(part.device) for part in parts.values()):
+            flat = [part.flatten().to(torch.float64) for part in parts.values()]
+            self._transfer = Transfer(torch.cat(flat))
+
+    def numbers(self) -> dict[str, NDArray[np.float64]]:
+        """The measurements by name, once their copy has arrived."""
+        if self._transfer is None:
+            return {name: part.numpy() for name, part in self._parts.items()}
+        vector = self._transfer.numbers()
+        numbers = {}
+        start = 0
+        for name, part in self._parts.items():
+            numbers[name] = vector[start : start + part.numel()].reshape(part.shape)
+            start += part.numel()
+        return numbers
+
+
+class Transfer:
+    """An asynchronous copy of a vector to the host, for which :meth:`numbers` alone waits."""
+
+    def __init__(self, vector: Tensor) -> None:
+        self._vector = vector
+        self._arrived: torch.cuda.Event | None = None
+        if vector.device.type == "cuda":
+            self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._vector.copy_(vector, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(vector.device))
+
+    def numbers(self) -> NDArray[np.float64]:
+        """The numbers of the vector."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: NDArray[np.float64] = self._vector.cpu().numpy()
+        return numbers
+
+
+def measure(
+    gradients: Gradients,
+    layout: Layout,
+    sketch: Sketch | None,
+    errors: Tensor | None,
+    *,
+    with_norms: bool,
+    process_group: Any,
+) -> dict[str, Tensor]:
+    """Norms, products and errors of one step.
+
+    Args:
+        gradients: Of this rank.
+        layout: Of the parameters.
+        sketch: To compare the gradients with the last ones; None if that is not needed.
+        errors: Observed on this rank, ``UNSEEN`` where there is none, shape ``[N]``; or None.
+        with_norms: Whether norms are needed.
+        process_group: Ranks over which errors are averaged; the default group if None.
+
+    Returns:
+        ``norms`` of each row, shape ``[G]``; ``products``, see :meth:`Sketch.products`; ``errors``,
+        averaged over the ranks that have them. Each only if it was asked for.
+    """
+    parts: dict[str, Tensor] = {}
+    entries = {} if sketch is None else sketch.take(gradients)
+    summed: dict[Any, Tensor] = {}
+    if with_norms or entries:
+        parts["norms"], errors, summed = _reduce(
+            gradients, layout, errors, entries, process_group
+        )
+    else:
+        errors = average(errors, process_group)
+    if sketch is not None:
+        parts["products"] = sketch.products(summed)
+    if errors is not None:
+        parts["errors"] = errors.to(layout.device)
+    return parts
+
+
+def world_size(process_group: Any = None) -> int:
+    """Number of ranks; 1 in a single process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(process_group)
+    return 1
+
+
+def _reduce(
+    gradients: Gradients,
+    layout: Layout,
+    errors: Tensor | None,
+    entries: Mapping[Any, Tensor],
+    process_group: Any,
+) -> tuple[Tensor, Tensor | None, dict[Any, Tensor]]:
+    """Norms over all shards, averaged errors, and entries of the sketch summed over ranks by mesh.
+
+    One all_reduce per mesh dimension carries all of it. Where no mesh spans all ranks, the errors
+    take one more.
+    """
+    device = layout.device
+    summed: dict[Any, Tensor] = {}
+    norms: list[Tensor] = []
+    is_averaged = False
+    for mesh, local_norms in _norms_by_mesh(gradients, layout.rows).items():
+        if mesh is None:
+            norms.append(local_norms.to(device, wide(device)))
+            continue
+        message = [local_norms.square()]
+        if mesh in entries:
+            message.append(entries[mesh].flatten())
+        spans_all = process_group is None and mesh.size() == world_size()
+        carries_errors = errors is not None and spans_all and not is_averaged
+        if errors is not None and carries_errors:
+            message.append(_summable(errors))
+        squares, *others = _sum_over_mesh(message, mesh)
+        norms.append(squares.sqrt().to(device, wide(device)))
+        if mesh in entries:
+            summed[mesh] = others.pop(0).view_as(entries[mesh])
+        if carries_errors:
+            errors = _mean(others.pop(0)).to(device)
+            is_averaged = True
+    if not norms:
+        norms.append(torch.zeros(layout.rows, dtype=wide(device), device=device))
+    if not is_averaged:
+        errors = average(errors, process_group)
+    return _joint(norms), errors, summed
+
+
+def average(errors: Tensor | None, process_group: Any) -> Tensor | None:
+    """The errors averaged over the ranks that have them, ``UNSEEN`` where none has, shape ``[N]``."""
+    if errors is None or world_size(process_group) == 1:
+        return errors
+    message = _summable(errors)
+    dist.all_reduce(message, group=process_group)
+    return _mean(message)
+
+
+def _sum_over_mesh(tensors: Sequence[Tensor], mesh: Any) -> list[Tensor]:
+    """Each one-dimensional tensor summed over all ranks of a mesh, one message per dimension."""
+    message = torch.cat([t.to(tensors[0]) for t in tensors])
+    for dim in range(mesh.ndim):
+        dist.all_reduce(message, group=mesh.get_group(dim))
+    parts = torch.split(message, [len(t) for t in tensors])
+    return [part.to(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def _summable(errors: Tensor) -> Tensor:
+    """Errors and whether there is one, ``[2N]``, since each rank may have observed other groups."""
+    is_seen = ~(errors < 0)  # NaN is seen
+    return torch.cat([torch.where(is_seen, errors, 0.0), is_seen.to(errors)])
+
+
+def _mean(sums: Tensor) -> Tensor:
+    total, count = sums.chunk(2)
+    return torch.where(count > 0, total / count, UNSEEN)
+
+
+def _joint(norms: list[Tensor]) -> Tensor:
+    """The norm of each row over its parts in several places."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _norms_by_mesh(gradients: Gradients, rows: int) -> dict[Any, Tensor]:
+    """Norms of the local shards of each row, over the buckets of each mesh."""
+    parts: dict[Any, list[Tensor]] = {}
+    for bucket_gradients in gradients.by_bucket:
+        bucket = bucket_gradients.bucket
+        if on_host(bucket.device):
+            norms = _norms_on_host(bucket_gradients, rows)
+        else:
+            norms = _norms_on_device(bucket_gradients)
+        if bucket.copies > 1:
+            norms = norms / bucket.copies**0.5
+        parts.setdefault(bucket.mesh, []).append(norms)
+    joint = {}
+    for mesh, of_buckets in parts.items():
+        joint[mesh] = _joint([norms.to(of_buckets[0]) for norms in of_buckets])
+    return joint
+
+
+def _norms_on_device(gradients: BucketGradients) -> Tensor:
+    """Norms of the rows, with a few launches whatever the number of gradients."""
+    bucket = gradients.bucket
+    if gradients.read:  # an uneven shard may leave this rank nothing
+        norms = torch._foreach_norm(gradients.read, 2.0, dtype=bucket.table.dtype)
+        torch._foreach_copy_(bucket.cells, list(norms))
+    # Squared in float64: the sum must not overflow or vanish where the norms themselves do not.
+    return torch.linalg.vector_norm(bucket.table, dim=1, dtype=wide(bucket.device))
+
+
+def _norms_on_host(gradients: BucketGradients, rows: int) -> Tensor:
+    bucket = gradients.bucket
+    parts: list[Tensor] = []
+    rows_of_parts: list[int] = []
+    for gradient, row in zip(gradients.read, bucket.rows, strict=True):
+        if gradient.numel() <= CPU_PART:
+            parts.append(gradient)
+            rows_of_parts.append(row)
+        else:
+            pieces = gradient.reshape(-1).split(CPU_PART)
+            parts += pieces
+            rows_of_parts += [row] * len(pieces)
+    if not parts:
+        return torch.zeros(rows, dtype=torch.float64)
+    norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=bucket.table.dtype)).numpy()
+    squares = np.square(norms, dtype=np.float64)
+    return torch.from_numpy(np.sqrt(np.bincount(rows_of_parts, squares, rows)))

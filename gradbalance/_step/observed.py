@@ -1,0 +1,94 @@
+"""The errors that the user observes between two steps."""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradbalance._step.gradients import on_host, wide
+from gradbalance._step.measure import UNSEEN, world_size
+
+
+class ObservedErrors:
+    """Sums the errors of each group until a step takes them."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, errors: Mapping[str, Any]) -> None:
+        """Take the errors of one call; checked as :meth:`gradbalance.Penalty.observe` says."""
+        for name in errors:
+            if name not in self._names:
+                raise ValueError(
+                    f"`observe` must name groups. Got {name!r}. "
+                    f"The groups are: {', '.join(self._names)}."
+                )
+        if len(errors) < 2:
+            raise ValueError(
+                "`observe` must get at least two groups in a call. "
+                f"Got {', '.join(errors) or 'none'}. "
+                "An error says something only beside another one: name all of them in one call."
+            )
+        checked = {name: _checked(name, error) for name, error in errors.items()}
+        for name, error in checked.items():
+            self._sums[name] = self._sums.get(name, 0.0) + error
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self, device: torch.device) -> Tensor | None:
+        """The mean of each group's errors since the last step, ``UNSEEN`` without one, ``[N]``.
+
+        Args:
+            device: Where ranks average them. Errors that are all on the host stay there otherwise.
+
+        Returns:
+            None if nothing was observed.
+        """
+        if not self._sums:
+            return None
+        means = [self._sums[n] / self._counts[n] if n in self._sums else UNSEEN for n in self._names]
+        self._sums = {}
+        self._counts = {}
+        if not any(isinstance(mean, Tensor) for mean in means) and world_size() == 1:
+            return torch.tensor(means, dtype=torch.float64)
+        vector = []
+        for mean in means:
+            if isinstance(mean, Tensor):
+                vector.append(mean.to(device, wide(device)))
+            else:  # filled on the device: a copy from the host would wait
+                vector.append(torch.full((), mean, dtype=wide(device), device=device))
+        return torch.stack(vector)
+
+
+def _checked(name: str, error: Any) -> Tensor | float:
+    """The error as a number if it is on the host, else as a tensor ``[]`` that nobody has looked at."""
+    if isinstance(error, Tensor):
+        value = error.detach()
+        if value.is_complex():
+            raise TypeError(f"`{name}` must be real. Got {value.dtype}. Pass the mean error.")
+        if value.numel() != 1:
+            raise ValueError(
+                f"`{name}` must be a scalar. Got shape {tuple(value.shape)}. "
+                "Reduce it, with `.mean()` say."
+            )
+        value = value.reshape(()).to(wide(value.device))
+        if not on_host(value.device):
+            return torch.where(value < 0, torch.nan, value)
+        return _checked(name, value.item())
+    if isinstance(error, np.ndarray) and error.shape == ():
+        error = error.item()
+    if isinstance(error, bool) or not isinstance(error, Real):
+        raise TypeError(
+            f"`{name}` must be a number or a tensor. Got {type(error).__name__}. "
+            "Pass the mean error."
+        )
+    number = float(error)
+    if number < 0:
+        raise ValueError(
+            f"`{name}` must be >= 0, lower is better. Got {number}. Pass an error, not a score."
+        )
+    return number

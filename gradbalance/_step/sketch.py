@@ -1,0 +1,325 @@
+"""The cosine between a group's gradient and the last one that it had, on a sketch of its entries."""
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradbalance._step.gradients import Gradients, copies_of, local, local_slices, on_host
+from gradbalance._step.gradients import reduced, wide
+
+ENTRIES = 1 << 13  # of all groups together
+SMALL = 1 << 15  # entries of all groups together up to which all are kept
+TENSORS = 8  # of a group at most: each costs one small read
+ALL_TENSORS = 128  # of all groups together, though at least one of each
+TINY = 32  # times smaller than the largest: not worth a read, as a bias beside a matrix
+ALIGNED = 8  # entries: equal rows that begin alike in memory have bitwise equal products
+
+Saved = Mapping[str, Mapping[str, Any]]
+
+
+class Pick(NamedTuple):
+    """The entries that are read of the gradient of one parameter.
+
+    Attributes:
+        parameter: Whose gradient.
+        slices: Of this rank's shard of it.
+        is_whole: Whether they cover all of a real tensor.
+        copies: Number of ranks that hold the same shard, each of which adds its entries.
+        mesh: Of a DTensor, else None.
+        slots: Where the entries go: two for a plain tensor, one in the sum over the mesh for a DTensor.
+    """
+
+    parameter: Tensor
+    slices: tuple[slice, ...]
+    is_whole: bool
+    copies: int
+    mesh: Any
+    slots: list[Tensor]
+
+
+class Sketch:
+    """The same entries of each group's gradient at every step and on every rank.
+
+    Each group has two slots: one for the entries of the last gradient that it had, and one for those
+    of this step. :meth:`keep` swaps them for the groups whose gradient counts.
+
+    Args:
+        members: Trainable parameters of each group.
+        device: Where the entries are kept.
+
+    Attributes:
+        is_whole: Whether the sketch has all entries, so that its lengths are the norms.
+    """
+
+    def __init__(self, members: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        n = len(members)
+        everything = sum(map(list, members), [])
+        sizes = [sum(p.numel() for p in group) for group in members]
+        # Decided alike on whatever ranks and devices, as a checkpoint may go to others.
+        self._takes_all = n * max(sizes) <= SMALL
+        self._quota = max(sizes) if self._takes_all else ENTRIES // n
+        self._most = max(1, min(TENSORS, ALL_TENSORS // n))
+        is_plain = all(_is_plain(p, device) for p in everything)
+        self.is_whole = self._takes_all and is_plain and on_host(device)
+        self._members = members
+        width = ALIGNED * ceil(self._quota / ALIGNED)
+        # float64, in which no square of a float32 overflows or vanishes.
+        self._entries = torch.zeros(n, 2, width, dtype=wide(device), device=device)
+        self._transposed = self._entries.mT
+        self._sums: dict[Any, Tensor] = {}
+        for p in everything:
+            mesh = getattr(p, "device_mesh", None)
+            if mesh is not None and mesh not in self._sums:
+                self._sums[mesh] = torch.zeros(n, width, device=device)
+        self._picks: list[list[Pick]] = [[] for _ in members]
+        self._lengths = [0] * n
+        # Indices of the parameters that had a gradient at some step: entries are taken of these alone.
+        self._seen: list[set[int]] = [set() for _ in members]
+        self._plan: Any = None
+        self._now = np.zeros(n, dtype=int)  # the slot of this step
+        self._is_known = np.zeros(n, dtype=bool)  # whether the other slot holds entries
+
+    def take(self, gradients: Gradients) -> dict[Any, Tensor]:
+        """Read this rank's entries of the groups that have a gradient.
+
+        Returns:
+            By mesh, those that have to be summed over its ranks, shape ``[N, Q]``.
+        """
+        if gradients.plan is not self._plan:
+            self._plan = gradients.plan
+            self._pick_new()
+        slots: list[Tensor] = []
+        entries: list[Tensor] = []
+        present = np.flatnonzero(self._plan.present).tolist()
+        if self._sums:
+            torch._foreach_zero_([*self._sums.values(), *self._slots(present)])
+        for m in present:
+            now = self._now[m]
+            for pick in self._picks[m]:
+                slot = pick.slots[now if pick.mesh is None else 0]
+                slots.append(slot)
+                entries.append(_read(pick, slot))
+        if slots:
+            torch._foreach_copy_(slots, entries)
+        return self._sums
+
+    def products(self, summed: Mapping[Any, Tensor]) -> Tensor:
+        """Products of each group's two slots with themselves and each other, shape ``[N, 2, 2]``.
+
+        Args:
+            summed: What :meth:`take` returned, summed over ranks.
+        """
+        if summed:
+            total = sum(part.to(self._entries) for part in summed.values())
+            present = np.flatnonzero(self._plan.present).tolist()
+            torch._foreach_add_(self._slots(present), [total[m] for m in present])
+        return torch.bmm(self._entries, self._transposed)
+
+    def compare(self, products: NDArray[np.float64]) -> tuple[Any, Any]:
+        """Lengths of the entries of this step, and their cosines with the last ones, both ``[N]``.
+
+        Args:
+            products: Those of the step, on the host.
+
+        Returns:
+            The lengths, 0 for a group without a gradient; the cosines, NaN where they are not defined.
+        """
+        groups = np.arange(len(self._members))
+        other = 1 - self._now
+        squares = products[groups, self._now, self._now] * self._plan.present
+        scale = np.sqrt(squares * products[groups, other, other])
+        is_defined = self._is_known & (scale > 0) & (scale < np.inf)
+        cosines = np.full(len(groups), np.nan)
+        np.divide(products[groups, 0, 1], scale, out=cosines, where=is_defined)
+        return np.sqrt(squares), cosines
+
+    def keep(self, lengths: NDArray[np.float64]) -> None:
+        """Remember the entries of this step as the last ones, of each group that has any.
+
+        Args:
+            lengths: Of the entries of this step, shape ``[N]``.
+        """
+        counts = (lengths > 0) & (lengths < np.inf)
+        self._now[counts] = 1 - self._now[counts]
+        self._is_known |= counts
+
+    def continue_from(self, other: "Sketch") -> None:
+        """Take over from another sketch what it knows of the groups that have the same parameters."""
+        for m, (mine, theirs) in enumerate(zip(self._members, other._members, strict=True)):
+            if list(map(id, mine)) == list(map(id, theirs)):
+                self._load_group(m, other._seen[m], other._last(m))
+
+    def save(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The last entries of each group by name, as bytes in base64, in builtin types."""
+        saved = {}
+        for m, name in enumerate(names):
+            row = self._last(m)
+            packed = None if row is None else _packed(row)
+            saved[name] = {"seen": sorted(self._seen[m]), "entries": packed}
+        return saved
+
+    def load(self, names: Sequence[str], saved: Saved) -> None:
+        """Take what :meth:`save` gave."""
+        for m, name in enumerate(names):
+            group = saved.get(name, {"seen": [], "entries": None})
+            packed = group["entries"]
+            self._load_group(m, set(group["seen"]), None if packed is None else _unpacked(packed))
+
+    def _slots(self, groups: list[int]) -> list[Tensor]:
+        """The slot of this step of each of the groups."""
+        return [self._entries[m, self._now[m]] for m in groups]
+
+    def _last(self, m: int) -> NDArray[Any] | None:
+        if not self._is_known[m]:
+            return None
+        row: NDArray[Any] = self._entries[m, 1 - self._now[m], : self._lengths[m]].cpu().numpy()
+        return row.copy()
+
+    def _load_group(self, m: int, seen: set[int], row: NDArray[Any] | None) -> None:
+        self._seen[m] = {i for i in seen if i < len(self._members[m])}
+        self._is_known[m] = False
+        self._pick(m)
+        if row is not None and len(row) == self._lengths[m]:
+            slot = self._entries[m, 1 - self._now[m], : len(row)]
+            slot.copy_(torch.from_numpy(row))
+            self._is_known[m] = True
+
+    def _pick_new(self) -> None:
+        """Choose the entries anew of each group in which another parameter has a gradient for the first time."""
+        for m, group in enumerate(self._members):
+            with_gradient = {i for i, p in enumerate(group) if p.grad is not None}
+            if not with_gradient <= self._seen[m]:
+                self._seen[m] |= with_gradient
+                if not (self._takes_all and self._picks[m]):
+                    self._pick(m)
+                    self._is_known[m] = False
+
+    def _pick(self, m: int) -> None:
+        quota = self._quota
+        if self._takes_all:
+            chosen = list(self._members[m])
+        else:
+            candidates = [self._members[m][i] for i in sorted(self._seen[m])]
+            chosen = _chosen(candidates, self._most, quota // self._most)
+        total = sum(p.numel() for p in chosen)
+        self._entries[m].zero_()
+        self._picks[m] = []
+        start = 0
+        # Equal parts of all: small tensors kept whole would outweigh the others.
+        for p in chosen:
+            grid = _grid(p, quota * p.numel() // max(total, 1))
+            size = prod(grid.shape)
+            self._picks[m].append(self._pick_of(m, p, grid, start))
+            quota -= size
+            total -= p.numel()
+            start += size
+        self._lengths[m] = start
+
+    def _pick_of(self, m: int, p: Tensor, grid: "Grid", start: int) -> Pick:
+        mesh = getattr(p, "device_mesh", None)
+        rows = self._entries[m] if mesh is None else self._sums[mesh][m : m + 1]
+        place = slice(start, start + prod(grid.shape))
+        slots = [row[place].view(grid.shape)[grid.there] for row in rows]
+        is_whole = mesh is None and tuple(grid.shape) == p.shape and not p.is_complex()
+        return Pick(p, grid.here, is_whole, copies_of(p), mesh, slots)
+
+
+class Grid(NamedTuple):
+    """A regular grid of positions in a parameter.
+
+    Attributes:
+        shape: Number of positions along each axis.
+        here: The part of the grid in this rank's shard, as slices of the shard.
+        there: The same part, as slices of the grid.
+    """
+
+    shape: tuple[int, ...]
+    here: tuple[slice, ...]
+    there: tuple[slice, ...]
+
+
+def _is_plain(p: Tensor, device: torch.device) -> bool:
+    return p.device == device and not p.is_complex() and not hasattr(p, "device_mesh")
+
+
+def _chosen(group: Sequence[Tensor], most: int, enough: int) -> list[Tensor]:
+    """At most ``most`` tensors, smallest first.
+
+    Evenly spaced among those with ``enough`` entries, else the largest ones.
+    """
+    large = [p for p in group if p.numel() >= enough]
+    if len(large) >= most:
+        chosen = large[:: ceil(len(large) / most)]
+    else:
+        largest = sorted(group, key=lambda p: -p.numel())[:most]
+        chosen = [p for p in largest if TINY * p.numel() >= largest[0].numel()]
+    return sorted(chosen, key=lambda p: p.numel())
+
+
+def _grid(p: Tensor, entries: int) -> Grid:
+    """A grid of about ``entries`` positions in ``p``."""
+    strides = [1] * p.dim()
+    shape = list(p.shape)
+    # All axes alike: a few whole rows would say less, since rows differ more than the entries within one.
+    by_size = sorted(range(p.dim()), key=lambda d: p.shape[d])
+    for i, d in enumerate(by_size):
+        excess = prod(shape) / max(entries, 1)
+        stride = ceil(excess ** (1 / (p.dim() - i)))
+        strides[d] = max(1, min(p.shape[d], stride))
+        shape[d] = ceil(p.shape[d] / strides[d])
+    sizes, offsets = local_slices(p)
+    here = []
+    there = []
+    for size, offset, stride in zip(sizes, offsets, strides, strict=True):
+        start = -offset % stride
+        first = (offset + start) // stride
+        here.append(slice(start, None, stride))
+        there.append(slice(first, first + len(range(start, size, stride))))
+    return Grid(tuple(shape), tuple(here), tuple(there))
+
+
+def _read(pick: Pick, slot: Tensor) -> Tensor:
+    """The picked entries of a gradient, 0 where there is none."""
+    gradient = pick.parameter.grad
+    if gradient is None:
+        return torch.zeros_like(slot)
+    if pick.is_whole and not gradient.is_sparse:
+        return gradient
+    gradient = reduced(gradient, getattr(pick.parameter, "placements", ()))
+    if gradient.is_sparse:
+        entries = _read_sparse(gradient, pick.slices)
+    else:
+        entries = local(gradient)[pick.slices]
+    if entries.is_complex():
+        entries = entries.real
+    return entries if pick.copies == 1 else entries / pick.copies
+
+
+def _read_sparse(gradient: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """Entries of a coalesced gradient, which is not made dense if only its rows are sparse."""
+    if gradient.sparse_dim() > 1:
+        return gradient.to_dense()[slices]
+    rows = gradient.indices()[0]
+    values = gradient.values()[:, *slices[1:]]
+    stride = slices[0].step
+    is_picked = (rows % stride == 0).view(-1, *[1] * (values.dim() - 1))
+    entries = values.new_zeros(ceil(len(gradient) / stride), *values.shape[1:])
+    return entries.index_add_(0, rows // stride, torch.where(is_picked, values, 0))
+
+
+def _packed(row: NDArray[Any]) -> str:
+    """The numbers of a row as bytes in base64, in float32 where that holds them exactly."""
+    narrow = row.astype(np.float32)
+    kind = "f4" if np.array_equal(narrow, row) else "f8"
+    return f"{kind}:{b64encode(row.astype(kind).tobytes()).decode()}"
+
+
+def _unpacked(packed: str) -> NDArray[Any]:
+    kind, _, entries = packed.partition(":")
+    return np.frombuffer(b64decode(entries), kind).astype(np.float64)

@@ -1,0 +1,424 @@
+"""Groups of parameters: by name, and which parameter of an optimizer is in which group."""
+
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["groups_by_name"]
+
+Groups = Mapping[str, nn.Module | Iterable[Tensor]]
+ParamGroups = Sequence[Mapping[str, Any]]
+
+
+def groups_by_name(
+    model: nn.Module, /, **patterns: str | Sequence[str]
+) -> dict[str, list[nn.Parameter]]:
+    """The parameters of ``model`` under the patterns of each group: a dict from group name to parameters.
+
+    ``print`` it to see how many entries and which modules are in each group, and which are in none.
+
+    Args:
+        model: The module whose ``named_parameters()`` and ``named_modules()`` are searched.
+        **patterns: For each group the name of a module (all its parameters), the name of a parameter,
+            a glob over parameter names (``*``, ``?``, ``[av]``), or a list of these.
+
+    Raises:
+        ValueError: If a pattern matches nothing; the message lists the closest names.
+        TypeError: If ``model`` is not a module or a pattern is not a string.
+
+    Example:
+        >>> layers = {"text": nn.Linear(2, 2), "audio": nn.Linear(3, 2), "video": nn.Linear(4, 2)}
+        >>> groups = groups_by_name(nn.ModuleDict(layers), text="text", av=["audio.weight", "v*"])
+        >>> {name: len(parameters) for name, parameters in groups.items()}
+        {'text': 2, 'av': 3}
+        >>> print(groups)
+        text         6  text
+        av          16  audio.weight, video
+        (no group)   2  audio.bias
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be an nn.Module. Got {type(model).__name__}. Pass the module itself."
+        )
+    groups = {}
+    for group, given in patterns.items():
+        names = [given] if isinstance(given, str) else given
+        groups[group] = NamedParameters(model, _checked_patterns(model, group, names))
+    return NamedGroups(groups, model)
+
+
+class NamedParameters(list[nn.Parameter]):
+    """The parameters of a model under some patterns, which can be looked up again.
+
+    Sharding and casting replace the parameters of a model; their names stay.
+    """
+
+    def __init__(self, model: nn.Module, patterns: Sequence[str]) -> None:
+        self.model = model
+        self.patterns = patterns
+        super().__init__(self.current())
+
+    def current(self) -> list[nn.Parameter]:
+        """The parameters that the model has under the patterns now, each once."""
+        parameters = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if any(_matches(name, pattern) for pattern in self.patterns):
+                parameters[id(p)] = p
+        return list(parameters.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+class NamedGroups(dict[str, list[nn.Parameter]]):
+    """Groups that print as an overview: what is in which group, and what is in none."""
+
+    def __init__(self, groups: Mapping[str, list[nn.Parameter]], model: nn.Module) -> None:
+        super().__init__(groups)
+        self._model = model
+
+    def __str__(self) -> str:
+        named = dict(self._model.named_parameters(remove_duplicate=False))
+        group_of = {id(p): group for group, parameters in self.items() for p in parameters}
+        rows = []
+        for group in [*self, "(no group)"]:
+            own = {}
+            for name, p in named.items():
+                if group_of.get(id(p), "(no group)") == group:
+                    own[name] = p
+            unique = {id(p): p for p in own.values()}
+            size = sum(p.numel() for p in unique.values())
+            rows.append((group, f"{size:,}", ", ".join(_condensed(own, named)) or "nothing"))
+        left = max(len(group) for group, _, _ in rows)
+        right = max(len(size) for _, size, _ in rows)
+        return "\n".join(f"{group:{left}}  {size:>{right}}  {names}" for group, size, names in rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _checked_patterns(model: nn.Module, group: str, patterns: Any) -> list[str]:
+    if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module | Tensor):
+        patterns = [patterns]
+    patterns = list(patterns)
+    named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"`{group}` must be a name, a glob or a list of them. Got {type(pattern).__name__}. "
+                "Pass modules and parameters to the optimizer wrapper directly."
+            )
+        if not any(_matches(name, pattern) for name in named):
+            modules = [name for name, _ in model.named_modules() if name]
+            close = difflib.get_close_matches(pattern, [*modules, *named], n=3, cutoff=0.4)
+            top = ", ".join(name for name, _ in model.named_children())
+            closest = f"Closest: {', '.join(close)}. " if close else ""
+            raise ValueError(
+                f"`{group}` must match a module or parameter. "
+                f"Got {pattern!r}, which matches nothing. "
+                f"{closest}Top-level modules: {top or 'none'}."
+            )
+    return patterns
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return _is_within(name, pattern) or fnmatchcase(name, pattern)
+
+
+def _is_within(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
+
+
+def _condensed(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """The names, with a module in the place of its parameters if it has all of them."""
+    others = set(among) - set(names)
+    chosen: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            path = ".".join(parts[: i + 1])
+            if not any(_is_within(other, path) for other in others):
+                chosen[path] = None
+                break
+    return list(chosen)
+
+
+class Place(NamedTuple):
+    """What is remembered of a parameter of the optimizer, without holding it.
+
+    Sharding replaces parameters, and the old ones must not stay in memory. A weak reference would
+    keep torch from swapping them in place.
+
+    Attributes:
+        id: Of the parameter.
+        description: Its class, dtype, device and shape: an ``id`` may be given again.
+        shape: Its shape.
+        group: Index of its group, None for none.
+    """
+
+    id: int
+    description: tuple[Any, ...]
+    shape: Any
+    group: int | None
+
+
+class Membership:
+    """Which parameter of an optimizer is in which group.
+
+    A parameter is known by identity, wherever it stands. A tensor that nobody knows (after sharding,
+    casting) has the group of the one that stood in its place.
+
+    Args:
+        param_groups: Of the optimizer.
+        groups: As the user gives them.
+
+    Attributes:
+        names: The groups, in order.
+        group_of: Index of the group of each grouped parameter that requires a gradient, by ``id``.
+
+    Raises:
+        TypeError: If ``groups`` is not a mapping from names to modules or parameters.
+        ValueError: If there are fewer than two groups, or a group is empty, overlaps another, or holds
+            parameters that the optimizer does not have.
+
+    Warns:
+        UserWarning: If no parameter of a group requires a gradient.
+    """
+
+    def __init__(self, param_groups: ParamGroups, groups: Groups) -> None:
+        labelled = _checked_groups(groups)
+        self.names = tuple(groups)
+        _check_held(param_groups, labelled)
+        # Modules and names are asked anew whenever the parameters change. Of the other groups those
+        # parameters are held which the optimizer does not have, as they are frozen.
+        present = {id(p) for group in param_groups for p in group["params"]}
+        self._sources: list[nn.Module | list[Tensor]] = []
+        for group, own in zip(groups.values(), labelled.values(), strict=True):
+            if isinstance(group, nn.Module | NamedParameters):
+                self._sources.append(group)
+            else:
+                self._sources.append([p for _, p in own if id(p) not in present])
+        given = {}
+        for m, own in enumerate(labelled.values()):
+            given |= {id(p): m for _, p in own}
+        self._places: list[list[Place]] = []
+        self._remember(param_groups, given)
+
+    def update(self, param_groups: ParamGroups) -> None:
+        """Look up the groups of an optimizer's parameters again, after they have changed.
+
+        Raises:
+            RuntimeError: If other tensors have taken the place of the parameters of a group, as under
+                engines that flatten them.
+        """
+        known = {}
+        for m, source in enumerate(self._sources):
+            known |= {id(p): m for p in _current(source)}
+        described = {}
+        for place in _flat(self._places):
+            described[place.id, place.description] = place.group
+        tensors = [p for group in param_groups for p in group["params"]]
+        standing = {(id(p), _description(p)) for p in tensors}
+        group_of: dict[int, int | None] = {}
+        strangers = 0
+        for i, group in enumerate(param_groups):
+            for j, p in enumerate(group["params"]):
+                before = self._place(i, j)
+                key = id(p), _description(p)
+                if id(p) in known:
+                    group_of[id(p)] = known[id(p)]
+                elif before is not None and before.id == id(p):
+                    group_of[id(p)] = before.group
+                elif key in described:
+                    group_of[id(p)] = described[key]
+                elif before is not None and (before.id, before.description) not in standing:
+                    # The one that stood here is gone.
+                    strangers += p.shape != before.shape
+                    group_of[id(p)] = before.group if p.shape == before.shape else None
+        lost = {m for m in described.values() if m is not None} - set(group_of.values())
+        if lost and strangers or len(lost) == len(self.names):
+            raise RuntimeError(self._lost_message(lost, tensors))
+        self._remember(param_groups, group_of)
+
+    def parameters(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
+        """The parameters of each group: those that the optimizer holds, and frozen ones beside it."""
+        members: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
+        for group, places in zip(param_groups, self._places, strict=False):
+            for p, place in zip(group["params"], places, strict=False):
+                if place.group is not None:
+                    members[self.names[place.group]][id(p)] = p
+        for name, source in zip(self.names, self._sources, strict=True):
+            for p in _current(source):
+                if not p.requires_grad:
+                    members[name].setdefault(id(p), p)
+        return {name: list(parameters.values()) for name, parameters in members.items()}
+
+    def _remember(self, param_groups: ParamGroups, group_of: Mapping[int, int | None]) -> None:
+        self._places = []
+        self.group_of = {}
+        for group in param_groups:
+            places = []
+            for p in group["params"]:
+                m = group_of.get(id(p))
+                places.append(Place(id(p), _description(p), p.shape, m))
+                if m is not None and p.requires_grad:
+                    self.group_of[id(p)] = m
+            self._places.append(places)
+
+    def _place(self, i: int, j: int) -> Place | None:
+        if i < len(self._places) and j < len(self._places[i]):
+            return self._places[i][j]
+        return None
+
+    def _lost_message(self, lost: set[int], tensors: Sequence[Tensor]) -> str:
+        names = ", ".join(f"`{self.names[m]}`" for m in sorted(lost))
+        if not tensors:
+            got = "empty `param_groups`"
+        else:
+            got = f"{len(tensors)} tensors, the first of shape {tuple(tensors[0].shape)}"
+        return (
+            f"The optimizer must hold the parameters of the groups. Those of {names} are gone. "
+            f"Got {got}. Call `remove()` and wrap the optimizer again with the parameters that it has "
+            f"now. If an engine flattened them: {FLATTENED}"
+        )
+
+
+def _flat(places: Iterable[Iterable[Place]]) -> Iterator[Place]:
+    for row in places:
+        yield from row
+
+
+def _description(p: Tensor) -> tuple[Any, ...]:
+    return type(p), p.dtype, p.device, p.shape
+
+
+def _current(source: nn.Module | list[Tensor]) -> Iterable[Tensor]:
+    if isinstance(source, nn.Module):
+        return source.parameters()
+    if isinstance(source, NamedParameters):
+        return source.current()
+    return source
+
+
+Labelled = dict[str, list[tuple[str, Tensor]]]
+
+FLATTENED = (
+    "DeepSpeed ZeRO and FSDP1 replace parameters by flat ones that keep no gradient per parameter: "
+    "use FSDP2 (fully_shard), or call `coefficients_for` of the object that `attach` returns between "
+    "backward and step."
+)
+
+
+def _is_flattened(parameter: Tensor) -> bool:
+    """Whether the parameter is a flat buffer of FSDP1 or DeepSpeed ZeRO 1, 2 or 3, or a view of one."""
+    marks = ("_fsdp_flattened", "_hp_mapping", "ds_id")
+    return any(hasattr(parameter, mark) for mark in marks)
+
+
+def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
+    """Check that the optimizer has the trainable parameters of the groups."""
+    present = {id(p) for group in param_groups for p in group["params"]}
+    flattened = any(_is_flattened(p) for own in labelled.values() for _, p in own)
+    if not present:
+        way_out = FLATTENED if flattened else "Build it from the parameters of the model."
+        raise ValueError(f"`optimizer` must hold parameters. Got empty `param_groups`. {way_out}")
+    for name, own in labelled.items():
+        trainable = [(label, p) for label, p in own if p.requires_grad]
+        if not trainable:
+            warnings.warn(
+                f"No parameter of group `{name}` requires a gradient: the group is frozen and takes "
+                "no part.",
+                UserWarning,
+                stacklevel=6,
+            )
+        missing = [(label, p) for label, p in trainable if id(p) not in present]
+        if missing:
+            label, p = missing[0]
+            if flattened:
+                way_out = FLATTENED
+            elif len(missing) == len(trainable):
+                way_out = (
+                    "If another optimizer trains it, put all branches into param_groups of one "
+                    "optimizer; if the model was moved or copied, build the optimizer after that."
+                )
+            else:
+                way_out = "Add them to the optimizer, or freeze them."
+            raise ValueError(
+                f"`groups[{name!r}]` must hold parameters of the optimizer. Got {len(missing)} of "
+                f"{len(own)} that it does not have, the first being {label} with shape "
+                f"{tuple(p.shape)}. {way_out}"
+            )
+    if flattened:
+        raise RuntimeError(
+            "`groups` must hold parameters with gradients of their own. Got flattened ones. "
+            + FLATTENED
+        )
+
+
+def _checked_groups(groups: Any) -> Labelled:
+    """The parameters of each group with a label for messages."""
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            f"`groups` must map names to modules or parameters. Got {type(groups).__name__}. "
+            'Pass a dict, such as {"text": model.text, "audio": model.audio}.'
+        )
+    if len(groups) < 2:
+        raise ValueError(
+            f"`groups` must hold at least two groups. Got {len(groups)}. "
+            "Name every branch that should be balanced."
+        )
+    labelled: Labelled = {}
+    owners: dict[int, tuple[str, str]] = {}
+    for name, group in groups.items():
+        if not isinstance(name, str):
+            raise TypeError(f"`groups` must have string names. Got {name!r}. Use a string key.")
+        labelled[name] = []
+        for label, p in _labelled(name, group):
+            if id(p) not in owners:
+                owners[id(p)] = name, label
+                labelled[name].append((label, p))
+            elif owners[id(p)][0] != name:
+                raise ValueError(
+                    f"`groups` must be disjoint. Got {label}, shape {tuple(p.shape)}, which is also "
+                    f"{owners[id(p)][1]}. Give a shared (tied) parameter to one group, or to none."
+                )
+        if not labelled[name]:
+            raise ValueError(
+                f"`groups[{name!r}]` must hold at least one parameter. Got none. "
+                "Was a generator already consumed, or the module flattened by FSDP1? "
+                "Pass the module, or a list."
+            )
+    return labelled
+
+
+def _labelled(name: str, group: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(group, nn.Module):
+        return [(f"{name}.{label}", p) for label, p in group.named_parameters()]
+    if isinstance(group, Tensor):
+        raise TypeError(
+            f"`groups[{name!r}]` must be a module or an iterable of parameters. "
+            f"Got {type(group).__name__}. Wrap a single parameter in a list."
+        )
+    if callable(group) and not isinstance(group, Iterable):
+        raise TypeError(
+            f"`groups[{name!r}]` must be a module or an iterable of parameters. Got {group!r}. "
+            "Call it: `module.parameters()`."
+        )
+    if not isinstance(group, Iterable):
+        raise TypeError(
+            f"`groups[{name!r}]` must be a module or an iterable of parameters. "
+            f"Got {type(group).__name__}. Pass `module.parameters()`."
+        )
+    labelled = []
+    for i, p in enumerate(group):
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"`groups[{name!r}]` must hold parameters. Got {type(p).__name__}. "
+                "Pass `module.parameters()`."
+            )
+        labelled.append((f"{name}[{i}]", p))
+    return labelled
