@@ -6,8 +6,9 @@ and recording come with it. This one also remembers something, which goes into t
 Run ``python examples/your_own_rule.py``.
 """
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import mse_loss
 
 from gradbalance import ConflictAwarePenalty
@@ -20,21 +21,22 @@ class TrainingRate:
     needs_coherence = False  # not measured then, and free
 
     def __init__(self) -> None:
-        self.first: Tensor | None = None
+        self.first: np.ndarray | None = None
 
-    def __call__(self, measured: Measured) -> Tensor:
+    def __call__(self, measured: Measured) -> np.ndarray:
         if measured.errors is None:  # none observed yet
-            return torch.ones_like(measured.norms)
+            return np.ones(len(measured.names))
         if self.first is None:
-            self.first = measured.errors.clone()
+            self.first = measured.errors
         left = measured.errors / self.first  # 1 at the start, 0 at the end
-        return (left / left.nanmean()).clamp(max=3.0).nan_to_num(1.0)  # a branch that is not observed keeps its step
+        factors = np.minimum(left / np.nanmean(left), 3.0)
+        return np.nan_to_num(factors, nan=1.0)  # a branch that is not observed keeps its step
 
     def state_dict(self) -> dict[str, list[float] | None]:
         return {"first": None if self.first is None else self.first.tolist()}
 
     def load_state_dict(self, state: dict[str, list[float] | None]) -> None:
-        self.first = None if state["first"] is None else torch.tensor(state["first"], dtype=torch.float64)
+        self.first = None if state["first"] is None else np.array(state["first"])
 
 
 def main(steps: int = 100) -> dict[str, float]:

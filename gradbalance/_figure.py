@@ -1,164 +1,116 @@
-"""The figure of a record: what was measured and decided over the steps, a line for each group."""
+"""The figure of a record: a panel for each quantity, and a line for each group."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-# The first six are those of Okabe and Ito (2008), told apart with any colour vision.
-COLOURS = (
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A3E9D", "#8A6D1B"),
-    *("#222222", "#97C93D", "#9E0142", "#00A6A6", "#3B3B98", "#A0A0A0", "#F25C9A", "#5B3A29"),
-)
-LINE_STYLES = ("-", "--", ":", "-.")
-# A bold line has a point for each of at most so many stretches of the steps.
-POINTS = 60
-# In inches: the panels without the legend.
-WIDTH = 7.5
-HEIGHT = 1.9
-# Rows of the legend beside a panel.
-ROWS = 10
+# Seven beside matplotlib's ten colours: 70 groups differ, and neighbours do without colour too.
+MARKERS = "o^sxvD+"
+# A line has a point for each of at most so many stretches of the steps.
+POINTS = 50
+# Of a panel, in inches, and the names that fit beside it.
+WIDTH, HEIGHT, NAMES = 7.5, 2.0, 9
+MEANINGS = {
+    "Coherence": "cosine between successive gradients ± its standard error; noise is near 0",
+    "Coefficient": "factor on the step of the group",
+    "Gradient norm": "before it is scaled",
+    "Dominance": "largest norm / mean of the others, before and after the coefficients",
+    "In conflict": "fraction of the other groups for whose sake the group is slowed down",
+}
 
 
-def draw(record: dict[str, np.ndarray], before: np.ndarray, after: np.ndarray) -> Figure:
-    """A panel for each quantity over the steps, and one legend of the groups.
+def draw(record: dict[str, np.ndarray]) -> Figure:
+    """Draw what ``Recorder.to_dict`` returns, and the dominance, shape ``[S, 2]``, of S >= 1 steps.
 
     Coherences are drawn if they were measured. Conflicts are drawn if they differ from which
     coefficient is lower: then the rule has reported them.
-
-    Args:
-        record: What ``Recorder.to_dict`` returns, of at least one step.
-        before: Dominance, shape ``[S]``.
-        after: Dominance with each norm times its coefficient, shape ``[S]``.
     """
-    steps = record["step"]
     coefficients = record["coefficients"]
     conflicts = record["conflicts"]
-    titles = {
-        "Coherence": "cosine between successive gradients, ± its standard error; near 0 is noise",
-        "Coefficient": "factor on the step of the group",
-        "Gradient norm": "before the penalty",
-        "Dominance": "largest norm / mean of the others; after: norms times coefficients",
-        "In conflict": "fraction of the other groups for whose sake the group is slowed down",
+    shown = {
+        "Coherence": record["coherences"],
+        "Coefficient": coefficients,
+        "Gradient norm": record["norms"],
+        "Dominance": record["dominance"],
+        "In conflict": conflicts.sum(2) / (conflicts.shape[2] - 1),
     }
     if not np.isfinite(record["coherences"]).any():
-        del titles["Coherence"]
+        del shown["Coherence"]
     if (conflicts == (coefficients[:, :, None] < coefficients[:, None, :])).all():
-        del titles["In conflict"]
+        del shown["In conflict"]
     # Not through pyplot, which would open windows and keep the figure in memory.
-    figure = Figure(layout="constrained")
-    panels = {}
-    grid = figure.subplots(len(titles), sharex=True)
-    for axes, (title, meaning) in zip(grid, titles.items(), strict=True):
-        panels[title] = axes
+    figure = Figure(figsize=(WIDTH, HEIGHT * len(shown) + 0.4), layout="constrained")
+    panels = dict(zip(shown, figure.subplots(len(shown), sharex=True), strict=True))
+    steps = record["step"]
+    lines = {}
+    for title, axes in panels.items():
+        values = shown[title]
         axes.set_ylabel(title)
-        axes.set_title(meaning, loc="left", fontsize="small", color="#555555")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
-        axes.set_axisbelow(True)
-
-    lines = _lines(panels["Gradient norm"], steps, record["norms"], is_log=True)
+        axes.set_title(MEANINGS[title], loc="left", fontsize="small", color="#555555")
+        axes.grid(axis="y", color="#EEEEEE")
+        is_raised = title == "Coefficient" and values.max() > 1 and values.min() > 0
+        if is_raised or title in ("Gradient norm", "Dominance"):
+            _set_log_scale(axes)
+            values = np.where(values > 0, values, np.nan)
+        lines[title] = _draw_lines(axes, steps, values)
+        if axes.get_yscale() == "linear" and title != "Coherence":
+            axes.set_ylim(bottom=-0.05)
     if "Coherence" in panels:
-        axes = panels["Coherence"]
-        axes.axhline(0, color="#BBBBBB", linewidth=0.8)
-        _bands(axes, steps, record["coherences"], record["coherence_errors"])
-        _lines(axes, steps, record["coherences"])
-    axes = panels["Coefficient"]
-    axes.axhline(1, color="#BBBBBB", linewidth=0.8)
-    is_raised = coefficients.max() > 1
-    _lines(axes, steps, coefficients, is_log=bool(is_raised and coefficients.min() > 0))
-    if not is_raised:
-        axes.set_ylim(-0.05, 1.05)
-    axes = panels["Dominance"]
-    both = _lines(axes, steps, np.stack([before, after], 1), ("#999999", "#000000"), is_log=True)
-    axes.legend(both, ["before", "after"], fontsize="small", ncols=2)
-    if "In conflict" in panels:
-        _lines(panels["In conflict"], steps, conflicts.sum(2) / (conflicts.shape[2] - 1))
-        panels["In conflict"].set_ylim(-0.05, 1.05)
-    axes = grid[-1]
+        _draw_bands(panels["Coherence"], steps, record["coherences"], record["coherence_errors"])
+    before, after = lines["Dominance"]
+    before.set_color("#999999")
+    after.set_color("#000000")
+    panels["Dominance"].legend([before, after], ["before", "after"], fontsize="small", ncols=2)
+    _write_names(figure, lines["Gradient norm"], record["names"].tolist(), NAMES * len(shown))
+    figure.align_ylabels()
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    _legend(figure, lines, record["names"].tolist(), len(titles))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     return figure
 
 
-def _lines(
-    axes: Axes,
-    steps: np.ndarray,
-    values: np.ndarray,
-    colours: Sequence[str] = COLOURS,
-    *,
-    is_log: bool = False,
-) -> list[Line2D]:
-    """Draw a line for each column: the values thin and pale, their means over stretches bold."""
-    values = np.where(np.isfinite(values), values, np.nan)
-    if is_log:
-        values = np.where(values > 0, values, np.nan)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter())
-    means = _means(values)
-    positions = _means(steps[:, None])
-    lines = []
-    for m in range(values.shape[1]):
-        colour = colours[m % len(colours)]
-        style = LINE_STYLES[m // len(colours) % len(LINE_STYLES)]
+def _set_log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_lines(axes: Axes, steps: np.ndarray, values: np.ndarray) -> list[Line2D]:
+    lines = axes.plot(_means(steps[:, None]), _means(values), markersize=3.5)
+    for m, line in enumerate(lines):
+        line.set_marker(MARKERS[m % len(MARKERS)])
         # The later the thinner: of lines that coincide, all are seen.
-        width = 2.6 - 1.6 * m / (values.shape[1] - 1)
-        axes.plot(steps, values[:, m], color=colour, linewidth=0.5, alpha=0.25, rasterized=True)
-        lines += axes.plot(
-            positions, means[:, m], style, color=colour, linewidth=width, marker="o", markersize=2.5
-        )
+        line.set_linewidth(2.4 - 1.6 * m / (len(lines) - 1))
     return lines
 
 
-def _bands(axes: Axes, steps: np.ndarray, values: np.ndarray, errors: np.ndarray) -> None:
-    """Shade one standard error on both sides of each column's means over stretches."""
-    positions = _means(steps[:, None])[:, 0]
-    means = _means(values)
-    spreads = _means(errors)
-    for m in range(values.shape[1]):
-        low = means[:, m] - spreads[:, m]
-        high = means[:, m] + spreads[:, m]
-        colour = COLOURS[m % len(COLOURS)]
-        axes.fill_between(positions, low, high, color=colour, alpha=0.15, linewidth=0)
+def _draw_bands(axes: Axes, steps: np.ndarray, values: np.ndarray, errors: np.ndarray) -> None:
+    x = _means(steps[:, None])[:, 0]
+    low = (_means(values) - _means(errors)).T
+    high = (_means(values) + _means(errors)).T
+    for m in range(len(low)):
+        axes.fill_between(x, low[m], high[m], color=f"C{m}", alpha=0.15, linewidth=0)
 
 
 def _means(values: np.ndarray) -> np.ndarray:
-    """Means of the finite values over stretches of one length, NaN where there are none.
-
-    Args:
-        values: Shape ``[S, N]``.
-
-    Returns:
-        One row for each of at most ``POINTS`` stretches.
-    """
-    length = math.ceil(len(values) / POINTS)
-    starts = np.arange(0, len(values), length)
+    """Means of the finite values over at most ``POINTS`` stretches, NaN where there are none."""
+    starts = np.arange(0, len(values), math.ceil(len(values) / POINTS))
     is_known = np.isfinite(values)
-    sums = np.add.reduceat(np.where(is_known, values, 0), starts, axis=0)
-    counts = np.add.reduceat(is_known, starts, axis=0, dtype=int)
+    sums = np.add.reduceat(np.where(is_known, values, 0.0), starts, axis=0)
     with np.errstate(invalid="ignore"):
-        return sums / counts
+        return sums / np.add.reduceat(is_known, starts, axis=0, dtype=int)
 
 
-def _legend(figure: Figure, lines: list[Line2D], names: list[str], panels: int) -> None:
-    """Write the names beside the panels, and give the figure the size that they need."""
-    height = HEIGHT * panels + 0.6
-    legend = figure.legend(
-        lines,
-        [str(m) for m in range(len(names))],
-        loc="outside right upper",
-        ncols=math.ceil(len(names) / (ROWS * panels)),
-        fontsize="small",
-        frameon=False,
-    )
+def _write_names(figure: Figure, lines: list[Line2D], names: list[str], rows: int) -> None:
+    """Write the names beside the panels, in columns, and widen the figure by them."""
+    numbers = map(str, range(len(names)))
+    columns = math.ceil(len(names) / rows)
+    legend = figure.legend(lines, numbers, loc="outside right upper", ncols=columns)
     # Literally: a name may hold a `$` or begin with `_`, which matplotlib would take for its own.
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=name, parse_math=False, usetex=False)
-    extent = legend.get_window_extent()
-    figure.set_size_inches(WIDTH + extent.width / figure.dpi, height)
+        text.set(text=name, parse_math=False, usetex=False, fontsize="small")
+    figure.set_figwidth(WIDTH + legend.get_window_extent().width / figure.dpi)

@@ -1,4 +1,4 @@
-"""The engine's means and the paper's rule as slow loops over floats, straight from the equations; None is unknown."""
+"""The engine's running means and the rules as slow loops over floats, straight from the equations; None is unknown."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,19 +11,57 @@ Floats = Sequence[float | None]
 
 
 @dataclass
+class Given:
+    """What a slow rule is given: a list of N floats each, None where a group has no value yet."""
+
+    shares: Floats
+    coherences: Floats
+    useful: Floats
+    errors: Floats | None
+    active: Sequence[bool]
+
+
+class Mean:
+    """A running mean whose k-th value has the weight max(1 - smoothing, 1/k), out of all its values."""
+
+    def __init__(self, smoothing: float):
+        self.smoothing, self.values = smoothing, []
+
+    def weights(self) -> list[float]:
+        weights = []
+        for k in range(1, len(self.values) + 1):
+            w = max(1 - self.smoothing, 1 / k)
+            weights = [(1 - w) * old for old in weights] + [w]
+        return weights
+
+    def mean(self) -> float | None:
+        if not self.values:
+            return None
+        return math.fsum(w * x for w, x in zip(self.weights(), self.values, strict=True))
+
+    def error(self) -> float:
+        n = min(len(self.values), (1 + self.smoothing) / (1 - self.smoothing))
+        if len(self.values) < 3 or n <= 1:
+            return math.inf
+        mean = self.mean()
+        variance = math.fsum(w * (x - mean) ** 2 for w, x in zip(self.weights(), self.values, strict=True))
+        return math.sqrt(variance / (n - 1))
+
+
+@dataclass
 class Reference:
     """Running means, steps that do not count and the window around a slow rule; one instance follows one optimizer.
 
-    ``rule`` takes shares, coherences and errors, each a float per group or None, and which groups are active; the
-    errors are None altogether if none was ever observed. It gives a list of coefficients.
+    ``rule`` takes a :class:`Given` and gives a list of coefficients.
     """
 
-    rule: Callable[[Floats, Floats, Floats | None, Sequence[bool]], list[float]]
+    rule: Callable[[Given], list[float]]
     smoothing: float = 0.98
     window: tuple[int, int | None] | None = None
-    shares: dict[int, float] = field(default_factory=dict)
-    coherences: dict[int, float] = field(default_factory=dict)
-    errors: dict[int, float] = field(default_factory=dict)
+    shares: dict[int, Mean] = field(default_factory=dict)
+    coherences: dict[int, Mean] = field(default_factory=dict)
+    useful: dict[int, Mean] = field(default_factory=dict)
+    errors: dict[int, Mean] = field(default_factory=dict)
     observed: bool = False  # whether errors ever were, if only in a step that did not count
     steps: int = 0
 
@@ -40,25 +78,33 @@ class Reference:
         self.steps += 1
 
         total = math.fsum(norms)
-        self.shares |= {m: self.mean(self.shares.get(m), norms[m] / total) for m in active}
-        if errors is not None:  # who was left out of the last call is not observed any more
-            seen = {m: e for m, e in enumerate(errors) if e is not None}
-            self.errors = {m: self.mean(self.errors.get(m), e) for m, e in seen.items()}
-        if cosines is not None:
-            seen = {m: c for m, c in enumerate(cosines) if c is not None}
-            self.coherences |= {m: self.mean(self.coherences.get(m), c) for m, c in seen.items()}
-
-        shares, coherences, seen_errors = ([v.get(m) for m in range(n)] for v in self.vectors())
-        coefficients = self.rule(
-            shares, coherences, seen_errors if self.observed else None, [m in active for m in range(n)]
+        for m in active:
+            self.add(self.shares, m, norms[m] / total)
+        for m, cosine in enumerate(cosines or []):
+            if cosine is not None:
+                self.add(self.coherences, m, cosine)
+                self.add(self.useful, m, cosine * norms[m] / total)
+        if errors is not None:
+            for m, error in enumerate(errors):
+                if error is None:  # who was left out of the last call is not observed any more
+                    self.errors.pop(m, None)
+                else:
+                    self.add(self.errors, m, error)
+        given = Given(
+            self.means(self.shares, n),
+            self.means(self.coherences, n),
+            self.means(self.useful, n),
+            self.means(self.errors, n) if self.observed else None,
+            [m in active for m in range(n)],
         )
+        coefficients = self.rule(given)
         return [c if inside and m in active else 1.0 for m, c in enumerate(coefficients)]
 
-    def vectors(self) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
-        return self.shares, self.coherences, self.errors
+    def add(self, means: dict[int, Mean], m: int, value: float) -> None:
+        means.setdefault(m, Mean(self.smoothing)).values.append(value)
 
-    def mean(self, mean: float | None, value: float) -> float:
-        return value if mean is None else self.smoothing * mean + (1 - self.smoothing) * value
+    def means(self, means: dict[int, Mean], n: int) -> Floats:
+        return [means[m].mean() if m in means else None for m in range(n)]
 
 
 @dataclass
@@ -67,15 +113,13 @@ class SlowConflictAware:
 
     rule: ConflictAware
 
-    def __call__(
-        self, shares: Floats, coherences: Floats, errors: Floats | None, active: Sequence[bool]
-    ) -> list[float]:
-        known = {m: e for m, e in enumerate(errors or []) if e is not None}
-        members = [m for m, acts in enumerate(active) if acts and (m in known or not known)]
-        coefficients = [1.0] * len(shares)
+    def __call__(self, given: Given) -> list[float]:
+        known = {m: e for m, e in enumerate(given.errors or []) if e is not None}
+        members = [m for m, acts in enumerate(given.active) if acts and (m in known or not known)]
+        coefficients = [1.0] * len(given.shares)
         for m in members if len(members) > 1 else []:
             peers = [k for k in members if k != m]
-            coefficients[m] = self.penalty(m, peers, shares, known)
+            coefficients[m] = self.penalty(m, peers, given.shares, known)
             if known:
                 coefficients[m] *= self.modulation(m, peers, known)
         return coefficients
@@ -126,14 +170,14 @@ def coherent_coefficients(
         return max(1.0, ((a[m] + chance) / (a[k] + chance)) ** 2)
 
     def further(m: int) -> float:
-        found = []
+        ratios = []
         for k in known:
             if scale_free:
-                found.append(min(clearer(m, k), most))
+                ratios.append(min(clearer(m, k), most))
             else:
                 longer = max(1.0, shares[k] / shares[m])
-                found.append(min(clearer(m, k), longer, most) * longer ** min(1.0, math.log2(clearer(m, k))))
-        return max(found)
+                ratios.append(min(clearer(m, k), longer, most) * longer ** min(1.0, math.log2(clearer(m, k))))
+        return max(ratios)
 
     p = {m: 1.0 if scale_free else shares[m] for m in known}
     x = {m: further(m) for m in known}

@@ -1,5 +1,8 @@
 """Hypothesis strategies shared by the tests."""
 
+import math
+
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -50,8 +53,8 @@ def group_errors(n, partial=False):
 
 
 def group_cosines(n):
-    """A list of ``n`` cosines between successive gradients, None where undefined."""
-    return st.lists(st.integers(-64, 64).map(lambda c: c / 64) | st.none(), min_size=n, max_size=n)
+    """A list of ``n`` cosines between successive gradients."""
+    return st.lists(st.integers(-64, 64).map(lambda c: c / 64), min_size=n, max_size=n)
 
 
 @st.composite
@@ -73,21 +76,27 @@ WINDOWS = st.sampled_from([None, (0, 2), (1, 3), (1, None)])
 def measurements(draw, n=None, inactive=True, unknown=True):
     """What a rule is given: shares that add up to 1, coherences in [-1, 1], no error."""
     n = draw(st.integers(2, 5)) if n is None else n
-    norms = torch.tensor(draw(st.lists(_NORM, min_size=n, max_size=n)), dtype=torch.float64)
+    norms = np.array(draw(st.lists(_NORM, min_size=n, max_size=n)))
     coherence = st.floats(-1, 1) | st.floats(0, 0.15) | st.sampled_from([0.0, 0.02, 0.3])
-    coherence = coherence | st.just(float("nan")) if unknown else coherence
-    coherences = torch.tensor(draw(st.lists(coherence, min_size=n, max_size=n)), dtype=torch.float64)
-    active = torch.ones(n, dtype=torch.bool)
+    coherence = coherence | st.just(math.nan) if unknown else coherence
+    coherences = np.array(draw(st.lists(coherence, min_size=n, max_size=n)))
+    spread = st.floats(0, 0.5) | st.just(math.inf)
+    spreads = np.array(draw(st.lists(spread, min_size=n, max_size=n)))
+    active = np.ones(n, dtype=bool)
     if inactive:
         active[draw(st.integers(0, n - 1))] = draw(st.booleans()) or n == 2
+    shares = norms / norms.sum()
     return Measured(
-        tuple("abcde"[:n]),
-        torch.where(active, norms, 0.0),
-        norms / norms.sum(),
-        coherences,
-        None,
-        active,
-        draw(st.booleans()),
-        torch.ones(n, dtype=torch.float64),
-        torch.tensor(9.0, dtype=torch.float64),
+        names=tuple("abcde"[:n]),
+        norms=np.where(active, norms, 0.0),
+        shares=shares,
+        coherences=coherences,
+        coherence_errors=spreads,
+        useful=coherences * shares,
+        useful_errors=spreads * shares,
+        errors=None,
+        active=active,
+        scale_free=draw(st.booleans()),
+        coefficients=np.ones(n),
+        step=9,
     )

@@ -14,7 +14,7 @@ from benchmarks.balancing.data import Part
 from benchmarks.balancing.model import Model, losses, score
 from benchmarks.balancing.rules import OGM, ClipGroups, Epochwise, SignalToNoise, Threshold, in_proportion, ones
 from gradbalance import PAPER, ConflictAwarePenalty
-from gradbalance._gradients import coherence
+from gradbalance._step import sketch
 from gradbalance.rules import ByHand, Coherence, Rule
 
 
@@ -78,9 +78,9 @@ class Rival:
         names = tuple(model.encoders)
         rule = self.rule(names, optimizer, knob)
         wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule, **self.options)
-        entries, small = self.entries or coherence.ENTRIES, -1 if self.entries else coherence.SMALL
-        with patch.multiple(coherence, ENTRIES=entries, SMALL=small):
-            wrapped.penalty._engine._current_meter()  # makes the sketch
+        entries, small = self.entries or sketch.ENTRIES, -1 if self.entries else sketch.SMALL
+        with patch.multiple(sketch, ENTRIES=entries, SMALL=small):
+            wrapped.penalty._engine._current_layout()  # makes the sketch
 
         def tell(features: list[Tensor], target: Tensor) -> None:
             errors = [losses(part, target) for part in model.contributions(features)]

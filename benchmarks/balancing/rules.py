@@ -1,7 +1,6 @@
 """The rivals that are rules: what the engine measured goes in, coefficients come out, in ten lines each."""
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gradbalance.rules import Measured, Rule
 
@@ -21,10 +20,10 @@ class OGM:
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
 
-    def __call__(self, measured: Measured) -> Tensor:
+    def __call__(self, measured: Measured) -> np.ndarray:
         scores = 1 - measured.errors
         ratio = scores * (len(scores) - 1) / (scores.sum() - scores)
-        return torch.where(ratio > 1, 1 - torch.tanh(self.alpha * ratio), 1.0)
+        return np.where(ratio > 1, 1 - np.tanh(self.alpha * ratio), 1.0)
 
 
 class ClipGroups:
@@ -35,8 +34,9 @@ class ClipGroups:
     def __init__(self, most: float) -> None:
         self.most = most
 
-    def __call__(self, measured: Measured) -> Tensor:
-        return (self.most / measured.norms).clamp(max=1.0).nan_to_num(1.0)
+    def __call__(self, measured: Measured) -> np.ndarray:
+        with np.errstate(divide="ignore"):  # a group without a gradient keeps its step
+            return np.minimum(self.most / measured.norms, 1.0)
 
 
 class Epochwise:
@@ -54,11 +54,11 @@ class Epochwise:
     def __init__(self, lead: float = 0.2) -> None:
         self.lead = lead
 
-    def __call__(self, measured: Measured) -> Tensor:
+    def __call__(self, measured: Measured) -> np.ndarray:
         if measured.errors is None:
-            return torch.ones_like(measured.norms)
+            return np.ones(len(measured.names))
         used = 1 - measured.errors
-        return torch.where(used - used.amin() > self.lead, 0.5, 1.0).to(measured.norms)
+        return np.where(used - used.min() > self.lead, 0.5, 1.0)
 
 
 class SignalToNoise:
@@ -75,22 +75,22 @@ class SignalToNoise:
     def __init__(self, groups: list[dict], state: dict, rule: Rule) -> None:
         self.groups, self.state, self.rule = groups, state, rule
 
-    def __call__(self, measured: Measured) -> Tensor:
+    def __call__(self, measured: Measured) -> np.ndarray:
         moments = [[self.state[p] for p in group["params"] if p in self.state] for group in self.groups]
         if not all(moments):  # before the first step
-            return torch.ones_like(measured.norms)
-        first = torch.stack([sum(m["exp_avg"].square().sum() for m in group) for group in moments])
-        second = torch.stack([sum(m["exp_avg_sq"].sum() for m in group) for group in moments])
+            return np.ones(len(measured.names))
+        first = np.array([sum(float(m["exp_avg"].square().sum()) for m in group) for group in moments])
+        second = np.array([sum(float(m["exp_avg_sq"].sum()) for m in group) for group in moments])
         chance = 0.1 / 1.9  # of pure noise, (1 - β)/(1 + β)
-        return self.rule(measured._replace(coherences=(first / second - chance).to(measured.norms)))
+        return self.rule(measured._replace(coherences=first / second - chance))
 
 
 def in_proportion(power: float) -> Rule:
     """MoLS's idea: the update of a module is scaled by its signal to noise, to a power of either sign."""
 
-    def rule(measured: Measured) -> Tensor:
-        ratio = (measured.coherences.clamp(min=0) + 0.01).pow(power)
-        return (ratio / ratio.log().mean().exp()).clamp(0.5, 2.0)
+    def rule(measured: Measured) -> np.ndarray:
+        ratio = (measured.coherences.clip(min=0) + 0.01) ** power
+        return np.clip(ratio / np.exp(np.log(ratio).mean()), 0.5, 2.0)
 
     return rule
 
@@ -101,13 +101,15 @@ class Threshold:
     def __init__(self, floor: float = 0.08, most: float = 3.0) -> None:
         self.floor, self.most = floor, most
 
-    def __call__(self, measured: Measured) -> Tensor:
-        a = measured.coherences.nan_to_num().clamp(min=1e-6)
-        return torch.where(a.amax() < self.floor, measured.coefficients, (a / a.amin()).clamp(max=self.most))
+    def __call__(self, measured: Measured) -> np.ndarray:
+        a = np.nan_to_num(measured.coherences).clip(min=1e-6)
+        if a.max() < self.floor:
+            return measured.coefficients
+        return (a / a.min()).clip(max=self.most)
 
 
-def ones(measured: Measured) -> Tensor:
-    return torch.ones_like(measured.norms)
+def ones(measured: Measured) -> np.ndarray:
+    return np.ones(len(measured.names))
 
 
 ones.needs_coherence = False

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from benchmarks.census.optimizers import Make
 from gradbalance import attach, rules
 
+Feed = Callable[[nn.Module, Any, dict[str, Tensor]], None]
+
 STEPS, FACTOR, TOLERANCE = 40, 0.5, 0.02
 RESOLVED = 1e-6  # what float32 can tell of parameters of a size like 1
 
@@ -36,7 +38,15 @@ class _RefusedError(Exception):
     """At construction."""
 
 
-OUTCOMES = ("by learning rate", "by displacement", "refused", "fails in the step", "SILENT", "plain run fails")
+OUTCOMES = (
+    "by learning rate",
+    "by displacement",
+    "on request",  # refused, but right with `apply_to="learning_rate"` or `"displacement"`
+    "refused",
+    "fails in the step",
+    "SILENT",
+    "plain run fails",
+)
 
 
 def model(bias: bool) -> nn.ModuleDict:
@@ -54,7 +64,7 @@ def verdict(make: Make) -> Verdict:
     errors = []
     for bias, feed in product((True, False), (_gradients, _closure, _graph, _fused, _sparse)):
         try:
-            plain, _ = _displacements(make, bias, feed, penalised=False)
+            plain, _ = _displacements(make, bias, feed)
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
             continue
@@ -69,52 +79,68 @@ def verdict(make: Make) -> Verdict:
     return Verdict("plain run fails", note=next((e for e in errors if "losure" not in e), errors[0]))
 
 
-def _compared(plain: dict[str, Tensor], make: Make, bias: bool, feed: Callable[..., None]) -> Verdict:
+def _compared(plain: dict[str, Tensor], make: Make, bias: bool, feed: Feed) -> Verdict:
+    found = _with_penalty(plain, make, bias, feed, "update")
+    if found.outcome != "refused":
+        return found
+    for apply_to in ("learning_rate", "displacement"):
+        asked = _with_penalty(plain, make, bias, feed, apply_to)
+        if asked.outcome.startswith("by "):
+            note = f'apply_to="{apply_to}", as {found.note}'
+            return Verdict("on request", asked.worst, note)
+    return found
+
+
+def _with_penalty(
+    plain: dict[str, Tensor], make: Make, bias: bool, feed: Feed, apply_to: str
+) -> Verdict:
     try:
-        scaled, way = _displacements(make, bias, feed, penalised=True)
+        scaled, scaling = _displacements(make, bias, feed, apply_to)
     except _RefusedError as error:
         return Verdict("refused", note=str(error))
     except Exception as error:
         return Verdict("fails in the step", note=f"{type(error).__name__}: {error}")
-    ratios: dict[bool, list[float]] = {True: [1.0], False: [1.0]}
+    ratios: dict[bool, list[float]] = {True: [], False: []}
     off = []
     for name, before in plain.items():
-        mine = name.startswith("a.")
-        expected = before * (FACTOR if mine else 1.0)
+        is_scaled = name.startswith("a.")
+        expected = before * (FACTOR if is_scaled else 1.0)
         after = scaled[name]
         if not (after - expected).norm() <= TOLERANCE * before.norm():
             off.append(name)
         if before.norm() > 0:
-            ratios[mine].append((after.norm() / before.norm()).item())
-    del ratios[True][0], ratios[False][0]
+            ratios[is_scaled].append((after.norm() / before.norm()).item())
     worst = (
         max(ratios[True], key=lambda r: abs(r - FACTOR), default=1.0),
         max(ratios[False], key=lambda r: abs(r - 1), default=1.0),
     )
-    return Verdict("SILENT" if off else f"by {way}", worst, ", ".join(off))
+    return Verdict("SILENT" if off else f"by {scaling}", worst, ", ".join(off))
 
 
 def _displacements(
-    make: Make, bias: bool, feed: Callable[..., None], *, penalised: bool
+    make: Make, bias: bool, feed: Feed, apply_to: str | None = None
 ) -> tuple[dict[str, Tensor], str]:
+    """How far each parameter moves; how it was scaled, where a penalty is asked for."""
     net = model(bias)
     _seed(-1)
     optimizer: Any = make(net)
     if hasattr(optimizer, "train") and callable(optimizer.train):
         optimizer.train()
-    way = ""
-    if penalised:
+    scaling = ""
+    if apply_to is not None:
+        groups = {"a": net["a"], "b": net["b"]}
+        rule = rules.ByHand(a=FACTOR)
         try:
-            penalty = attach(optimizer, {"a": net["a"], "b": net["b"]}, rule=rules.ByHand(a=FACTOR))
+            penalty = attach(optimizer, groups, rule=rule, apply_to=apply_to)
         except (ValueError, TypeError, RuntimeError) as error:
             raise _RefusedError(str(error)) from error
-        way = "displacement" if "by displacement" in repr(penalty) else "learning rate"
+        scaling = "displacement" if "by displacement" in repr(penalty) else "learning rate"
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     for step in range(STEPS):
         _seed(step)
         targets = {name: torch.randn(p.shape) * (0.1 + step % 3) + 0.5 for name, p in net.named_parameters()}
         feed(net, optimizer, targets)
-    return {name: p.detach() - start[name] for name, p in net.named_parameters()}, way
+    return {name: p.detach() - start[name] for name, p in net.named_parameters()}, scaling
 
 
 def _seed(seed: int) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._timing import Call, interleaved, peak_memory, quartiles, ratios
@@ -29,8 +30,8 @@ class Busy:
 
     needs_coherence = False
 
-    def __call__(self, measured: Measured) -> Tensor:
-        coefficients = torch.full_like(measured.shares, 0.999)
+    def __call__(self, measured: Measured) -> np.ndarray:
+        coefficients = np.full(len(measured.names), 0.999)
         coefficients[-1] = 1.0
         return coefficients
 

@@ -58,7 +58,7 @@ def operators(optimizer: str, width: int = 32, **options: Any) -> list[str]:
         model.zero_grad()
         model().backward()
         with Operators() as counted:
-            penalty._before_step()
+            penalty._engine.before_step()
         penalty._engine.after_step()
     return counted.names
 

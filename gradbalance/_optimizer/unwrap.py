@@ -1,6 +1,7 @@
 """Optimizers inside optimizers: which one steps."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -9,9 +10,9 @@ from torch.optim.lr_scheduler import LRScheduler
 WRAPPED_AS = ("optimizer", "_optimizer", "original_optimizer", "base_optimizer", "base")
 
 
-def layers(optimizer: object) -> list[object]:
+def layers(optimizer: object) -> list[Any]:
     """The optimizer, the one that it wraps, and so on to the innermost."""
-    outside = [optimizer]
+    outside: list[Any] = [optimizer]
     while True:
         inner = _wrapped_by(outside[-1])
         if inner is None or any(inner is layer for layer in outside):
@@ -63,14 +64,14 @@ def _wrapped_by(optimizer: object) -> Optimizer | None:
             return inner
     if isinstance(optimizer, Optimizer):
         # Under any other name, if it is the only one and holds all parameters of this one.
-        others = _held_by(optimizer)
+        others = held_by(optimizer)
         own = _parameter_ids(getattr(optimizer, "param_groups", ()))
         if len(others) == 1 and own <= _parameter_ids(others[0].param_groups):
             return others[0]
     return None
 
 
-def _held_by(owner: object) -> list[Optimizer]:
+def held_by(owner: object) -> list[Optimizer]:
     """The optimizers in a list, tuple or dict, or in the attributes of any other object."""
     if isinstance(owner, list | tuple):
         values = list(owner)
@@ -80,7 +81,7 @@ def _held_by(owner: object) -> list[Optimizer]:
         values = []
         for value in getattr(owner, "__dict__", {}).values():
             is_container = isinstance(value, list | tuple | Mapping)
-            values += _held_by(value) if is_container else [value]
+            values += held_by(value) if is_container else [value]
     optimizers: dict[int, Optimizer] = {}
     for value in values:
         if isinstance(value, Optimizer) and value is not owner:
@@ -95,7 +96,7 @@ def _parameter_ids(param_groups: Iterable[Mapping[str, list[object]]]) -> set[in
 def _refusal(optimizer: object) -> TypeError:
     """The error message for something that is no optimizer, or several."""
     name = type(optimizer).__name__
-    held = _held_by(optimizer)
+    held = held_by(optimizer)
     if isinstance(optimizer, type):
         got = f"the class {optimizer.__name__}"
         advice = f"Build it first, as in `{optimizer.__name__}(model.parameters())`."

@@ -73,6 +73,7 @@ class Engine:
         layout = self._current_layout()
         _refuse_capture(layout.device)
         gradients = layout.gather()
+        is_inside = self.state.is_inside(self._options.window)
         reading, norms = self._measure(layout, gradients)
         active = gradients.plan.present
         if self._is_late(layout):
@@ -80,8 +81,8 @@ class Engine:
         else:
             active = self._decide(reading)
         self._steps += 1
-        self.coefficients = self._in_force(active)
-        self._write(gradients, norms, active)
+        self.coefficients = self._in_force(active, is_inside)
+        self._write(gradients, norms, is_noisy=is_inside and bool(active.any()))
         if self.scaling is not None:
             self.scaling.begin(self.coefficients.tolist())
 
@@ -137,40 +138,41 @@ class Engine:
                 lengths, cosines = self._sketch.compare(numbers["products"])
             if is_skipped:
                 active = np.zeros(n, dtype=bool)
-            if reading.is_measured:
-                norms = lengths if "norms" not in numbers else numbers["norms"][:n]
-                scale = numbers.get("grad_scale", 1.0)
-                norms = np.where(is_skipped, np.nan, norms / scale)
+            elif reading.is_measured:
+                norms = numbers["norms"][:n] if "norms" in numbers else lengths
+                if "grad_scale" in numbers:
+                    norms = norms / numbers["grad_scale"]
                 active = self.state.learn(norms, cosines, numbers.get("errors"))
-                self._tell(self._in_force(active))
+                self._tell(active)
         if active.any():
             self.state.step += 1
             if self._sketch is not None and lengths is not None:
                 self._sketch.keep(lengths)
         return active
 
-    def _in_force(self, active: Flags) -> Vector:
-        """The coefficients of a step on these groups."""
+    def _in_force(self, active: Flags, is_inside: bool) -> Vector:
+        """The coefficients of a step on these groups, inside or outside the window."""
         acts = getattr(self._options.rule, "acts", True)
-        if acts and self.state.is_inside(self._options.window):
+        if acts and is_inside:
             return np.where(active, self.state.decided, 1.0)
         return np.ones(len(active))
 
-    def _tell(self, coefficients: Vector) -> None:
+    def _tell(self, active: Flags) -> None:
         if self.listeners:
-            balance = self.state.balance(coefficients)
+            is_inside = self.state.is_inside(self._options.window)
+            balance = self.state.balance(self._in_force(active, is_inside))
             for listener in self.listeners:
                 listener(balance)
 
-    def _write(self, gradients: Gradients, norms: Tensor | None, active: Flags) -> None:
-        """Scale and clip the gradients, and add noise."""
+    def _write(self, gradients: Gradients, norms: Tensor | None, is_noisy: bool) -> None:
+        """Scale and clip the gradients, and add noise if there is to be any."""
         options = self._options
         max_norm = options.max_norm
         scales = options.apply_to == "gradient"
-        is_noisy = any(self._amounts) and active.any() and self.state.is_inside(options.window)
+        is_noisy = is_noisy and any(self._amounts)
         if not (scales or is_noisy or max_norm is not None):
             return
-        factors = [1.0] * len(active)
+        factors = [1.0] * len(self.coefficients)
         if scales:
             factors = self.coefficients.tolist()
         factors.append(1.0)  # of the parameters of no group
@@ -236,7 +238,9 @@ class Engine:
         if observed is not None:
             parts["errors"] = average(observed, self._options.process_group)
         present = np.ones(len(norms), dtype=bool)
-        self.coefficients = self._in_force(self._decide(Reading(parts, present, True)))
+        is_inside = self.state.is_inside(self._options.window)
+        active = self._decide(Reading(parts, present, is_measured=True))
+        self.coefficients = self._in_force(active, is_inside)
 
     def save(self) -> dict[str, Any]:
         """What is remembered, in builtin types, by group name.

@@ -222,13 +222,12 @@ def _norms_on_device(gradients: BucketGradients) -> Tensor:
 
 def _norms_on_host(gradients: BucketGradients, rows: int) -> Tensor:
     bucket = gradients.bucket
-    parts: list[Tensor] = []
-    rows_of_parts: list[int] = []
-    for gradient, row in zip(gradients.read, bucket.rows, strict=True):
-        if gradient.numel() <= CPU_PART:
-            parts.append(gradient)
-            rows_of_parts.append(row)
-        else:
+    parts = gradients.read
+    rows_of_parts = bucket.rows
+    if any(gradient.numel() > CPU_PART for gradient in parts):
+        parts = []
+        rows_of_parts = []
+        for gradient, row in zip(gradients.read, bucket.rows, strict=True):
             pieces = gradient.reshape(-1).split(CPU_PART)
             parts += pieces
             rows_of_parts += [row] * len(pieces)

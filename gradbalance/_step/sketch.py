@@ -2,7 +2,7 @@
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from math import ceil, prod
+from math import ceil, inf, prod, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ TINY = 32  # times smaller than the largest: not worth a read, as a bias beside 
 ALIGNED = 8  # entries: equal rows that begin alike in memory have bitwise equal products
 
 Saved = Mapping[str, Mapping[str, Any]]
+Vector = NDArray[np.float64]
 
 
 class Pick(NamedTuple):
@@ -29,7 +30,7 @@ class Pick(NamedTuple):
     Attributes:
         parameter: Whose gradient.
         slices: Of this rank's shard of it.
-        is_whole: Whether they cover all of a real tensor.
+        is_plain: Whether the gradient is a real tensor on this rank alone, unless it is sparse.
         copies: Number of ranks that hold the same shard, each of which adds its entries.
         mesh: Of a DTensor, else None.
         slots: Where the entries go: two for a plain tensor, one in the sum over the mesh for a DTensor.
@@ -37,7 +38,7 @@ class Pick(NamedTuple):
 
     parameter: Tensor
     slices: tuple[slice, ...]
-    is_whole: bool
+    is_plain: bool
     copies: int
     mesh: Any
     slots: list[Tensor]
@@ -82,8 +83,9 @@ class Sketch:
         # Indices of the parameters that had a gradient at some step: entries are taken of these alone.
         self._seen: list[set[int]] = [set() for _ in members]
         self._plan: Any = None
-        self._now = np.zeros(n, dtype=int)  # the slot of this step
-        self._is_known = np.zeros(n, dtype=bool)  # whether the other slot holds entries
+        self._present: list[bool] = [False] * n  # whether the group has a gradient at this step
+        self._now = [0] * n  # the slot of this step
+        self._is_known = [False] * n  # whether the other slot holds entries
 
     def take(self, gradients: Gradients) -> dict[Any, Tensor]:
         """Read this rank's entries of the groups that have a gradient.
@@ -93,16 +95,17 @@ class Sketch:
         """
         if gradients.plan is not self._plan:
             self._plan = gradients.plan
+            self._present = gradients.plan.present.tolist()
             self._pick_new()
         slots: list[Tensor] = []
         entries: list[Tensor] = []
-        present = np.flatnonzero(self._plan.present).tolist()
         if self._sums:
-            torch._foreach_zero_([*self._sums.values(), *self._slots(present)])
-        for m in present:
-            now = self._now[m]
-            for pick in self._picks[m]:
-                slot = pick.slots[now if pick.mesh is None else 0]
+            torch._foreach_zero_([*self._sums.values(), *self._slots()])
+        for m, picks in enumerate(self._picks):
+            if not self._present[m]:
+                continue
+            for pick in picks:
+                slot = pick.slots[self._now[m] if pick.mesh is None else 0]
                 slots.append(slot)
                 entries.append(_read(pick, slot))
         if slots:
@@ -117,11 +120,11 @@ class Sketch:
         """
         if summed:
             total = sum(part.to(self._entries) for part in summed.values())
-            present = np.flatnonzero(self._plan.present).tolist()
-            torch._foreach_add_(self._slots(present), [total[m] for m in present])
+            rows = [row for row, is_present in zip(total, self._present, strict=True) if is_present]
+            torch._foreach_add_(self._slots(), rows)
         return torch.bmm(self._entries, self._transposed)
 
-    def compare(self, products: NDArray[np.float64]) -> tuple[Any, Any]:
+    def compare(self, products: Vector) -> tuple[Vector, Vector]:
         """Lengths of the entries of this step, and their cosines with the last ones, both ``[N]``.
 
         Args:
@@ -130,24 +133,28 @@ class Sketch:
         Returns:
             The lengths, 0 for a group without a gradient; the cosines, NaN where they are not defined.
         """
-        groups = np.arange(len(self._members))
-        other = 1 - self._now
-        squares = products[groups, self._now, self._now] * self._plan.present
-        scale = np.sqrt(squares * products[groups, other, other])
-        is_defined = self._is_known & (scale > 0) & (scale < np.inf)
-        cosines = np.full(len(groups), np.nan)
-        np.divide(products[groups, 0, 1], scale, out=cosines, where=is_defined)
-        return np.sqrt(squares), cosines
+        lengths = np.zeros(len(products))
+        cosines = np.full(len(products), np.nan)
+        # Floats: on a few numbers these are faster than arrays.
+        for m, ((first, cross), (_, second)) in enumerate(products.tolist()):
+            if not self._present[m]:
+                continue
+            lengths[m] = sqrt(second if self._now[m] else first)
+            scale = sqrt(first) * sqrt(second)
+            if self._is_known[m] and 0 < scale < inf:
+                cosines[m] = cross / scale
+        return lengths, cosines
 
-    def keep(self, lengths: NDArray[np.float64]) -> None:
+    def keep(self, lengths: Vector) -> None:
         """Remember the entries of this step as the last ones, of each group that has any.
 
         Args:
             lengths: Of the entries of this step, shape ``[N]``.
         """
-        counts = (lengths > 0) & (lengths < np.inf)
-        self._now[counts] = 1 - self._now[counts]
-        self._is_known |= counts
+        for m, length in enumerate(lengths.tolist()):
+            if 0 < length < inf:
+                self._now[m] = 1 - self._now[m]
+                self._is_known[m] = True
 
     def continue_from(self, other: "Sketch") -> None:
         """Take over from another sketch what it knows of the groups that have the same parameters."""
@@ -171,9 +178,9 @@ class Sketch:
             packed = group["entries"]
             self._load_group(m, set(group["seen"]), None if packed is None else _unpacked(packed))
 
-    def _slots(self, groups: list[int]) -> list[Tensor]:
-        """The slot of this step of each of the groups."""
-        return [self._entries[m, self._now[m]] for m in groups]
+    def _slots(self) -> list[Tensor]:
+        """The slots of this step of the groups that have a gradient."""
+        return [self._entries[m, self._now[m]] for m in range(len(self._now)) if self._present[m]]
 
     def _last(self, m: int) -> NDArray[Any] | None:
         if not self._is_known[m]:
@@ -226,8 +233,8 @@ class Sketch:
         rows = self._entries[m] if mesh is None else self._sums[mesh][m : m + 1]
         place = slice(start, start + prod(grid.shape))
         slots = [row[place].view(grid.shape)[grid.there] for row in rows]
-        is_whole = mesh is None and tuple(grid.shape) == p.shape and not p.is_complex()
-        return Pick(p, grid.here, is_whole, copies_of(p), mesh, slots)
+        is_plain = mesh is None and not p.is_complex()
+        return Pick(p, grid.here, is_plain, copies_of(p), mesh, slots)
 
 
 class Grid(NamedTuple):
@@ -289,8 +296,8 @@ def _read(pick: Pick, slot: Tensor) -> Tensor:
     gradient = pick.parameter.grad
     if gradient is None:
         return torch.zeros_like(slot)
-    if pick.is_whole and not gradient.is_sparse:
-        return gradient
+    if pick.is_plain and not gradient.is_sparse:
+        return gradient if slot.shape == gradient.shape else gradient[pick.slices]
     gradient = reduced(gradient, getattr(pick.parameter, "placements", ()))
     if gradient.is_sparse:
         entries = _read_sparse(gradient, pick.slices)

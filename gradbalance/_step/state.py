@@ -32,7 +32,7 @@ class RunningMeans(NamedTuple):
     mean at first, an exponential one later. The variance has the same weights.
 
     Attributes:
-        means: NaN before the first value, shape ``[4, N]``.
+        means: 0 before the first value, shape ``[4, N]``.
         variances: Shape ``[4, N]``.
         counts: Number of values, shape ``[4, N]``.
 
@@ -47,27 +47,26 @@ class RunningMeans(NamedTuple):
     @classmethod
     def empty(cls, n: int) -> "RunningMeans":
         """Means of N groups before any value."""
-        return cls(np.full((4, n), nan), np.zeros((4, n)), np.zeros((4, n)))
+        return cls(np.zeros((4, n)), np.zeros((4, n)), np.zeros((4, n)))
 
     def after(self, values: Vector, smoothing: float) -> "RunningMeans":
         """The means after one more value of each; NaN leaves its mean as it is."""
         is_given = ~np.isnan(values)
         counts = self.counts + is_given
-        weights = np.maximum(1 - smoothing, 1 / np.maximum(counts, 1))
-        old = np.where(self.counts > 0, self.means, values)
-        deviations = values - old
-        means = old + weights * deviations
-        variances = (1 - weights) * (self.variances + weights * deviations**2)
-        return RunningMeans(
-            np.where(is_given, means, self.means),
-            np.where(is_given, variances, self.variances),
-            counts,
-        )
+        weights = np.maximum(1 - smoothing, 1 / np.maximum(counts, 1)) * is_given
+        deviations = np.where(is_given, values - self.means, 0.0)
+        steps = weights * deviations
+        variances = (1 - weights) * (self.variances + steps * deviations)
+        return RunningMeans(self.means + steps, variances, counts)
+
+    def shown(self) -> Vector:
+        """The means as others see them, NaN before the first value, shape ``[4, N]``."""
+        return np.where(self.counts > 0, self.means, nan)
 
     def without(self, is_gone: Flags) -> "RunningMeans":
         """The means with those where ``is_gone``, shape ``[4, N]``, back at no value."""
         return RunningMeans(
-            np.where(is_gone, nan, self.means),
+            np.where(is_gone, 0.0, self.means),
             np.where(is_gone, 0.0, self.variances),
             np.where(is_gone, 0.0, self.counts),
         )
@@ -126,7 +125,7 @@ class State:
         """Take a step into the means and decide, if the step counts.
 
         Args:
-            norms: Unscaled, shape ``[N]``; NaN where GradScaler skips the step.
+            norms: Unscaled, shape ``[N]``.
             cosines: NaN where there is none, shape ``[N]``; None if they are not measured.
             errors: ``UNSEEN`` for a group that was not observed, shape ``[N]``; None if none was.
 
@@ -137,13 +136,13 @@ class State:
             TypeError, ValueError: If the rule gives anything but valid coefficients.
         """
         active = norms > 0
-        is_finite = np.isfinite(norms).all()
+        is_finite = bool(np.isfinite(norms).all())
         has_finite_errors = errors is None or bool(np.isfinite(errors).all())
         self.norms = norms
         self.conflicts = None
         self.has_errors |= errors is not None
-        counts = is_finite and has_finite_errors and active.sum() >= 2
-        self._watchdog.see(active, bool(is_finite), has_finite_errors, bool(counts))
+        counts = is_finite and has_finite_errors and np.count_nonzero(active) >= 2
+        self._watchdog.see(active, is_finite, has_finite_errors, counts)
         if not counts:
             return np.zeros(len(norms), dtype=bool)
         running = self._after(norms, cosines, errors)
@@ -152,26 +151,27 @@ class State:
         return active
 
     def _after(self, norms: Vector, cosines: Vector | None, errors: Vector | None) -> RunningMeans:
-        shares = np.where(norms > 0, norms / norms.sum(), nan)
         running = self.running
-        unknown = np.full(len(norms), nan)
-        observed = unknown
+        values = np.full(running.means.shape, nan)
+        values[SHARE] = np.where(norms > 0, norms / norms.sum(), nan)
+        if cosines is not None:
+            values[COHERENCE] = cosines
+            values[USEFUL] = cosines * values[SHARE]
         if errors is not None:
             is_seen = errors != UNSEEN
-            observed = np.where(is_seen, errors, nan)
+            values[ERROR] = np.where(is_seen, errors, nan)
             # A group that is left out of a call is not observed any more.
             is_gone = np.zeros(running.means.shape, dtype=bool)
             is_gone[ERROR] = ~is_seen
             running = running.without(is_gone)
-        if cosines is None:
-            cosines = unknown
-        values = np.stack([shares, cosines, cosines * shares, observed])
         return running.after(values, self._smoothing)
 
     def _ask(self, running: RunningMeans, norms: Vector) -> tuple[Vector, Flags | None]:
         with_coherence = getattr(self._rule, "needs_coherence", True)
-        means = running.means.copy()  # a rule may write to what it is given
-        spreads = running.errors(self._smoothing)
+        means = running.shown()
+        spreads = means
+        if with_coherence:
+            spreads = running.errors(self._smoothing)
         measured = Measured(
             names=self.names,
             norms=norms.copy(),
@@ -190,7 +190,7 @@ class State:
 
     def balance(self, coefficients: Vector) -> Balance:
         """The last step that was read, with the coefficients in force; copies."""
-        means = self.running.means
+        means = self.running.shown()
         spreads = self.running.errors(self._smoothing)
         conflicts = self.conflicts
         if conflicts is None:
@@ -199,12 +199,12 @@ class State:
             names=self.names,
             step=self.step,
             norms=self.norms.copy(),
-            shares=means[SHARE].copy(),
-            coherences=means[COHERENCE].copy(),
+            shares=means[SHARE],
+            coherences=means[COHERENCE],
             coherence_errors=spreads[COHERENCE],
-            useful=means[USEFUL].copy(),
+            useful=means[USEFUL],
             useful_errors=spreads[USEFUL],
-            errors=means[ERROR].copy(),
+            errors=means[ERROR],
             coefficients=coefficients.copy(),
             proposed=self.decided.copy(),
             conflicts=conflicts.copy(),
@@ -223,12 +223,11 @@ class State:
         return start <= self.step and (stop is None or self.step < stop)
 
     def save(self) -> dict[str, Any]:
-        """What is remembered, by group name, in builtin types; None for NaN, which equals nothing."""
+        """What is remembered, by group name, in builtin types."""
         groups = {}
         for m, name in enumerate(self.names):
-            means = [None if np.isnan(mean) else mean for mean in self.running.means[:, m].tolist()]
             groups[name] = {
-                "means": means,
+                "means": self.running.means[:, m].tolist(),
                 "variances": self.running.variances[:, m].tolist(),
                 "counts": self.running.counts[:, m].tolist(),
                 "decided": float(self.decided[m]),
@@ -279,6 +278,10 @@ class Watchdog:
     ) -> None:
         """One more measured step."""
         if self._has_warned:
+            return
+        if counts and active.all():
+            self._uncounted = 0
+            self._without_gradient[:] = 0
             return
         self._uncounted = 0 if counts else self._uncounted + 1
         is_silent = ~active & is_finite & ~self.is_frozen

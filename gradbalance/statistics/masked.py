@@ -1,9 +1,10 @@
-"""Mean, variance, skewness, kurtosis and covariance of masked samples: the checks, the axes, the way for each size."""
+"""Mean, variance, skewness and kurtosis of masked samples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ class Moments(NamedTuple):
         mean: Shape ``S`` like all that follow; float32, or float64 for float64 data.
         variance: Population variance (divided by the count); None below order 2.
         skewness: 0 where the variance is 0; None below order 3.
-        kurtosis: Not the excess: 3 for a normal distribution. 0 where the variance is 0; None below order 4.
+        kurtosis: Not the excess: 3 for a normal distribution. 0 where the variance is 0; None below
+            order 4.
 
     Example:
         >>> count, mean, variance, *_ = moments(torch.tensor([[1.0], [3.0]]))
@@ -34,29 +36,39 @@ class Moments(NamedTuple):
 
 
 def moments(
-    x: Tensor, mask: Tensor | None = None, *, dim: int | Sequence[int] | None = None, order: int = 2
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    dim: int | Sequence[int] | None = None,
+    order: int = 2,
 ) -> Moments:
-    """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis :math:`m_4/m_2^2` of ``x``.
+    """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis :math:`m_4/m_2^2`.
 
-    Accurate far from the origin, since the sums are taken about a mean, and cheap: few operations where ``x`` is small;
-    where it is large, on the CPU, neither direction keeps a temporary of its size, but for one copy where reduced axes
-    lie between kept ones in memory. Works under `torch.compile` without a graph break, under `torch.func.vmap` and for
-    second derivatives. Not for data whose fourth power leaves the range of float32. On CUDA the environment variable
-    ``GRADBALANCE_TRITON=1`` asks for kernels that save the memory there too, tested in Triton's interpreter alone.
+    Here :math:`m_k` is the mean of the k-th power of the deviation from the mean.
+
+    Accurate far from the origin, since the sums are taken about the mean. A large input on the CPU
+    is processed in blocks, and needs no temporary of its size (except a copy where reduced axes lie
+    between kept ones). Works under `torch.compile` without a graph break, under `torch.func.vmap`
+    and for second derivatives. Not for data whose fourth power leaves the range of float32. On CUDA
+    the environment variable ``GRADBALANCE_TRITON=1`` asks for fused kernels, which have been tested
+    in Triton's interpreter alone.
 
     Args:
-        x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a gradient beyond the
-            range of float16 becomes its largest number.
-        mask: True where a sample counts; None counts all. What is masked may be NaN.
+        x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a
+            gradient beyond the range of float16 is infinite, as `torch.amp.GradScaler` expects.
+        mask: True where a sample counts; None counts all. What is masked may be NaN; a valid sample
+            that is NaN or infinite makes all moments of its feature NaN.
         dim: Axes to reduce. Default: all but the last one, which holds the features.
         order: The highest moment wanted, 1 to 4.
 
     Shape:
-        ``x`` is ``[..., D]``, ``mask`` is ``[...]``, the moments are ``x`` without the axes in ``dim``. ``[N]`` counts
-        as ``[N, 1]``: N samples of one feature. Where nothing is valid every moment is 0.
+        ``x`` is ``[..., D]``, ``mask`` is ``[...]``, the moments are ``x`` without the axes in
+        ``dim``. ``[N]`` counts as ``[N, 1]``: N samples of one feature. Where nothing is valid
+        every moment is 0.
 
     Raises:
-        TypeError: ``x`` is not floating point or not dense, or ``mask`` is not boolean.
+        TypeError: ``x`` is not floating point or not dense, ``mask`` is not boolean, or ``dim`` or
+            ``order`` is not an integer.
         ValueError: A shape, an axis or the order is out of range.
 
     Example:
@@ -66,90 +78,168 @@ def moments(
         ([2.0, 5.0], [1.0, 0.0], [0.0, 0.0])
 
     Reference:
-        [R] Shifted sums and their merging: Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample
-        variance"; higher orders by binomial expansion.
+        Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance": the merged
+        blocks, and the mean taken twice; higher orders by binomial expansion.
     """
-    return standardise(_central(x, mask, dim=dim, order=order))
+    order = _checked_order(order)
+    return standardise(masked_moments(x, mask, dim=checked_dim(dim), order=order))
 
 
+def masked_moments(
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    dim: int | tuple[int, ...] | None,
+    order: int,
+    covariance: bool = False,
+    precise: bool = False,
+    name: str = "x",
+    mask_name: str = "mask",
+) -> Central:
+    """Central moments of ``x`` up to ``order``; the names are those in errors, the rest as in `moments`.
 
-def _central(x, mask=None, *, dim=None, order=2, covariance=False, name="x"):
-    _check(x, mask, order, name)
-    reduced, kept, scalars = _axes(x, dim)
-    if x.dim() == 1:
-        x = x[:, None]
-    elif scalars:
-        mask = None if mask is None else mask[..., None].expand(x.shape)
-        x = x[..., None]
+    ``precise`` asks for the mean in float64.
+    """
+    _check_samples(x, name)
+    if mask is not None:
+        _check_mask(mask, x, mask_name, name)
+    reduced = _reduced_axes(x, dim)
+    last = x.dim() - 1
+    scalars = last in reduced and last > 0
+    if scalars and covariance:
+        raise ValueError(
+            f"`dim` must leave the last axis to the covariance. Got {dim!r}. Reduce samples alone."
+        )
+    if scalars or last == 0:
+        mask = mask.unsqueeze(-1).expand(x.shape) if scalars and mask is not None else mask
+        x = x.unsqueeze(-1)
+    kept = [axis for axis in range(x.dim() - 1) if axis not in reduced]
     if kept:
         axes = kept + reduced
-        x, mask = x.permute(*axes, -1), None if mask is None else mask.permute(axes)
-    found = central_moments(x, mask, len(kept), order, covariance)
+        x = x.permute(*axes, -1)
+        mask = None if mask is None else mask.permute(axes)
+    if not reduced:  # every number is the only sample of its feature
+        x = x.unsqueeze(-2)
+        mask = None if mask is None else mask.unsqueeze(-1)
+    central = central_moments(x, mask, len(kept), order, covariance, precise)
     if scalars:
-        count, mean, powers, _ = found
-        found = Central(count, mean.squeeze(-1), [power.squeeze(-1) for power in powers], None)
-    return found
+        powers = [power.squeeze(-1) for power in central.powers]
+        central = central._replace(mean=central.mean.squeeze(-1), powers=powers)
+    return central
 
 
-def standardise(central):
-    count, mean, powers, _ = central
-    if not powers:
-        return Moments(count, mean.float(), None, None, None)
-    variance = powers[0]
+def standardise(central: Central) -> Moments:
+    """Skewness and kurtosis out of central moments, 0 with a gradient of 0 without a spread."""
+    mean = central.mean
+    if not central.powers:
+        return Moments(central.count, mean, None, None, None)
+    variance = central.powers[0]
     mean = mean.to(variance.dtype)
     skewness = kurtosis = None
-    if len(powers) > 1:
+    if len(central.powers) > 1:
+        # An infinite variance makes both 0, and lets NaN through, as a second `where` would not.
         spread = torch.where(without_spread(mean, variance), torch.inf, variance)
-        skewness = powers[1] * spread.pow(-1.5)
-        if len(powers) > 2:
-            kurtosis = powers[2] * spread.pow(-2)
-    return Moments(count, mean, variance, skewness, kurtosis)
+        skewness = central.powers[1] * spread.pow(-1.5)
+        if len(central.powers) > 2:
+            kurtosis = central.powers[2] * spread.pow(-2)
+    return Moments(central.count, mean, variance, skewness, kurtosis)
 
-def without_spread(mean, variance):
-    limits = torch.finfo(mean.dtype)
-    return variance <= (limits.eps * mean.detach()).square().clamp(min=math.sqrt(limits.tiny))
 
-def _check(x: Tensor, mask: Tensor | None, order: int, name: str) -> None:
+def without_spread(mean: Tensor, variance: Tensor) -> Tensor:
+    """Whether the variance counts as 0.
+
+    It does below the rounding error of the mean, and where its square would leave the range of the
+    dtype.
+    """
+    limits = torch.finfo(variance.dtype)
+    rounding = (limits.eps * mean.detach()).square()
+    return variance <= rounding.clamp(min=math.sqrt(limits.tiny))
+
+
+def checked_dim(dim: object) -> int | tuple[int, ...] | None:
+    """``dim`` in plain integers."""
+    dim = plain(dim)
+    if dim is None:
+        return None
+    several = isinstance(dim, Iterable)
+    axes = []
+    for axis in dim if several else [dim]:
+        axis = plain(axis)
+        if not isinstance(axis, int) or isinstance(axis, bool):
+            raise TypeError(
+                f"`dim` must be an axis, a sequence of axes, or None. Got {dim!r}. "
+                "Name each axis by an integer."
+            )
+        axes.append(axis)
+    return tuple(axes) if several else axes[0]
+
+
+def plain(option: object) -> object:
+    """The Python number in a numpy scalar, a 0-d array or a 0-d tensor; all else as it is."""
+    if isinstance(option, np.generic | np.ndarray | Tensor) and option.ndim == 0:
+        return option.item()
+    return option
+
+
+def _checked_order(order: object) -> int:
+    order = plain(order)
+    if not isinstance(order, int) or isinstance(order, bool):
+        raise TypeError(f"`order` must be an integer from 1 to 4. Got {order!r}. The default is 2.")
+    if not 1 <= order <= 4:
+        raise ValueError(
+            f"`order` must be 1, 2, 3 or 4. Got {order!r}. Higher moments are not offered."
+        )
+    return order
+
+
+def _check_samples(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"`{name}` must be a floating-point tensor. Got {kind}. Convert it, for example with .float().")
+        raise TypeError(
+            f"`{name}` must be a floating-point tensor. Got {kind}. "
+            "Convert it, for example with .float()."
+        )
     if x.layout is not torch.strided or x.is_nested:
         found = "a nested one" if x.is_nested else x.layout
         raise TypeError(
-            f"`{name}` must be a dense tensor. Got {found}. Pass x.values() for the moments of all samples, or pad it "
-            "and give the mask."
+            f"`{name}` must be a dense tensor. Got {found}. Pass x.values() for the moments of all "
+            "samples, or pad it and give the mask."
         )
-    shape = x.shape
-    if not shape or shape[-1] == 0:
-        raise ValueError(f"`{name}` must have the shape [..., D], D >= 1. Got {list(x.shape)}. Add a feature axis.")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"`mask` must be a boolean tensor. Got {kind}. Write mask.bool(), or compare it with 0.")
-        samples = shape[:-1] or shape
-        if mask.shape != samples:
-            raise ValueError(
-                f"`mask` must hold one flag per sample, {list(samples)} for samples of shape {list(x.shape)}. "
-                f"Got {list(mask.shape)}. Leave out the axis of the features."
-            )
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"`order` must be 1, 2, 3 or 4. Got {order!r}. Higher moments are not offered.")
-
-
-def _axes(x: Tensor, dim: int | Sequence[int] | None) -> tuple[list[int], list[int], bool]:
-    """The reduced axes; the kept ones but for that of the features; whether even that is reduced.
-
-    Then every number is a sample. A tensor of one axis has another one for its feature, which is kept.
-    """
-    last = x.dim() - 1
-    if dim is None:
-        return list(range(last)) or [0], [], False
-    axes = [dim] if isinstance(dim, int) else list(dim)
-    if any(not -x.dim() <= axis < x.dim() for axis in axes) or len({axis % x.dim() for axis in axes}) < len(axes):
+    if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
-            f"`dim` must hold different axes from {-x.dim()} to {x.dim() - 1} for the shape {list(x.shape)}. "
-            f"Got {dim!r}. Name each axis once."
+            f"`{name}` must have the shape [..., D], D >= 1. Got {list(x.shape)}. "
+            "Add a feature axis."
         )
-    reduced = sorted(axis % x.dim() for axis in axes)
-    kept = [axis for axis in range(last + 1) if axis not in reduced and (axis < last or last == 0)]
-    return reduced, kept, last in reduced and last > 0
+
+
+def _check_mask(mask: Tensor, x: Tensor, mask_name: str, name: str) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"`{mask_name}` must be a boolean tensor. Got {kind}. "
+            "Write mask.bool(), or compare it with 0."
+        )
+    samples = x.shape[:-1] or x.shape
+    if mask.shape != samples:
+        advice = "Leave out the axis of the features."
+        if name == "target":
+            advice += " Where `target` has other samples, give it a `target_mask`."
+        raise ValueError(
+            f"`{mask_name}` must hold one flag per sample, {list(samples)} for samples of shape "
+            f"{list(x.shape)}. Got {list(mask.shape)}. {advice}"
+        )
+
+
+def _reduced_axes(x: Tensor, dim: int | tuple[int, ...] | None) -> list[int]:
+    """The reduced axes in order; for a tensor of one axis that one."""
+    if dim is None:
+        return list(range(x.dim() - 1)) or [0]
+    axes = [dim] if isinstance(dim, int) else list(dim)
+    size = x.dim()
+    reduced = sorted({axis % size for axis in axes})
+    if min(axes, default=0) < -size or max(axes, default=0) >= size or len(reduced) < len(axes):
+        raise ValueError(
+            f"`dim` must hold different axes from {-size} to {size - 1} for the shape "
+            f"{list(x.shape)}. Got {dim!r}. Name each axis once."
+        )
+    return reduced

@@ -82,7 +82,7 @@ def by_hand(steps=3, *, apply_to="update", rule="conflicts", every=1, max_norm=N
         factors = engine.step(norms, observed, cosines if last else [None] * 3)
         if step % every == 0:
             last = gradients
-        run.coherences.append([engine.coherences.get(m, math.nan) for m in range(3)])
+        run.coherences.append([math.nan if a is None else a for a in engine.means(engine.coherences, 3)])
         run.norms.append(norms)
         run.coefficients.append(factors)
         if apply_to == "gradient":

@@ -11,7 +11,7 @@ import torch
 MODES = ("update", "gradient")
 # On the gradients of Adam and most others a constant factor cancels: the penalty warns of it, these tests know it.
 cancels = pytest.mark.filterwarnings("ignore:.apply_to=.gradient.. does nothing lasting:UserWarning")
-# Neither follows a learning rate: what the step did is scaled instead.
+# Neither follows a learning rate: the finished update is rescaled instead.
 BY_DISPLACEMENT = (torch.optim.Adafactor, torch.optim.Rprop)
 # By nature refused in update mode: what a step does to some parameters depends on how far others went.
 GRADIENT_ONLY = (torch.optim.ASGD,)
@@ -68,3 +68,5 @@ def _torch_cases():
 
 
 TORCH = list(_torch_cases())
+# One of each kind: scaled by the learning rate, by rescaling the finished update, and in the gradient alone.
+REPRESENTATIVES = [("AdamW", "update"), ("Rprop", "update"), ("ASGD", "gradient")]

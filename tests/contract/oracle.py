@@ -73,8 +73,8 @@ class ReferenceEngine(Reference):
     """The slow reference, which also keeps its coefficients between the steps that are measured."""
 
     def __init__(self, rule, *, every=1, smoothing=SMOOTHING, window=None):
-        def remembering(*measured):
-            self.decided = rule(*measured)
+        def remembering(given):
+            self.decided = rule(given)
             return self.decided
 
         super().__init__(remembering, smoothing**every, window)
@@ -107,18 +107,22 @@ class ByHand:
         model: A twin of the trained model.
         apply_to: ``"update"`` or ``"gradient"``.
         rule: The name of one of the rules of the tests.
-        by_rate: Whether an update is scaled by the learning rate, or after the fact.
+        by_rate: Whether an update is scaled by the learning rate, or by rescaling the finished update.
+        late: Whether a step has the coefficients of the step before.
         **options: Of the engine.
     """
 
-    def __init__(self, factory, model, apply_to="update", rule="conflicts", by_rate=True, **options):
+    def __init__(self, factory, model, apply_to="update", rule="conflicts", by_rate=True, late=False, **options):
         self.groups = {name: list(module.parameters()) for name, module in groups_of(model).items()}
         grouped = {id(p) for members in self.groups.values() for p in members}
         rest = [p for p in model.parameters() if id(p) not in grouped]
         self.optimizer = factory([{"params": p} for p in (*self.groups.values(), rest) if p])
         self.model, self.apply_to, self.by_rate = model, apply_to, by_rate
+        # A late decision is that of the step before, and the window is that of the step itself.
+        self.window = options.pop("window", None) or (0, None) if late else None
         self.engine = ReferenceEngine(RULES[rule][1](), **options)
         self.coefficients, self.last = {}, {}
+        self.pending = dict.fromkeys(NAMES, 1.0)
 
     def decide(self, errors=None, scale=1.0):
         """The coefficients out of the gradients as they lie there, each divided by ``scale``."""
@@ -130,10 +134,15 @@ class ByHand:
         reads = any((self.engine.calls + ahead) % self.engine.every == 0 for ahead in (0, 1))
         self.coefficients = dict(zip(NAMES, self.engine.step(norms, observed, cosines), strict=True))
         if reads and self.engine.steps > before:
-            self.last = dict(zip(NAMES, now, strict=True))
+            self.last |= {name: g for name, g in zip(NAMES, now, strict=True) if any(g)}
+        if self.window is not None:
+            start, stop = self.window
+            decided, self.pending = self.pending, self.coefficients
+            inside = start <= before and (stop is None or before < stop)
+            self.coefficients = decided if inside else dict.fromkeys(NAMES, 1.0)
 
     def cosine(self, name):
-        """The cosine between this gradient of a group and its last one, None if there is none; and the gradient."""
+        """The cosine between this gradient of a group and the last one that it had, if any; and the gradient."""
         now = []
         for p in self.groups[name]:
             if p.device.type != "meta" and p.requires_grad:

@@ -3,7 +3,7 @@
 Not the default's options: these tests are about optimizers, and the rules here act at every step.
 """
 
-import torch
+import numpy as np
 
 from gradbalance.rules import ConflictAware
 from tests.reference import SlowConflictAware
@@ -17,7 +17,7 @@ class ByCoherence:
     """A rule that reads coherences alone: up to three times the step for gradients that repeat, none for reversals."""
 
     def __call__(self, measured):
-        return (1.5 * (1 + measured.coherences)).nan_to_num(nan=1.0)
+        return np.nan_to_num(1.5 * (1 + measured.coherences), nan=1.0)
 
 
 class Tiring:
@@ -29,15 +29,15 @@ class Tiring:
         self.load = {}
 
     def __call__(self, measured):
-        for name, share in zip(measured.names, measured.shares.nan_to_num(), strict=True):
+        for name, share in zip(measured.names, np.nan_to_num(measured.shares).tolist(), strict=True):
             self.load[name] = 0.5 * self.load.get(name, 0.0) + share
-        return 1 / (1 + torch.stack([self.load[name] for name in measured.names]))
+        return [1 / (1 + self.load[name]) for name in measured.names]
 
     def state_dict(self):
-        return {name: load.item() for name, load in self.load.items()}
+        return dict(self.load)
 
     def load_state_dict(self, state):
-        self.load = {name: torch.tensor(load, dtype=torch.float64) for name, load in state.items()}
+        self.load = dict(state)
 
 
 def conflicts_by_hand():
@@ -45,16 +45,16 @@ def conflicts_by_hand():
 
 
 def by_coherence_by_hand():
-    return lambda shares, coherences, errors, active: [1.0 if a is None else 1.5 * (1 + a) for a in coherences]
+    return lambda given: [1.0 if a is None else 1.5 * (1 + a) for a in given.coherences]
 
 
 def tiring_by_hand():
     load = {}
 
-    def decide(shares, coherences, errors, active):
-        for m, share in enumerate(shares):
+    def decide(given):
+        for m, share in enumerate(given.shares):
             load[m] = 0.5 * load.get(m, 0.0) + (share or 0.0)
-        return [1 / (1 + load[m]) for m in range(len(shares))]
+        return [1 / (1 + load[m]) for m in range(len(given.shares))]
 
     return decide
 

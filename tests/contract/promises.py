@@ -58,11 +58,17 @@ class Holder:
         return train(self.model, self.optimizer, steps, penalty=self.penalty, observe=False)
 
 
-def of(which=lambda case: True, *, variants=False, modes=MODES):
-    """Run a promise on the cases of its class that ``which`` lets through, or on their variants too."""
+def of(which=lambda case: True, *, everywhere=False, modes=MODES):
+    """Run a promise on those representatives of a class of tests that ``which`` lets through.
+
+    Args:
+        which: Whether the promise applies to a case.
+        everywhere: Whether it is run on every case, variants among them, and not on representatives alone.
+        modes: Where the coefficient goes.
+    """
 
     def mark(promise):
-        promise.cases = which, variants, modes
+        promise.cases = which, everywhere, modes
         return promise
 
     return mark
@@ -74,18 +80,29 @@ class Contract:
 
     Attributes:
         cases: The optimizers, variants of their options among them.
+        representatives: Names and modes of those on which most promises are tested; None for all but variants.
     """
 
     cases = ()
+    representatives = None
 
     def pytest_generate_tests(self, metafunc):
-        which, variants, modes = getattr(metafunc.function, "cases", (None, None, None))
-        if which is not None:
-            chosen = [c for c in self.cases if which(c) and (variants or not c.variant)]
-            pairs = [pytest.param(c, m, id=f"{c}-{m}") for c in chosen for m in c.modes if m in modes]
-            metafunc.parametrize(("case", "mode"), pairs)
+        which, everywhere, modes = getattr(metafunc.function, "cases", (None, None, None))
+        if which is None:
+            return
+        pairs = []
+        for case in filter(which, self.cases):
+            for mode in case.modes:
+                if mode in modes and (everywhere or self.represents(case, mode)):
+                    pairs.append(pytest.param(case, mode, id=f"{case}-{mode}"))
+        metafunc.parametrize(("case", "mode"), pairs)
 
-    @of(variants=True)
+    def represents(self, case, mode):
+        if self.representatives is None:
+            return not case.variant
+        return (case.name, mode) in self.representatives
+
+    @of(everywhere=True)
     def test_training_equals_the_oracle_by_hand(self, case, mode):
         model, optimizer = wrapped(case, mode)
         twin = by_hand(case, mode)
@@ -102,11 +119,6 @@ class Contract:
         assert_same_coefficients(seen, expected)
         assert (max(c for coefficients in seen for c in coefficients.values()) > 1.5) == (rule == "coherence")
         assert_same_parameters(model, twin.model)
-
-    @of(modes=("update",))
-    def test_the_penalty_says_how_it_scales_the_update(self, case, mode):
-        _, optimizer = wrapped(case, mode)
-        assert f"update by {'learning rate' if case.by_rate else 'displacement'}" in repr(optimizer)
 
     @of()
     def test_an_attached_penalty_equals_the_oracle_by_hand(self, case, mode):
@@ -139,19 +151,63 @@ class Contract:
         assert set(seen[0].values()) == set(seen[5].values()) == {1.0}
         assert_same_parameters(model, twin.model)
 
+    @of(lambda case: not case.averages)
+    @pytest.mark.parametrize("options", [{}, {"every": 2, "window": (1, 5)}], ids=["", "every-2"])
+    @pytest.mark.parametrize("rule", RULES)
+    def test_a_late_decision_is_that_of_the_step_before(self, case, mode, rule, options):
+        model, optimizer = wrapped(case, mode, rule, late=True, **options)
+        twin = by_hand(case, mode, rule, late=True, **options)
+        seen, expected = train(model, optimizer, range(7)), twin.train(range(7))
+        assert set(seen[0].values()) == {1.0}
+        assert_same_coefficients(seen, expected)
+        assert_same_parameters(model, twin.model)
+
+    @of()
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_an_empty_param_group_changes_nothing(self, case, mode, place):
+        model, twin = Toy(case.bias), by_hand(case, mode)
+        param_groups = [{"params": list(model.parameters())}]
+        param_groups.insert(place, {"params": []})
+        optimizer = put_on(case.make(param_groups), model, mode)
+        observe = not case.averages
+        assert_same_coefficients(train(model, optimizer, range(4), observe=observe), twin.train(range(4), observe))
+        assert_same_parameters(model, twin.model)
+
     @of()
     def test_the_wrapper_is_an_optimizer_and_param_groups_stay_what_they_were(self, case, mode):
         model = Toy(case.bias)
         plain = case.make(model.parameters())
-        shown = [{key: value for key, value in group.items() if key != "params"} for group in plain.param_groups]
         optimizer = put_on(plain, model, mode)
         assert isinstance(optimizer, torch.optim.Optimizer)
         param_groups = optimizer.param_groups
         train(model, optimizer, range(2))
         assert optimizer.param_groups is param_groups
-        assert [set(group) - {"params"} for group in param_groups] == [set(group) for group in shown]
         assert param_groups[0]["lr"] == 0.02
         assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+
+    @of()
+    def test_the_live_param_groups_hold_one_key_from_construction_to_removal(self, case, mode):
+        def shown():
+            keys = set().union(*optimizer.param_groups) - plain_keys
+            return keys, [group.get("gradbalance") for group in optimizer.param_groups]
+
+        model = Toy(case.bias)
+        plain = case.make(model.parameters())
+        plain_keys = set().union(*plain.param_groups)
+        optimizer = put_on(plain, model, mode)
+        assert shown() == ({"gradbalance"}, [()])
+        for step in range(2):
+            train(model, optimizer, [step])
+            assert shown() == ({"gradbalance"}, [()])
+            state = optimizer.state_dict()
+            (remembered,) = state["param_groups"][0]["gradbalance"]
+            assert isinstance(remembered, dict)
+            assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+            assert shown() == ({"gradbalance"}, [()])
+            optimizer.load_state_dict(state)
+            assert shown() == ({"gradbalance"}, [()])
+        optimizer.remove()
+        assert shown() == (set(), [None])
 
     @of()
     @pytest.mark.parametrize(
@@ -205,6 +261,21 @@ class Contract:
         train(model, optimizer, range(2, 4))
         train(plain_model, plain, range(2, 4), penalty=optimizer)
         assert_same_parameters(plain_model, model, tolerance=0)
+
+    @of()
+    def test_a_checkpoint_that_the_optimizer_refuses_changes_nothing(self, case, mode):
+        smaller = Toy(case.bias)
+        other = put_on(case.make(list(smaller.parameters())[:-1]), smaller, mode, "own")
+        train(smaller, other, range(3))
+        [state] = saved(other)
+        model, optimizer = wrapped(case, mode, "own")
+        untouched, alone = wrapped(case, mode, "own")
+        train(model, optimizer, range(2))
+        train(untouched, alone, range(2))
+        with pytest.raises(ValueError, match="doesn't match the size"):
+            optimizer.load_state_dict(state)
+        assert train(model, optimizer, range(2, 5)) == train(untouched, alone, range(2, 5))
+        assert_same_parameters(model, untouched, tolerance=0)
 
     @of(lambda case: case.copies)
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
@@ -294,32 +365,32 @@ class Contract:
         assert_same_parameters(model, twin.model)
 
     @of(lambda case: not case.closure_alone)
-    def test_a_second_step_without_a_backward_does_not_scale_the_gradient_twice(self, case, mode):
+    def test_a_second_step_on_the_same_gradients_is_a_second_step(self, case, mode):
         model, optimizer = wrapped(case, mode)
         twin = by_hand(case, mode)
+        seen, expected = [], []
         for step in range(2):
             loss_of(model, step).backward()
             loss_of(twin.model, step).backward()
-            twin.decide()
-            optimizer.step()
-            optimizer.step()
-            for again in range(2):
-                if mode == "gradient" and again:
-                    twin.optimizer.step()
-                else:
-                    with twin.applied():
-                        twin.optimizer.step()
+            for _ in range(2):
+                optimizer.step()
+                twin.step()
+                seen.append(optimizer.coefficients())
+                expected.append(twin.coefficients)
             optimizer.zero_grad()
             twin.optimizer.zero_grad()
+        assert optimizer.balance.step == 4
+        assert_same_coefficients(seen, expected)
         assert_same_parameters(model, twin.model)
 
-    @of(modes=("update",))
+    @of(everywhere=True, modes=("update",))
     def test_a_constant_coefficient_scales_the_distance_travelled_and_no_other(self, case, mode):
         def distances(damped):
             model = Toy(case.bias)
             optimizer = case.make(model.parameters())
             if damped:
                 optimizer = ConflictAwarePenalty(optimizer, groups_of(model), rules.ByHand(audio=0.5))
+                assert f"update by {'learning rate' if case.by_rate else 'displacement'}" in repr(optimizer)
             optimizer.param_groups[0]["lr"] = 1e-4
             if "weight_decay" in optimizer.param_groups[0]:
                 optimizer.param_groups[0]["weight_decay"] = 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradbalance import ConflictAwarePenalty, rules
-from tests.contract.optimizers import GRADIENT_ONLY, MODES, TORCH, cancels
+from tests.contract.optimizers import GRADIENT_ONLY, MODES, REPRESENTATIVES, TORCH, cancels
 from tests.contract.oracle import (
     ByHand,
     Toy,
@@ -20,7 +20,6 @@ from tests.contract.oracle import (
     refused,
     train,
 )
-from tests.contract.own_rules import ByCoherence
 from tests.contract.promises import Contract, wrapped
 
 pytestmark = cancels
@@ -28,6 +27,7 @@ pytestmark = cancels
 
 class TestTorch(Contract):
     cases = TORCH
+    representatives = REPRESENTATIVES
 
 
 def test_the_contract_covers_every_class_of_torch_optim():
@@ -35,9 +35,10 @@ def test_the_contract_covers_every_class_of_torch_optim():
     assert classes - {"Optimizer", "LBFGS", "SparseAdam"} == {case.name.split("-")[0] for case in TORCH}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop])
-def test_a_step_that_raised_leaves_no_trace(base, mode):
+@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
+def test_a_step_that_raised_leaves_no_trace(name, mode):
+    base = getattr(torch.optim, name)
+
     class Fragile(base):
         """Fails when told to, and steps by its base class's step, which has hooks of its own."""
 
@@ -77,17 +78,21 @@ def test_a_step_that_raised_leaves_no_trace(base, mode):
     assert_same_parameters(model, twin.model)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rule", [ByCoherence(), lambda measured: torch.ones(3)])
-def test_a_step_that_calls_the_step_of_its_base_class_counts_once(mode, rule):
-    class Derived(torch.optim.SGD):
+@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
+def test_a_step_that_calls_the_step_of_its_base_class_counts_once(name, mode):
+    base = getattr(torch.optim, name)
+
+    class Derived(base):
         def step(self, closure=None):
             return super().step(closure)
 
     model = Toy()
-    optimizer = put_on(Derived(model.parameters(), lr=0.02), model, mode, rule)
-    train(model, optimizer, range(3), observe=False)
-    assert optimizer.balance.step.item() == 3
+    twin = ByHand(lambda g: base(g, lr=0.02), Toy(), mode, "coherence", by_rate=name != "Rprop")
+    optimizer = put_on(Derived(model.parameters(), lr=0.02), model, mode, "coherence")
+    seen = train(model, optimizer, range(3), observe=False)
+    assert optimizer.balance.step == 3
+    assert_same_coefficients(seen, twin.train(range(3), observe=False))
+    assert_same_parameters(model, twin.model)
 
 
 @pytest.mark.parametrize("case", [case for case in TORCH if not case.variant], ids=str)
@@ -110,7 +115,7 @@ def test_lbfgs_is_refused(mode, named, record_property):
 
 
 @pytest.mark.parametrize("cls", GRADIENT_ONLY)
-def test_a_step_that_can_be_scaled_neither_by_a_rate_nor_after_the_fact_is_refused(cls, record_property):
+def test_a_step_that_can_be_scaled_neither_by_a_rate_nor_afterwards_is_refused(cls, record_property):
     model = Toy()
     with refused(record_property, ValueError, 'Use `apply_to="gradient"`, or another optimizer'):
         put_on(cls(model.parameters()), model)

@@ -73,13 +73,12 @@ def test_a_checkpoint_without_a_key_is_refused_in_words(key):
     model = Branches()
     optimizer = AdamW(model.parameters())
     attach(optimizer, model.groups)
-    with pytest.raises(
-        ValueError, match=f"`state_dict` must hold what the penalty saved.* Got none of the key '{key}'"
-    ):
+    with pytest.raises(ValueError, match=f"`state_dict` must hold what the penalty saved.* Got .* without '{key}'"):
         optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["state"] == {}  # nothing of it was loaded
 
 
-@pytest.mark.parametrize("kept", [None, 3.0, ["of", "an", "old", "version"]])
+@pytest.mark.parametrize("kept", [3.0, {"rule": "old"}, ["of", "an", "old", "version"]])
 def test_a_checkpoint_of_another_kind_is_refused_in_words(kept):
     state = saved()
     state["param_groups"][0]["gradbalance"] = kept

@@ -1,0 +1,134 @@
+"""`Recorder.log_to`: a TensorBoard writer, a folder, a function of a dict."""
+
+from pathlib import Path
+
+import pytest
+
+from gradbalance import Recorder, rules
+from tests import needs
+from tests.recorder.runs import make_penalty
+
+
+class Writer:
+    """Anything with `add_scalar`."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, *scalar):
+        self.scalars.append(scalar)
+
+
+def test_each_step_is_logged_once():
+    optimizer, step = make_penalty()
+    recorder, writer = Recorder(optimizer), Writer()
+    step()
+    recorder.log_to(writer)
+    values = {tag: value for tag, value, at in writer.scalars if at == 1}
+    assert values == pytest.approx(
+        {
+            "gradbalance/norms/text": 44.721,
+            "gradbalance/norms/audio": 4.472,
+            "gradbalance/shares/text": 10 / 11,
+            "gradbalance/shares/audio": 1 / 11,
+            "gradbalance/coefficients/text": 0.1,
+            "gradbalance/coefficients/audio": 1.0,
+            "gradbalance/proposed/text": 0.1,
+            "gradbalance/proposed/audio": 1.0,
+        },
+        rel=1e-4,
+    )
+    assert len(writer.scalars) == len(values)
+    writer.scalars.clear()
+    optimizer.observe(text=2.0, audio=3.0)
+    step()
+    recorder.log_to(writer)
+    recorder.log_to(writer)
+    assert len(writer.scalars) == 10
+    assert ("gradbalance/errors/text", 2.0, 2) in writer.scalars
+    assert ("gradbalance/errors/audio", 3.0, 2) in writer.scalars
+
+
+def test_a_function_is_called_once_for_each_step():
+    optimizer, step = make_penalty(rule=rules.ByHand(text=0.5))
+    recorder = Recorder(optimizer)
+    lines = []
+    for _ in range(2):
+        step()
+        step()
+        recorder.log_to(lines.append)
+    assert [line["gradbalance/step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["gradbalance/norms/text"] == pytest.approx(44.721, rel=1e-4)
+    assert lines[-1]["gradbalance/coefficients/text"] == 0.5
+    assert lines[-1]["gradbalance/coherences/audio"] == pytest.approx(1.0)
+    assert "gradbalance/errors/text" not in lines[-1]  # not observed
+    assert {type(value) for value in lines[-1].values()} == {int, float}
+
+
+def test_a_step_whose_function_raised_is_logged_by_the_next_call():
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    step()
+    step()
+    lines = []
+
+    def fails_at_the_second(line):
+        if lines:
+            raise ConnectionError
+        lines.append(line)
+
+    with pytest.raises(ConnectionError):
+        recorder.log_to(fails_at_the_second)
+    recorder.log_to(lines.append)
+    assert [line["gradbalance/step"] for line in lines] == [1, 2]
+
+
+def test_what_a_watched_rule_proposes_is_logged():
+    class Halves:
+        acts = False
+
+        def __call__(self, measured):
+            return [0.5, 1.0]
+
+    optimizer, step = make_penalty(rule=Halves())
+    recorder = Recorder(optimizer)
+    step()
+    lines = []
+    recorder.log_to(lines.append)
+    assert lines[0]["gradbalance/proposed/text"] == 0.5
+    assert lines[0]["gradbalance/coefficients/text"] == 1.0
+
+
+def test_a_tensorboard_writer_takes_the_record(tmp_path):
+    accumulator = needs("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    optimizer, step = make_penalty()
+    with Recorder(optimizer) as recorder, SummaryWriter(tmp_path) as writer:
+        for _ in range(3):
+            step()
+        recorder.log_to(writer)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("gradbalance/norms/text")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_is_as_good_as_a_writer(kind, tmp_path):
+    accumulator = needs("tensorboard.backend.event_processing.event_accumulator")
+    optimizer, step = make_penalty(rule=rules.Watch())
+    recorder = Recorder(optimizer)
+    for _ in range(2):
+        step()
+        recorder.log_to(kind(tmp_path / "runs" / "x"))
+    folder = accumulator.EventAccumulator(str(tmp_path / "runs" / "x")).Reload()
+    assert [event.step for event in folder.Scalars("gradbalance/norms/text")] == [1, 2]
+    assert [event.step for event in folder.Scalars("gradbalance/coherences/audio")] == [2]
+
+
+@pytest.mark.parametrize("writer", [3, None, [], Writer, dict])
+def test_what_cannot_be_written_to_is_refused(writer):
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    step()
+    with pytest.raises(TypeError, match=r"^`writer` must be a folder, have .* Got .*\. Pass a "):
+        recorder.log_to(writer)
