@@ -9,9 +9,9 @@ One step, and where it happens::
         _step/sketch           how much they agree with the last ones
         _step/measure          norms over all shards and ranks, and their way to the host
         _step/state            running means, and the rule
-        rules/                 what was measured in, a coefficient for each group out: yours, or one of these
+        rules/                 what was measured in, a coefficient for each group out
         _step/write            scales, clips and perturbs gradients, or
-        _optimizer/scaling     scales the step by the learning rate, or by rescaling the finished update
+        _optimizer/scaling     scales the learning rate, or rescales the finished update
       recorder               is told the balance
 
 ``statistics`` holds the other half, a loss that aligns statistics of distributions.

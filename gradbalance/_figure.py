@@ -59,8 +59,8 @@ def draw(record: dict[str, np.ndarray]) -> Figure:
         lines[title] = _draw_lines(axes, steps, values)
         if axes.get_yscale() == "linear" and title != "Coherence":
             axes.set_ylim(bottom=-0.05)
-    if "Coherence" in panels:
-        _draw_bands(panels["Coherence"], steps, record["coherences"], record["coherence_errors"])
+        if title == "Coherence":
+            _draw_bands(axes, steps, values, record["coherence_errors"])
     before, after = lines["Dominance"]
     before.set_color("#999999")
     after.set_color("#000000")

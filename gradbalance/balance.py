@@ -13,23 +13,28 @@ Vector = NDArray[np.float64]
 class Balance(NamedTuple):
     """What was measured and decided at a step, as numpy arrays on the host; N groups.
 
-    On an accelerator the measurements are those of the step before, see :class:`gradbalance.ConflictAwarePenalty`.
+    On an accelerator the measurements are those of the step before, see
+    :class:`gradbalance.ConflictAwarePenalty`.
 
     Attributes:
         names: The groups, in order.
         step: Number of optimizer steps that counted.
         norms: Gradient norm of each group, shape ``[N]``.
-        shares: Running mean of each group's share of the sum of the norms, NaN before its first, shape ``[N]``.
-        coherences: Running mean of the cosine between successive gradients of a group, NaN before its first, shape
+        shares: Running mean of each group's share of the sum of the norms, NaN before its first,
+            shape ``[N]``.
+        coherences: Running mean of the cosine between successive gradients of a group, NaN before
+            its first, shape ``[N]``.
+        coherence_errors: Standard errors of the coherences, inf before the third value, shape
             ``[N]``.
-        coherence_errors: Standard errors of the coherences, inf before the third value, shape ``[N]``.
-        useful: Running mean of the useful part of each group's share, NaN before its first, shape ``[N]``.
-        useful_errors: Standard errors of the useful parts, inf before the third value, shape ``[N]``.
+        useful: Running mean of the useful part of each group's share, NaN before its first, shape
+            ``[N]``.
+        useful_errors: Standard errors of the useful parts, inf before the third value, shape
+            ``[N]``.
         errors: Running mean of the observed errors, NaN where none is in force, shape ``[N]``.
         coefficients: Factor on the step of each group, shape ``[N]``.
         proposed: What the rule answered, whether or not it was applied, shape ``[N]``.
-        conflicts: ``conflicts[m, k]``: group m is slowed down for the sake of group k, as the rule reports, else
-            where the coefficient of m is the smaller one; bool, shape ``[N, N]``.
+        conflicts: ``conflicts[m, k]``: group m is slowed down for the sake of group k, as the rule
+            reports, else where the coefficient of m is the smaller one; bool, shape ``[N, N]``.
 
     Example:
         >>> import torch

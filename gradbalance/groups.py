@@ -17,14 +17,14 @@ ParamGroups = Sequence[Mapping[str, Any]]
 def groups_by_name(
     model: nn.Module, /, **patterns: str | Sequence[str]
 ) -> dict[str, list[nn.Parameter]]:
-    """The parameters of ``model`` under the patterns of each group: a dict from group name to parameters.
+    """The parameters of ``model`` under the patterns of each group, by name of the group.
 
     ``print`` it to see how many entries and which modules are in each group, and which are in none.
 
     Args:
         model: The module whose ``named_parameters()`` and ``named_modules()`` are searched.
-        **patterns: For each group the name of a module (all its parameters), the name of a parameter,
-            a glob over parameter names (``*``, ``?``, ``[av]``), or a list of these.
+        **patterns: For each group the name of a module (all its parameters), the name of a
+            parameter, a glob over parameter names (``*``, ``?``, ``[av]``), or a list of these.
 
     Raises:
         ValueError: If a pattern matches nothing; the message lists the closest names.
@@ -104,12 +104,13 @@ class NamedGroups(dict[str, list[nn.Parameter]]):
 def _checked_patterns(model: nn.Module, group: str, patterns: Any) -> list[str]:
     if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module | Tensor):
         patterns = [patterns]
-    patterns = list(patterns)
+    names: list[str] = list(patterns)
     named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in patterns:
+    for pattern in names:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"`{group}` must be a name, a glob or a list of them. Got {type(pattern).__name__}. "
+                f"`{group}` must be a name, a glob or a list of them. "
+                f"Got {type(pattern).__name__}. "
                 "Pass modules and parameters to the optimizer wrapper directly."
             )
         if not any(_matches(name, pattern) for name in named):
@@ -122,7 +123,7 @@ def _checked_patterns(model: nn.Module, group: str, patterns: Any) -> list[str]:
                 f"Got {pattern!r}, which matches nothing. "
                 f"{closest}Top-level modules: {top or 'none'}."
             )
-    return patterns
+    return names
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -169,8 +170,8 @@ class Place(NamedTuple):
 class Membership:
     """Which parameter of an optimizer is in which group.
 
-    A parameter is known by identity, wherever it stands. A tensor that nobody knows (after sharding,
-    casting) has the group of the one that stood in its place.
+    A parameter is known by identity, wherever it stands. A tensor that nobody knows (after
+    sharding, casting) has the group of the one that stood in its place.
 
     Args:
         param_groups: Of the optimizer.
@@ -182,8 +183,8 @@ class Membership:
 
     Raises:
         TypeError: If ``groups`` is not a mapping from names to modules or parameters.
-        ValueError: If there are fewer than two groups, or a group is empty, overlaps another, or holds
-            parameters that the optimizer does not have.
+        ValueError: If there are fewer than two groups, or a group is empty, overlaps another, or
+            holds parameters that the optimizer does not have.
 
     Warns:
         UserWarning: If no parameter of a group requires a gradient.
@@ -196,13 +197,13 @@ class Membership:
         # Modules and names are asked anew whenever the parameters change. Of the other groups those
         # parameters are held which the optimizer does not have, as they are frozen.
         present = {id(p) for group in param_groups for p in group["params"]}
-        self._sources: list[nn.Module | list[Tensor]] = []
+        self._sources: list[nn.Module | Sequence[Tensor]] = []
         for group, own in zip(groups.values(), labelled.values(), strict=True):
             if isinstance(group, nn.Module | NamedParameters):
                 self._sources.append(group)
             else:
                 self._sources.append([p for _, p in own if id(p) not in present])
-        given = {}
+        given: dict[int, int] = {}
         for m, own in enumerate(labelled.values()):
             given |= {id(p): m for _, p in own}
         self._places: list[list[Place]] = []
@@ -212,10 +213,10 @@ class Membership:
         """Look up the groups of an optimizer's parameters again, after they have changed.
 
         Raises:
-            RuntimeError: If other tensors have taken the place of the parameters of a group, as under
-                engines that flatten them.
+            RuntimeError: If other tensors have taken the place of the parameters of a group, as
+                under engines that flatten them.
         """
-        known = {}
+        known: dict[int, int] = {}
         for m, source in enumerate(self._sources):
             known |= {id(p): m for p in _current(source)}
         described = {}
@@ -240,12 +241,12 @@ class Membership:
                     strangers += p.shape != before.shape
                     group_of[id(p)] = before.group if p.shape == before.shape else None
         lost = {m for m in described.values() if m is not None} - set(group_of.values())
-        if lost and strangers or len(lost) == len(self.names):
+        if (lost and strangers) or len(lost) == len(self.names):
             raise RuntimeError(self._lost_message(lost, tensors))
         self._remember(param_groups, group_of)
 
     def parameters(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
-        """The parameters of each group: those that the optimizer holds, and frozen ones beside it."""
+        """The parameters of each group that the optimizer holds, and frozen ones beside it."""
         members: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
         for group, places in zip(param_groups, self._places, strict=False):
             for p, place in zip(group["params"], places, strict=False):
@@ -282,8 +283,8 @@ class Membership:
             got = f"{len(tensors)} tensors, the first of shape {tuple(tensors[0].shape)}"
         return (
             f"The optimizer must hold the parameters of the groups. Those of {names} are gone. "
-            f"Got {got}. Call `remove()` and wrap the optimizer again with the parameters that it has "
-            f"now. If an engine flattened them: {FLATTENED}"
+            f"Got {got}. Call `remove()` and wrap the optimizer again with the parameters that it "
+            f"has now. If an engine flattened them: {FLATTENED}"
         )
 
 
@@ -296,7 +297,7 @@ def _description(p: Tensor) -> tuple[Any, ...]:
     return type(p), p.dtype, p.device, p.shape
 
 
-def _current(source: nn.Module | list[Tensor]) -> Iterable[Tensor]:
+def _current(source: nn.Module | Sequence[Tensor]) -> Iterable[Tensor]:
     if isinstance(source, nn.Module):
         return source.parameters()
     if isinstance(source, NamedParameters):
@@ -307,14 +308,14 @@ def _current(source: nn.Module | list[Tensor]) -> Iterable[Tensor]:
 Labelled = dict[str, list[tuple[str, Tensor]]]
 
 FLATTENED = (
-    "DeepSpeed ZeRO and FSDP1 replace parameters by flat ones that keep no gradient per parameter: "
-    "use FSDP2 (fully_shard), or call `coefficients_for` of the object that `attach` returns between "
-    "backward and step."
+    "DeepSpeed ZeRO and FSDP1 replace parameters by flat ones that keep no gradient per "
+    "parameter: use FSDP2 (fully_shard), or call `coefficients_for` of the object that `attach` "
+    "returns between backward and step."
 )
 
 
 def _is_flattened(parameter: Tensor) -> bool:
-    """Whether the parameter is a flat buffer of FSDP1 or DeepSpeed ZeRO 1, 2 or 3, or a view of one."""
+    """Whether the parameter is, or is a view of, a flat buffer of FSDP1 or DeepSpeed ZeRO."""
     marks = ("_fsdp_flattened", "_hp_mapping", "ds_id")
     return any(hasattr(parameter, mark) for mark in marks)
 
@@ -330,8 +331,8 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
         trainable = [(label, p) for label, p in own if p.requires_grad]
         if not trainable:
             warnings.warn(
-                f"No parameter of group `{name}` requires a gradient: the group is frozen and takes "
-                "no part.",
+                f"No parameter of group `{name}` requires a gradient: the group is frozen and "
+                "takes no part.",
                 UserWarning,
                 stacklevel=6,
             )
@@ -383,8 +384,9 @@ def _checked_groups(groups: Any) -> Labelled:
                 labelled[name].append((label, p))
             elif owners[id(p)][0] != name:
                 raise ValueError(
-                    f"`groups` must be disjoint. Got {label}, shape {tuple(p.shape)}, which is also "
-                    f"{owners[id(p)][1]}. Give a shared (tied) parameter to one group, or to none."
+                    f"`groups` must be disjoint. Got {label}, shape {tuple(p.shape)}, which is "
+                    f"also {owners[id(p)][1]}. "
+                    "Give a shared (tied) parameter to one group, or to none."
                 )
         if not labelled[name]:
             raise ValueError(

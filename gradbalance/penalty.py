@@ -15,16 +15,16 @@ from gradbalance._optimizer.choose import scaling_for
 from gradbalance._optimizer.hooks import StepHooks, hooks_of
 from gradbalance._optimizer.unwrap import check_optimizer, unwrap
 from gradbalance._step.engine import Engine
-from gradbalance._step.measure import UNSEEN
-from gradbalance._step.options import SMOOTHING, ApplyTo, Options
+from gradbalance._step.options import COHERENCE, SMOOTHING, ApplyTo, Options
 from gradbalance.balance import Balance
 from gradbalance.groups import Groups, Membership
-from gradbalance.rules import Coherence, ConflictAware, Rule
+from gradbalance.rules import ConflictAware, Rule
 
 __all__ = ["PAPER", "ConflictAwarePenalty", "Penalty", "attach"]
 
-#: Settings of the paper (arXiv 2605.28575): ``ConflictAwarePenalty(optimizer, groups, **PAPER)``. Its
-#: window, epochs 0 to 25 of 30, depends on the number of steps of an epoch and is left to the caller.
+#: Settings of the paper (arXiv 2605.28575): ``ConflictAwarePenalty(optimizer, groups, **PAPER)``.
+#: Its window, epochs 0 to 25 of 30, depends on the number of steps of an epoch and is left to the
+#: caller.
 PAPER: dict[str, Any] = {
     "rule": ConflictAware(alpha=1.0, eta=0.5, threshold=1.0, centred=False),
     "smoothing": 0.0,
@@ -32,8 +32,6 @@ PAPER: dict[str, Any] = {
     "noise": 1.0,
     "late": False,
 }
-
-_COHERENCE = Coherence()
 
 
 class Penalty:
@@ -50,8 +48,8 @@ class Penalty:
         check_optimizer(stepper)
         if penalty_of(stepper) is not None:
             raise ValueError(
-                f"`optimizer` must not be wrapped twice. Got {type(stepper).__name__} with a penalty "
-                "on it. Call its `remove()` first."
+                f"`optimizer` must not be wrapped twice. Got {type(stepper).__name__} with a "
+                "penalty on it. Call its `remove()` first."
             )
         acts = getattr(options.rule, "acts", True)
         in_gradients = options.apply_to == "gradient"
@@ -68,9 +66,7 @@ class Penalty:
             scaling = scaling_for(optimizer, options.apply_to)
         self._options = options
         self._engine = Engine(reader, stepper, membership, scaling, options)
-        self._checkpoint = Checkpoint(
-            optimizer, (reader, stepper), self._engine, options.persist
-        )
+        self._checkpoint = Checkpoint(optimizer, (reader, stepper), self._engine, options.persist)
         # The optimizer holds the penalty by these, and not the other way round: it is freed as soon
         # as it is let go.
         self._reader = ref(reader)
@@ -94,11 +90,13 @@ class Penalty:
         return dict(zip(self.names, self._engine.coefficients.tolist(), strict=True))
 
     def observe(self, /, **errors: Tensor | float) -> None:
-        """Tell the errors of the groups' own predictions, lower is better; their mean counts at the next step.
+        """Tell the errors of the groups' own predictions; their mean counts at the next step.
 
-        What becomes of them is up to the rule: ``ConflictAware`` compares them, the default rule does
-        not. They stay in force until the next call. In distributed training every rank has to call
-        it; the errors are averaged over the ranks that name the group.
+        Lower is better.
+
+        What becomes of them is up to the rule: ``ConflictAware`` compares them, the default rule
+        does not. They stay in force until the next call. In distributed training every rank has to
+        call it; the errors are averaged over the ranks that name the group.
 
         Args:
             **errors: For at least two groups a number >= 0, or a tensor with one element, which is
@@ -106,8 +104,8 @@ class Penalty:
 
         Raises:
             ValueError: If a group is unknown, only one is named, or an error is negative or not a
-                scalar. On an accelerator a negative error is not read; the step then does not count,
-                as with NaN.
+                scalar. On an accelerator a negative error is not read; the step then does not
+                count, as with NaN.
             TypeError: If an error is not a real number.
         """
         self._engine.observed.add(errors)
@@ -120,9 +118,9 @@ class Penalty:
         """The coefficients that the rule gives for norms measured elsewhere; counts as a step.
 
         For engines that keep no gradient per parameter (DeepSpeed ZeRO, FSDP1): measure the norms
-        with the engine's own means between backward and step, and scale the gradients or the learning
-        rates by the result, see ``examples/deepspeed_zero.py``. Every rank gets the same coefficients
-        if it passes the same norms.
+        with the engine's own means between backward and step, and scale the gradients or the
+        learning rates by the result, see ``examples/deepspeed_zero.py``. Every rank gets the same
+        coefficients if it passes the same norms.
 
         Args:
             norms: Gradient norm of each group.
@@ -130,7 +128,8 @@ class Penalty:
 
         Raises:
             RuntimeError: If the rule needs the coherence of gradients, which norms do not tell.
-            ValueError: If ``norms`` does not name exactly the groups; for errors as in :meth:`observe`.
+            ValueError: If ``norms`` does not name exactly the groups; for errors as in
+                :meth:`observe`.
         """
         if getattr(self._options.rule, "needs_coherence", True):
             raise RuntimeError(
@@ -158,7 +157,7 @@ class Penalty:
             vars(stepper).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
-        """The groups with their trainable sizes, the rule, where it acts, and the changed options."""
+        """The groups with their trainable sizes, the rule, where it acts, and changed options."""
         reader = self._reader()
         if reader is None:
             return "Penalty(on an optimizer that is gone)"
@@ -183,7 +182,7 @@ class Penalty:
             raise ReferenceError("The optimizer must exist to be copied. Got none. Keep it.")
         groups = self._engine.membership.parameters(reader.param_groups)
         saved = self._engine.save()
-        return reduce(stepper, protocol, _put_on_again, groups, self._options, saved)
+        return reduce(stepper, protocol, _put_on_again, (groups, self._options, saved))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return penalty_of, (self._stepper(),)
@@ -209,65 +208,70 @@ def penalty_of(optimizer: Optimizer) -> Penalty | None:
 class ConflictAwarePenalty(Optimizer):
     r"""An optimizer that balances groups of parameters, around any optimizer.
 
-    At every step the gradients of the groups are measured, a rule gives each group a coefficient, and
-    what the step does to the group is scaled by it. A *group* is the parameters of one branch of a
+    At every step the gradients of the groups are measured, a rule gives each group a coefficient,
+    and what the step does to the group is scaled by it. A *group* is the parameters of one branch
+    of a
     model: an encoder, a modality, a tower, a head. The default rule,
-    :class:`gradbalance.rules.Coherence`, compares how much the gradients of a group agree from step to
-    step; its docstring says when that helps and when it does not. The class has the name of the paper's
-    rule, :class:`gradbalance.rules.ConflictAware`, which ``PAPER`` sets.
+    :class:`gradbalance.rules.Coherence`, compares how much the gradients of a group agree from step
+    to step; its docstring says when that helps and when it does not. The class has the name of the
+    paper's rule, :class:`gradbalance.rules.ConflictAware`, which ``PAPER`` sets.
 
-    Parameters of no group are never touched; leave fusion layers and joint heads out. Everything that
-    this class does not add is forwarded to the wrapped optimizer, reading, calling and writing:
-    schedulers, scalers, checkpoints and frameworks take it for what it wraps. Use this object, or the
-    wrapped one, everywhere in the loop, not both in turn.
+    Parameters of no group are never touched; leave fusion layers and joint heads out. Everything
+    that this class does not add is forwarded to the wrapped optimizer, reading, calling and
+    writing: schedulers, scalers, checkpoints and frameworks take it for what it wraps. Use this
+    object, or the wrapped one, everywhere in the loop, not both in turn.
 
-    On the CPU a step is decided from its own gradients. On an accelerator it is decided from those of
-    the step before, so that no step waits for the device; the first step has coefficients of 1, or
-    those of a constant rule. A second ``step()`` on the same gradients is a second step: where
+    On the CPU a step is decided from its own gradients. On an accelerator it is decided from those
+    of the step before, so that no step waits for the device; the first step has coefficients of 1,
+    or those of a constant rule. A second ``step()`` on the same gradients is a second step: where
     gradients are scaled it scales them again, as a second ``clip_grad_norm_`` would clip again.
 
     Args:
         optimizer: The optimizer to wrap. Not LBFGS, which evaluates many gradients a step.
         groups: Maps names to modules or iterables of parameters: at least two, disjoint.
-        rule: From what was measured to coefficients, see :mod:`gradbalance.rules`; any function will
-            do.
-        apply_to: ``"update"`` [R]: what the step does to a group is scaled, by the learning rate where
-            the step is proportional to it, else by rescaling the finished update; decoupled weight
-            decay too. ``"learning_rate"`` or ``"displacement"``: one of these two, without a trial of
-            the optimizer. ``"gradient"`` [P]: the gradient is scaled in place; Adam and most others but
-            SGD cancel a constant factor there.
+        rule: From what was measured to coefficients, see :mod:`gradbalance.rules`; any function
+            will do.
+        apply_to: ``"update"`` [R]: what the step does to a group is scaled, by the learning rate
+            where the step is proportional to it, else by rescaling the finished update; decoupled
+            weight decay too. ``"learning_rate"`` or ``"displacement"``: one of these two, without a
+            trial of the optimizer. ``"gradient"`` [P]: the gradient is scaled in place; Adam and
+            most others but SGD cancel a constant factor there.
         smoothing: Weight of the past in the running means, in [0, 1). [P] 0.
         every: Measure and call the rule at one of so many steps, and keep the coefficients between.
-        window: ``(start, stop)`` in optimizer steps between which the rule acts, ``stop`` None for no
-            end; None for always. [P] epochs 0 to 25 of 30.
-        late: Whether a step is decided from the gradients of the step before. None: on an accelerator.
-            False makes each measured step wait for the device there.
-        noise: Standard deviation of Gaussian noise on each grouped gradient tensor inside the window,
-            as a multiple of the tensor's own; one for all groups or, by name, for some. [P] 1, from
-            OGM-GE.
-        max_norm: Clip the global norm of all parameters of the optimizer after the penalty; noise gets
-            the same factor. None does not clip.
+        window: ``(start, stop)`` in optimizer steps between which the rule acts, ``stop`` None for
+            no end; None for always. [P] epochs 0 to 25 of 30.
+        late: Whether a step is decided from the gradients of the step before. None: on an
+            accelerator. False makes each measured step wait for the device there.
+        noise: Standard deviation of Gaussian noise on each grouped gradient tensor inside the
+            window, as a multiple of the tensor's own; one for all groups or, by name, for some. [P]
+            1, from OGM-GE.
+        max_norm: Clip the global norm of all parameters of the optimizer after the penalty; noise
+            gets the same factor. None does not clip.
         generator: Source of the noise. On several ranks it is required and must have the same seed.
-        process_group: Ranks over which observed errors are averaged; the default process group if None.
-        persist: Whether ``state_dict`` holds what was measured, inside ``param_groups[0]``, by group
-            name.
+        process_group: Ranks over which observed errors are averaged; the default process group if
+            None.
+        persist: Whether ``state_dict`` holds what was measured, inside ``param_groups[0]``, by
+            group name.
 
     Raises:
-        TypeError: If ``optimizer`` is not an optimizer, or ``groups``, ``rule`` or an option is of the
-            wrong kind. At a step, if the rule does not return real numbers.
-        ValueError: If a group is empty, overlaps another or is not in the optimizer; if an option is
-            out of range; if the optimizer is LBFGS, or its steps cannot be scaled for some parameters
-            alone. At a step, if the rule returns anything but finite coefficients >= 0.
-        RuntimeError: At a step, if the optimizer no longer holds the parameters of the groups (DeepSpeed
-            ZeRO, FSDP1), or if it is called inside a CUDA graph capture.
+        TypeError: If ``optimizer`` is not an optimizer, or ``groups``, ``rule`` or an option is of
+            the wrong kind. At a step, if the rule does not return real numbers.
+        ValueError: If a group is empty, overlaps another or is not in the optimizer; if an option
+            is out of range; if the optimizer is LBFGS, or its steps cannot be scaled for some
+            parameters alone. At a step, if the rule returns anything but finite coefficients >= 0.
+        RuntimeError: At a step, if the optimizer no longer holds the parameters of the groups
+            (DeepSpeed ZeRO, FSDP1), or if it is called inside a CUDA graph capture.
 
     Example:
         >>> import torch
         >>> from gradbalance import rules
-        >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
+        >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4,
+        1)})
         >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> optimizer = ConflictAwarePenalty(adamw, dict(model.items()), rule=rules.ByHand(text=0.1))
-        >>> (10 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()
+        >>> optimizer = ConflictAwarePenalty(adamw, dict(model.items()),
+        rule=rules.ByHand(text=0.1))
+        >>> (10 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1,
+        4))).sum().backward()
         >>> optimizer.step()
         >>> optimizer.coefficients()
         {'text': 0.1, 'audio': 1.0}
@@ -285,7 +289,7 @@ class ConflictAwarePenalty(Optimizer):
         self,
         optimizer: Optimizer,
         groups: Groups,
-        rule: Rule = _COHERENCE,
+        rule: Rule = COHERENCE,
         *,
         apply_to: ApplyTo = "update",
         smoothing: float = SMOOTHING,
@@ -340,8 +344,8 @@ class ConflictAwarePenalty(Optimizer):
         """Take the penalty off: the optimizer steps as if it had never been there."""
         self.penalty.remove()
 
-    # Everything below forwards to the wrapped optimizer. Its attributes (`param_groups`, `state`, the
-    # `grad_scale` of GradScaler) are read and written there: a copy would go stale.
+    # Everything below forwards to the wrapped optimizer. Its attributes (`param_groups`, `state`,
+    # the `grad_scale` of GradScaler) are read and written there: a copy would go stale.
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the wrapped optimizer, whose hooks apply the penalty."""
@@ -393,8 +397,8 @@ class ConflictAwarePenalty(Optimizer):
         return getattr(self.optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A method that somebody patches (a scheduler, `step`) stays on the object that they patched,
-        # and so does everything while a subclass is built around nothing (LightningOptimizer).
+        # A method that somebody patches (a scheduler, `step`) stays on the object that was patched,
+        # and so does all that a subclass sets before there is an optimizer (LightningOptimizer).
         if hasattr(type(self), name) or name in vars(self) or "optimizer" not in vars(self):
             object.__setattr__(self, name, value)
         else:
@@ -431,7 +435,7 @@ def _rewrap(cls: type[ConflictAwarePenalty], optimizer: Optimizer) -> ConflictAw
 def attach(
     optimizer: Optimizer,
     groups: Groups,
-    rule: Rule = _COHERENCE,
+    rule: Rule = COHERENCE,
     *,
     apply_to: ApplyTo = "update",
     smoothing: float = SMOOTHING,
@@ -446,8 +450,8 @@ def attach(
 ) -> Penalty:
     """Put the penalty on an optimizer, which stays the object that you step.
 
-    The mechanism of :class:`ConflictAwarePenalty`, which documents the arguments, for code that has to
-    keep its optimizer object.
+    The mechanism of :class:`ConflictAwarePenalty`, which documents the arguments, for code that has
+    to keep its optimizer object.
 
     Returns:
         The handle: ``observe``, ``coefficients``, ``balance``, ``remove``. It does not keep the

@@ -1,6 +1,6 @@
 """A record of what was measured and decided at every step: numbers, a table, a figure, logs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple, Self
 from weakref import ref
@@ -69,14 +69,14 @@ class Recorder:
     Raises:
         ValueError: If there is no penalty, or it was removed, or ``every`` is out of range.
         TypeError: If ``optimizer`` is not an optimizer.
+        RuntimeError: At a summary or a figure, if no step had finite gradients in two groups.
 
     Example:
         >>> import torch
-        >>> from gradbalance import ConflictAwarePenalty, rules
+        >>> from gradbalance import attach, rules
         >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
-        >>> sgd = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
-        >>> groups = {"text": text, "audio": audio}
-        >>> optimizer = ConflictAwarePenalty(sgd, groups, rule=rules.ByHand(text=0.5))
+        >>> optimizer = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, rules.ByHand(text=0.5))
         >>> with Recorder(optimizer) as recorder:
         ...     (10 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
         ...     optimizer.step()
@@ -158,9 +158,8 @@ class Recorder:
     def to_dict(self) -> dict[str, np.ndarray]:
         """All that was recorded, S steps of N groups: each field of :class:`Balance` by its name.
 
-        Returns:
-            ``names``, shape ``[N]``; ``step``, int, shape ``[S]``; ``conflicts``, bool, shape
-            ``[S, N, N]``; all others with shape ``[S, N]``.
+        The shapes are ``[N]`` of ``names``, ``[S]`` of ``step``, ``[S, N, N]`` of ``conflicts``,
+        and ``[S, N]`` of the others.
         """
         self._settled()
         record = {"names": np.array(self.names)}
@@ -169,11 +168,7 @@ class Recorder:
         return record
 
     def summary(self) -> Summary:
-        """The record in a few figures; ``print`` it for a table.
-
-        Raises:
-            RuntimeError: If no step with finite gradients in at least two groups was recorded.
-        """
+        """The record in a few figures; ``print`` it for a table."""
         record = self._counted_steps()
         coherences = np.ma.masked_invalid(record["coherences"]).mean(0)
         before, after = np.median(record["dominance"], axis=0).tolist()
@@ -188,15 +183,9 @@ class Recorder:
         )
 
     def plot(self, path: str | PathLike[str]) -> "Figure":
-        """Save a figure of the record, and return it to be changed or shown.
+        """Save a figure of the record in the format of the suffix, and return it.
 
         Conflicts are drawn where the rule reports some. Needs ``pip install gradbalance[plot]``.
-
-        Args:
-            path: Where to save it; the suffix gives the format, such as ``.png`` or ``.pdf``.
-
-        Raises:
-            RuntimeError: As in :meth:`summary`.
         """
         from gradbalance._figure import draw
 
@@ -230,22 +219,19 @@ class Recorder:
                 "`writer` must be a folder, have add_scalar(tag, value, step), or be a function of "
                 f"a dict. Got {writer!r}. Pass a path, a SummaryWriter, or `wandb.log`."
             )
-        for step, scalars in self._unlogged():
-            if add_scalar is not None:
-                for key, value in scalars.items():
-                    add_scalar(key, value, step)
-            elif callable(writer):
-                writer({"gradbalance/step": step, **scalars})
-
-    def _unlogged(self) -> Iterator[tuple[int, dict[str, float]]]:
         self._settled()
         for row in self._rows[self._logged : self._count]:
+            step = int(row["step"])
             scalars = {}
             for quantity in LOGGED:
                 for name, value in self._by_name(row[quantity]).items():
                     if np.isfinite(value):
                         scalars[f"gradbalance/{quantity}/{name}"] = value
-            yield int(row["step"]), scalars
+            if add_scalar is not None:
+                for key, value in scalars.items():
+                    add_scalar(key, value, step)
+            elif callable(writer):
+                writer({"gradbalance/step": step, **scalars})
             self._logged += 1  # only now: a step whose writer raised is logged by the next call
 
     def _by_name(self, values: np.ndarray) -> dict[str, float]:

@@ -3,15 +3,15 @@
 Everything goes through the optimizer's own ways of saving, so that no user has to save a second
 object:
 
-- **Checkpoints.** torch.distributed.checkpoint drops unknown top-level keys of a ``state_dict``, and
-  loads a flattened one only for keys that the live ``param_groups`` have. So the first live
+- **Checkpoints.** torch.distributed.checkpoint drops unknown top-level keys of a ``state_dict``,
+  and loads a flattened one only for keys that the live ``param_groups`` have. So the first live
   param_group holds one key, :data:`KEY`, from construction on, empty but in a saved ``state_dict``.
-  What a ``state_dict`` brings is checked before the optimizer loads it and taken after that, so that
-  a load that fails changes nothing. Some loaders pass by the hooks of ``load_state_dict``; what they
-  leave under the key is taken before the next step.
-- **Copies and pickles.** ``Optimizer.__getstate__`` drops hooks, so that a copy would train without
-  the penalty. ``__reduce_ex__`` on the instance, where ``copy`` and ``pickle`` look first, rebuilds
-  the optimizer and puts the penalty on it again.
+  What a ``state_dict`` brings is checked before the optimizer loads it and taken after that, so
+  that a load that fails changes nothing. Some loaders pass by the hooks of ``load_state_dict``;
+  what they leave under the key is taken before the next step. - **Copies and pickles.**
+  ``Optimizer.__getstate__`` drops hooks, so that a copy would train without the penalty.
+  ``__reduce_ex__`` on the instance, where ``copy`` and ``pickle`` look first, rebuilds the
+  optimizer and puts the penalty on it again.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ class Remembers(Protocol):
 
 
 class Checkpoint:
-    """Puts what is remembered into each ``state_dict`` of an optimizer, and takes it out of those loaded.
+    """Saves what is remembered in each ``state_dict`` of an optimizer, and takes it out again.
 
     Args:
         optimizer: As the user has it: some wrappers save and load for the optimizer that they wrap.
@@ -67,11 +67,11 @@ class Checkpoint:
         for optimizer in self._steppers:  # ZeroRedundancyOptimizer copies from one to the other
             for group in optimizer.param_groups:
                 saved = group.get(KEY)
+                if saved and self._persist:
+                    self._check(saved)
+                    self._memory.load(saved[0])
                 if saved:
                     group[KEY] = ()
-                    if self._persist:
-                        self._check(saved)
-                        self._memory.load(saved[0])
 
     def remove(self) -> None:
         """Leave the checkpoints alone from now on."""
@@ -94,7 +94,7 @@ class Checkpoint:
         for group in groups:
             group.pop(KEY, None)
         if self._persist and groups:
-            # A tuple: of a dict torch.distributed.checkpoint would load only keys that it had before.
+            # A tuple: of a dict torch.distributed.checkpoint loads only keys that it had before.
             groups[0][KEY] = (self._memory.save(),)
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -120,18 +120,19 @@ class Checkpoint:
 
 
 def reduce(
-    optimizer: Optimizer, protocol: Any, rebuild: Callable[..., Any], *penalty: Any
+    optimizer: Optimizer, protocol: Any, rebuild: Callable[..., Any], penalty: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """How an optimizer with a penalty is copied and pickled; see the docstring of this module.
 
     Args:
         optimizer: The optimizer.
         protocol: Of pickle.
-        rebuild: Called with the optimizer that was rebuilt, and ``penalty``, to put the penalty on it.
-        *penalty: What the penalty is made of.
+        rebuild: Called with the rebuilt optimizer and the parts of the penalty.
+        penalty: What the penalty is made of.
     """
-    make, args, state, *_ = object.__reduce_ex__(optimizer, max(2, int(protocol)))
-    return _rebuild_optimizer, (make, args, state, rebuild, *penalty)
+    parts: Any = object.__reduce_ex__(optimizer, max(2, int(protocol)))
+    make, args, state = parts[:3]
+    return _rebuild_optimizer, (make, args, state, rebuild, penalty)
 
 
 def _rebuild_optimizer(
@@ -139,7 +140,7 @@ def _rebuild_optimizer(
     args: tuple[Any, ...],
     state: dict[str, Any],
     rebuild: Callable[..., Any],
-    *penalty: Any,
+    penalty: tuple[Any, ...],
 ) -> Any:
     optimizer = make(*args)
     optimizer.__setstate__(state)

@@ -97,14 +97,13 @@ def _kind_for(optimizer: Optimizer) -> type[Scaling]:
     trial = _tried(optimizer)
     if not trial.moves:
         raise _refusal(optimizer, "whose `step()` hardly moves parameters", OTHER)
-    by_update = not trial.keeps_copies and trial.follows(Displacement)
     if _has_rate(optimizer) and trial.follows(LearningRates):
         # A cap or a schedule of its own shows at a high rate, where all gradients agree.
         high = _tried(optimizer, rate=1.0)
-        capped = by_update and not high.follows(LearningRates)
-        if not capped or high.keeps_copies or not high.follows(Displacement):
+        follows = high.follows(LearningRates)
+        if follows or high.keeps_copies or not high.follows(Displacement):
             return LearningRates
-    if by_update:
+    if not trial.keeps_copies and trial.follows(Displacement):
         return Displacement
     why = "which does not follow it and keeps copies of the parameters"
     if not trial.keeps_copies:

@@ -16,7 +16,8 @@ class StepHooks:
 
     Hooks of others that set a learning rate run before the one and after the other, whenever they
     were registered. A step that calls the step of its base class is one step: its hooks run twice,
-    and only the outer ones count. The optimizer holds this object, which does not hold the optimizer.
+    and only the outer ones count. The optimizer holds this object, which does not hold the
+    optimizer.
 
     Args:
         optimizer: Whose steps.
@@ -154,8 +155,8 @@ def _move(handle: Any, last: bool) -> None:
 
 
 _NO_HOOKS = (
-    "`optimizer` must run its step hooks. Got {}, whose `step` does not: its `__init__` does not call "
-    "that of torch.optim.Optimizer. Wrap the optimizer inside it, or call `super().__init__`."
+    "`optimizer` must run its step hooks. Got {}, whose `step` does not: its `__init__` does not "
+    "call that of torch.optim.Optimizer. Wrap the optimizer inside it, or call `super().__init__`."
 )
 _GONE = (
     "The optimizer must exist when it steps. Got its `step` alone. "

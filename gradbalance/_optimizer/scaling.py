@@ -52,8 +52,9 @@ class LearningRates:
             members: dict[int, list[Tensor]] = {}
             for p in param_group["params"]:
                 members.setdefault(group_of.get(id(p), UNGROUPED), []).append(p)
-            # The step of an empty param_group may write into it too.
-            self._divided.append(dict(sorted(members.items())) or {UNGROUPED: []})
+            # In the order of the param_group, in which some steps draw random numbers. The step of
+            # an empty one may write into it too.
+            self._divided.append(members or {UNGROUPED: []})
 
     def begin(self, factors: Sequence[float]) -> None:
         """Put the stand-ins in place.
@@ -82,7 +83,7 @@ class LearningRates:
             # schedule-free weights its averages by the rate, and those of a group that is not
             # scaled must not change: what the step writes is read from the factor closest to 1,
             # the ungrouped parameters first.
-            closest = min(members, key=lambda m: abs(factor_of[m] - 1.0))
+            closest = min(members, key=lambda m: (abs(factor_of[m] - 1.0), m))
             for m, parameters in members.items():
                 stand_in = _stand_in(param_group, parameters, factor_of[m])
                 stand_ins.append(stand_in)

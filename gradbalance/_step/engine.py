@@ -115,7 +115,7 @@ class Engine:
             with_norms=options.max_norm is not None or (is_measured and not reads_alone),
             process_group=options.process_group,
         )
-        # Where GradScaler leaves both for fused optimizers, which it lets step with scaled gradients.
+        # GradScaler leaves both on a fused optimizer, which it lets step with scaled gradients.
         norms = parts.get("norms")
         for name in ("grad_scale", "found_inf"):
             value = getattr(self._stepper, name, None)
@@ -126,11 +126,11 @@ class Engine:
         return Reading(parts, gradients.plan.present, is_measured), norms
 
     def _decide(self, reading: Reading) -> Flags:
-        """Take a reading into the state; which groups the decision acts on, none if it does not count."""
+        """Take a reading into the state; on which groups the decision acts, if the step counts."""
         numbers = reading.numbers()
         n = len(self.state.names)
         active = reading.present
-        lengths: Vector | None = None
+        lengths = np.zeros(n)
         cosines: Vector | None = None
         is_skipped = "found_inf" in numbers and numbers["found_inf"] > 0
         with np.errstate(all="ignore"):  # what is not finite does not count
@@ -143,11 +143,15 @@ class Engine:
                 if "grad_scale" in numbers:
                     norms = norms / numbers["grad_scale"]
                 active = self.state.learn(norms, cosines, numbers.get("errors"))
-                self._tell(active)
+        coefficients = self._in_force(active, self.state.is_inside(self._options.window))
         if active.any():
             self.state.step += 1
-            if self._sketch is not None and lengths is not None:
+            if self._sketch is not None:
                 self._sketch.keep(lengths)
+        if reading.is_measured and self.listeners:
+            balance = self.state.balance(coefficients)
+            for listener in self.listeners:
+                listener(balance)
         return active
 
     def _in_force(self, active: Flags, is_inside: bool) -> Vector:
@@ -156,13 +160,6 @@ class Engine:
         if acts and is_inside:
             return np.where(active, self.state.decided, 1.0)
         return np.ones(len(active))
-
-    def _tell(self, active: Flags) -> None:
-        if self.listeners:
-            is_inside = self.state.is_inside(self._options.window)
-            balance = self.state.balance(self._in_force(active, is_inside))
-            for listener in self.listeners:
-                listener(balance)
 
     def _write(self, gradients: Gradients, norms: Tensor | None, is_noisy: bool) -> None:
         """Scale and clip the gradients, and add noise if there is to be any."""
@@ -189,7 +186,7 @@ class Engine:
             raise
 
     def _current_layout(self) -> Layout:
-        """The layout, made anew when the optimizer holds other parameters, or others are trained."""
+        """The layout, made anew when the optimizer holds or trains other parameters."""
         param_groups = self._reader.param_groups
         if self._layout is not None and self._layout.fits(param_groups):
             return self._layout
@@ -225,8 +222,8 @@ class Engine:
         several = world_size(self._options.process_group) > 1
         if any(self._amounts) and self._options.generator is None and several:
             raise RuntimeError(
-                "`generator` must be given with `noise` on several ranks. Got None, which draws other "
-                "noise on each rank. Pass a generator with the same seed on every rank."
+                "`generator` must be given with `noise` on several ranks. Got None, which draws "
+                "other noise on each rank. Pass a generator with the same seed on every rank."
             )
 
     def decide_for(self, norms: Vector, errors: Mapping[str, Any] | None) -> None:
@@ -235,8 +232,9 @@ class Engine:
             self.observed.add(errors)
         parts = {"norms": torch.from_numpy(norms)}
         observed = self.observed.take(torch.device("cpu"))
+        observed = average(observed, self._options.process_group)
         if observed is not None:
-            parts["errors"] = average(observed, self._options.process_group)
+            parts["errors"] = observed
         present = np.ones(len(norms), dtype=bool)
         is_inside = self.state.is_inside(self._options.window)
         active = self._decide(Reading(parts, present, is_measured=True))
@@ -245,8 +243,8 @@ class Engine:
     def save(self) -> dict[str, Any]:
         """What is remembered, in builtin types, by group name.
 
-        A pending reading is decided on first: a checkpoint between two steps holds what the second one
-        will know.
+        A pending reading is decided on first: a checkpoint between two steps holds what the second
+        one will know.
         """
         self.settle()
         sketch = self._loaded_sketch
@@ -262,9 +260,12 @@ class Engine:
         """Check what :meth:`save` gave.
 
         Raises:
+            KeyError: If something is missing in it.
             ValueError: If it is that of another rule or of other groups.
         """
         name = name_of(self._options.rule)
+        for key in ("rule", "sketch", "phase"):
+            saved[key]
         if saved["rule"] != name:
             raise ValueError(
                 f"`state_dict` must be of the rule {name}. Got that of {saved['rule']}. "
@@ -284,6 +285,7 @@ class Engine:
         if "rule_state" in saved and hasattr(self._options.rule, "load_state_dict"):
             self._options.rule.load_state_dict(saved["rule_state"])
 
+
 def _refuse_capture(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -293,6 +295,6 @@ def _refuse_capture(device: torch.device) -> None:
 
 
 _INFERENCE = (
-    "The gradients must be writable for `apply_to=\"gradient\"`, `max_norm` and `noise`. Got inference "
-    "tensors. Make them outside `torch.inference_mode()`, or scale the update alone."
+    'The gradients must be writable for `apply_to="gradient"`, `max_norm` and `noise`. Got '
+    "inference tensors. Make them outside `torch.inference_mode()`, or scale the update alone."
 )

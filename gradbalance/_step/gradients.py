@@ -57,7 +57,7 @@ class Bucket(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The buckets of one set of gradients, and which groups have a gradient at all, bool, ``[N]``."""
+    """The buckets of one set of gradients, and which groups have any gradient, bool, ``[N]``."""
 
     buckets: list[Bucket]
     present: NDArray[np.bool_]
@@ -135,9 +135,7 @@ class Layout:
         """Whether the optimizer holds the same parameters, and none was frozen, cast or moved."""
         if len(self._known) != len(param_groups):
             return False
-        for known, described, group in zip(
-            self._known, self._described, param_groups, strict=True
-        ):
+        for known, described, group in zip(self._known, self._described, param_groups, strict=True):
             parameters = group["params"]
             if len(known) != len(parameters) or not all(map(is_, known, parameters)):
                 return False
@@ -214,7 +212,7 @@ def _kind(gradient: Tensor | None) -> tuple[torch.dtype, bool] | None:
 
 
 def copies_of(p: Any) -> int:
-    """Number of ranks that hold the same shard of ``p``: a sum over its mesh counts it that often."""
+    """Number of ranks that hold the same shard of ``p``; a sum over its mesh counts it so often."""
     mesh = getattr(p, "device_mesh", None)
     return 1 if mesh is None else _copies(mesh, p.placements)
 
@@ -224,7 +222,7 @@ def _copies(mesh: Any, placements: tuple[Any, ...]) -> int:
 
 
 def reduced(t: Any, placements: tuple[Any, ...]) -> Any:
-    """``t`` with repeated indices summed if it is sparse, and partial sums over ranks if a DTensor."""
+    """``t`` with repeated indices summed, and partial sums of a DTensor added up over ranks."""
     if t.is_sparse:
         return t.coalesce()
     if getattr(t, "placements", ()) == placements:
@@ -251,7 +249,7 @@ def local_slices(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _entries(t: Tensor) -> Tensor:
-    """A plain real tensor with the local entries of ``t``; what is written to it is written to ``t``."""
+    """A plain real tensor with the local entries of ``t``; to write it is to write ``t``."""
     t = local(t)
     if t.is_sparse:
         t = t._values()

@@ -1,4 +1,7 @@
-"""What one step shows, over shards and ranks, and its way to the host; the only room with collectives."""
+"""What one step shows, over shards and ranks, and its way to the host.
+
+This is the only room with collectives.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +23,7 @@ class Reading:
     """What one step showed: on the host at once, from an accelerator by an asynchronous copy.
 
     Args:
-        parts: The measurements by name, all on one device.
+        parts: The measurements by name; those that are not on the host are on one device.
         present: Which groups had a gradient, bool, shape ``[N]``.
         is_measured: Whether the step is one of those that are decided on.
     """
@@ -30,22 +33,29 @@ class Reading:
     ) -> None:
         self.present = present
         self.is_measured = is_measured
-        self._parts = dict(parts)
         self._transfer: Transfer | None = None
-        if not all(on_host(part.device) for part in parts.values()):
-            flat = [part.flatten().to(torch.float64) for part in parts.values()]
+        self._numbers: dict[str, NDArray[np.float64]] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of those that are on their way
+        flat = []
+        for name, part in parts.items():
+            if on_host(part.device):
+                self._numbers[name] = part.numpy()
+            else:
+                self._shapes[name] = part.shape
+                flat.append(part.flatten().to(wide(part.device)))
+        if flat:
             self._transfer = Transfer(torch.cat(flat))
 
     def numbers(self) -> dict[str, NDArray[np.float64]]:
         """The measurements by name, once their copy has arrived."""
-        if self._transfer is None:
-            return {name: part.numpy() for name, part in self._parts.items()}
-        vector = self._transfer.numbers()
-        numbers = {}
-        start = 0
-        for name, part in self._parts.items():
-            numbers[name] = vector[start : start + part.numel()].reshape(part.shape)
-            start += part.numel()
+        numbers = dict(self._numbers)
+        if self._transfer is not None:
+            vector = self._transfer.numbers()
+            start = 0
+            for name, shape in self._shapes.items():
+                stop = start + shape.numel()
+                numbers[name] = vector[start:stop].reshape(shape)
+                start = stop
         return numbers
 
 
@@ -58,7 +68,7 @@ class Transfer:
         if vector.device.type == "cuda":
             self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             self._vector.copy_(vector, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(vector.device))
 
     def numbers(self) -> NDArray[np.float64]:
@@ -96,15 +106,13 @@ def measure(
     entries = {} if sketch is None else sketch.take(gradients)
     summed: dict[Any, Tensor] = {}
     if with_norms or entries:
-        parts["norms"], errors, summed = _reduce(
-            gradients, layout, errors, entries, process_group
-        )
+        parts["norms"], errors, summed = _reduce(gradients, layout, errors, entries, process_group)
     else:
         errors = average(errors, process_group)
     if sketch is not None:
         parts["products"] = sketch.products(summed)
     if errors is not None:
-        parts["errors"] = errors.to(layout.device)
+        parts["errors"] = errors
     return parts
 
 
@@ -189,7 +197,8 @@ def _joint(norms: list[Tensor]) -> Tensor:
     """The norm of each row over its parts in several places."""
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return joint
 
 
 def _norms_by_mesh(gradients: Gradients, rows: int) -> dict[Any, Tensor]:
@@ -217,7 +226,9 @@ def _norms_on_device(gradients: BucketGradients) -> Tensor:
         norms = torch._foreach_norm(gradients.read, 2.0, dtype=bucket.table.dtype)
         torch._foreach_copy_(bucket.cells, list(norms))
     # Squared in float64: the sum must not overflow or vanish where the norms themselves do not.
-    return torch.linalg.vector_norm(bucket.table, dim=1, dtype=wide(bucket.device))
+    norms_of_rows: Tensor
+    norms_of_rows = torch.linalg.vector_norm(bucket.table, dim=1, dtype=wide(bucket.device))
+    return norms_of_rows
 
 
 def _norms_on_host(gradients: BucketGradients, rows: int) -> Tensor:
@@ -228,7 +239,7 @@ def _norms_on_host(gradients: BucketGradients, rows: int) -> Tensor:
         parts = []
         rows_of_parts = []
         for gradient, row in zip(gradients.read, bucket.rows, strict=True):
-            pieces = gradient.reshape(-1).split(CPU_PART)
+            pieces = torch.split(gradient.reshape(-1), CPU_PART)
             parts += pieces
             rows_of_parts += [row] * len(pieces)
     if not parts:

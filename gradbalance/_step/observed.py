@@ -50,7 +50,10 @@ class ObservedErrors:
         """
         if not self._sums:
             return None
-        means = [self._sums[n] / self._counts[n] if n in self._sums else UNSEEN for n in self._names]
+        means = []
+        for name in self._names:
+            is_seen = name in self._sums
+            means.append(self._sums[name] / self._counts[name] if is_seen else UNSEEN)
         self._sums = {}
         self._counts = {}
         if not any(isinstance(mean, Tensor) for mean in means) and world_size() == 1:
@@ -65,7 +68,7 @@ class ObservedErrors:
 
 
 def _checked(name: str, error: Any) -> Tensor | float:
-    """The error as a number if it is on the host, else as a tensor ``[]`` that nobody has looked at."""
+    """The error as a number if it is on the host, else as a tensor ``[]`` that is not read."""
     if isinstance(error, Tensor):
         value = error.detach()
         if value.is_complex():

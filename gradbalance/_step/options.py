@@ -13,6 +13,7 @@ from gradbalance.rules import Coherence, Rule
 ApplyTo = Literal["update", "gradient", "learning_rate", "displacement"]
 
 SMOOTHING = 0.98
+COHERENCE = Coherence()
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Options:
         TypeError: If an option is of the wrong kind.
     """
 
-    rule: Rule = Coherence()
+    rule: Rule = COHERENCE
     apply_to: ApplyTo = "update"
     smoothing: float = SMOOTHING
     every: int = 1

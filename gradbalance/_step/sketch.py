@@ -1,7 +1,8 @@
-"""The cosine between a group's gradient and the last one that it had, on a sketch of its entries."""
+"""The cosine between a group's gradient and the last one that it had, on some of its entries."""
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import ceil, inf, prod, sqrt
 from typing import Any, NamedTuple
 
@@ -10,8 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbalance._step.gradients import Gradients, copies_of, local, local_slices, on_host
-from gradbalance._step.gradients import reduced, wide
+from gradbalance._step.gradients import (
+    Gradients,
+    copies_of,
+    local,
+    local_slices,
+    on_host,
+    reduced,
+    wide,
+)
 
 ENTRIES = 1 << 13  # of all groups together
 SMALL = 1 << 15  # entries of all groups together up to which all are kept
@@ -33,7 +41,8 @@ class Pick(NamedTuple):
         is_plain: Whether the gradient is a real tensor on this rank alone, unless it is sparse.
         copies: Number of ranks that hold the same shard, each of which adds its entries.
         mesh: Of a DTensor, else None.
-        slots: Where the entries go: two for a plain tensor, one in the sum over the mesh for a DTensor.
+        slots: Where the entries go: two for a plain tensor, one in the sum over the mesh for a
+            DTensor.
     """
 
     parameter: Tensor
@@ -47,8 +56,8 @@ class Pick(NamedTuple):
 class Sketch:
     """The same entries of each group's gradient at every step and on every rank.
 
-    Each group has two slots: one for the entries of the last gradient that it had, and one for those
-    of this step. :meth:`keep` swaps them for the groups whose gradient counts.
+    Each group has two slots: one for the entries of the last gradient that it had, and one for
+    those of this step. :meth:`keep` swaps them for the groups whose gradient counts.
 
     Args:
         members: Trainable parameters of each group.
@@ -60,7 +69,7 @@ class Sketch:
 
     def __init__(self, members: Sequence[Sequence[Tensor]], device: torch.device) -> None:
         n = len(members)
-        everything = sum(map(list, members), [])
+        everything = list(chain.from_iterable(members))
         sizes = [sum(p.numel() for p in group) for group in members]
         # Decided alike on whatever ranks and devices, as a checkpoint may go to others.
         self._takes_all = n * max(sizes) <= SMALL
@@ -80,7 +89,7 @@ class Sketch:
                 self._sums[mesh] = torch.zeros(n, width, device=device)
         self._picks: list[list[Pick]] = [[] for _ in members]
         self._lengths = [0] * n
-        # Indices of the parameters that had a gradient at some step: entries are taken of these alone.
+        # Indices of the parameters that had a gradient at some step: only these are sampled.
         self._seen: list[set[int]] = [set() for _ in members]
         self._plan: Any = None
         self._present: list[bool] = [False] * n  # whether the group has a gradient at this step
@@ -119,8 +128,8 @@ class Sketch:
             summed: What :meth:`take` returned, summed over ranks.
         """
         if summed:
-            total = sum(part.to(self._entries) for part in summed.values())
-            rows = [row for row, is_present in zip(total, self._present, strict=True) if is_present]
+            total = torch.stack([part.to(self._entries) for part in summed.values()]).sum(0)
+            rows = [total[m] for m, is_present in enumerate(self._present) if is_present]
             torch._foreach_add_(self._slots(), rows)
         return torch.bmm(self._entries, self._transposed)
 
@@ -131,7 +140,8 @@ class Sketch:
             products: Those of the step, on the host.
 
         Returns:
-            The lengths, 0 for a group without a gradient; the cosines, NaN where they are not defined.
+            The lengths, 0 for a group without a gradient; the cosines, NaN where they are not
+            defined.
         """
         lengths = np.zeros(len(products))
         cosines = np.full(len(products), np.nan)
@@ -157,7 +167,7 @@ class Sketch:
                 self._is_known[m] = True
 
     def continue_from(self, other: "Sketch") -> None:
-        """Take over from another sketch what it knows of the groups that have the same parameters."""
+        """Take over what another sketch knows of the groups that have the same parameters."""
         for m, (mine, theirs) in enumerate(zip(self._members, other._members, strict=True)):
             if list(map(id, mine)) == list(map(id, theirs)):
                 self._load_group(m, other._seen[m], other._last(m))
@@ -198,7 +208,7 @@ class Sketch:
             self._is_known[m] = True
 
     def _pick_new(self) -> None:
-        """Choose the entries anew of each group in which another parameter has a gradient for the first time."""
+        """Choose the entries of each group anew in which a parameter has its first gradient."""
         for m, group in enumerate(self._members):
             with_gradient = {i for i, p in enumerate(group) if p.grad is not None}
             if not with_gradient <= self._seen[m]:
@@ -273,7 +283,7 @@ def _grid(p: Tensor, entries: int) -> Grid:
     """A grid of about ``entries`` positions in ``p``."""
     strides = [1] * p.dim()
     shape = list(p.shape)
-    # All axes alike: a few whole rows would say less, since rows differ more than the entries within one.
+    # All axes alike: a few whole rows would say less, as rows differ more than entries within one.
     by_size = sorted(range(p.dim()), key=lambda d: p.shape[d])
     for i, d in enumerate(by_size):
         excess = prod(shape) / max(entries, 1)

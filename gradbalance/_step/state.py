@@ -54,14 +54,17 @@ class RunningMeans(NamedTuple):
         is_given = ~np.isnan(values)
         counts = self.counts + is_given
         weights = np.maximum(1 - smoothing, 1 / np.maximum(counts, 1)) * is_given
-        deviations = np.where(is_given, values - self.means, 0.0)
-        steps = weights * deviations
-        variances = (1 - weights) * (self.variances + steps * deviations)
-        return RunningMeans(self.means + steps, variances, counts)
+        values = np.where(is_given, values, self.means)
+        # Not `means + weights * (values - means)`, which loses a small value after a large one.
+        means = (1 - weights) * self.means + weights * values
+        deviations = values - self.means
+        variances = (1 - weights) * (self.variances + weights * deviations**2)
+        return RunningMeans(means, variances, counts)
 
     def shown(self) -> Vector:
         """The means as others see them, NaN before the first value, shape ``[4, N]``."""
-        return np.where(self.counts > 0, self.means, nan)
+        shown: Vector = np.where(self.counts > 0, self.means, nan)
+        return shown
 
     def without(self, is_gone: Flags) -> "RunningMeans":
         """The means with those where ``is_gone``, shape ``[4, N]``, back at no value."""
@@ -81,7 +84,8 @@ class RunningMeans(NamedTuple):
         is_known = (self.counts >= 3) & (n > 1)
         errors = np.full(n.shape, inf)
         np.divide(self.variances, n - 1, out=errors, where=is_known)
-        return np.sqrt(errors)
+        roots: Vector = np.sqrt(errors)
+        return roots
 
 
 class State:
@@ -141,7 +145,7 @@ class State:
         self.norms = norms
         self.conflicts = None
         self.has_errors |= errors is not None
-        counts = is_finite and has_finite_errors and np.count_nonzero(active) >= 2
+        counts = is_finite and has_finite_errors and int(np.count_nonzero(active)) >= 2
         self._watchdog.see(active, is_finite, has_finite_errors, counts)
         if not counts:
             return np.zeros(len(norms), dtype=bool)
@@ -238,8 +242,12 @@ class State:
         """Check what :meth:`save` gave.
 
         Raises:
+            KeyError: If something is missing in it.
             ValueError: If it is that of other groups.
         """
+        own = self.save()
+        for key in own:
+            saved[key]
         names = saved["groups"]
         if set(names) != set(self.names):
             raise ValueError(
@@ -247,6 +255,9 @@ class State:
                 f"{', '.join(self.names)}. Got {', '.join(names)}. "
                 "Load a checkpoint of the same groups, or build with `persist=False`."
             )
+        for name, group in names.items():
+            for key in own["groups"][name]:
+                group[key]
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take what :meth:`save` gave, of the same groups in any order."""
@@ -264,18 +275,19 @@ class State:
 
 
 class Watchdog:
-    """Warns once if nothing has happened for many measured steps: a penalty that cannot act says so."""
+    """Warns once if nothing has happened for many measured steps.
+
+    A penalty that cannot act says so.
+    """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = np.array(names)
         self._uncounted = 0  # measured steps in a row that did not count
-        self._without_gradient = np.zeros(len(names), dtype=int)  # and in which the group had no gradient
+        self._without_gradient = np.zeros(len(names), dtype=int)  # in a row, of each group
         self._has_warned = False
         self.is_frozen = np.zeros(len(names), dtype=bool)
 
-    def see(
-        self, active: Flags, is_finite: bool, has_finite_errors: bool, counts: bool
-    ) -> None:
+    def see(self, active: Flags, is_finite: bool, has_finite_errors: bool, counts: bool) -> None:
         """One more measured step."""
         if self._has_warned:
             return
@@ -297,7 +309,9 @@ class Watchdog:
                 why = f"No parameter of {listed} has a gradient"
             else:
                 why = "Fewer than two groups have a gradient in the same step"
-            self._warn(f"No step has counted for {PATIENCE} measured steps, so nothing is balanced. {why}.")
+            self._warn(
+                f"No step has counted for {PATIENCE} measured steps, so nothing is balanced. {why}."
+            )
         elif len(silent):
             self._warn(
                 f"No parameter of {listed} has had a gradient for {PATIENCE} measured steps. Was a "
@@ -332,8 +346,8 @@ def checked_answer(rule: Rule, answer: Any, n: int) -> tuple[Vector, Flags | Non
             f"Return an array of floats, of shape ({n},)."
         )
     coefficients = coefficients.astype(np.float64)
-    is_valid = coefficients.shape == (n,) and bool(((coefficients >= 0) & (coefficients < inf)).all())
-    if not is_valid:
+    is_valid = (coefficients >= 0) & (coefficients < inf)
+    if coefficients.shape != (n,) or not is_valid.all():
         raise ValueError(
             f"{name} must return finite coefficients >= 0 of shape ({n},). "
             f"Got {coefficients.tolist() if coefficients.ndim == 1 else coefficients.shape}. "

@@ -22,7 +22,8 @@ def scale_(
         factors: One for each row.
         clip: Factor that all share, shape ``[]``, or None. On an accelerator nobody looks at it.
     """
-    with torch.enable_grad():  # a gradient with a graph (create_graph=True) takes the factor into it
+    # A gradient with a graph (create_graph=True) takes the factor into it.
+    with torch.enable_grad():
         for bucket, _, write in gradients:
             of_each = [factors[row] for row in bucket.rows]
             common = clip
@@ -53,7 +54,7 @@ def clip_factor(norms: Tensor, factors: Sequence[float], max_norm: float) -> Ten
 
 
 def spreads(gradients: Iterable[BucketGradients], amounts: Sequence[float]) -> list[Spread]:
-    """The tensors that get noise: each with the amount of its row times its own standard deviation."""
+    """The tensors that get noise, each with the amount of its row times its own spread."""
     found: list[Spread] = []
     for bucket, _, write in gradients:
         for gradient, row in zip(write, bucket.rows, strict=True):

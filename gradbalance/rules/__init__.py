@@ -1,15 +1,16 @@
 """Rules: by how much the step of each group is scaled, from what was measured.
 
-A rule is host arithmetic on a few numpy vectors: anything that is called with a :class:`Measured` and returns a
-coefficient for each group. The engine handles the rest: skipped steps, mixed precision, sharding, checkpoints,
-``every``, recording.
+A rule is host arithmetic on a few numpy vectors: anything that is called with a :class:`Measured`
+and returns a coefficient for each group. The engine handles the rest: skipped steps, mixed
+precision, sharding, checkpoints, ``every``, recording.
 
 Example:
     >>> import torch
     >>> from gradbalance import ConflictAwarePenalty
     >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
     >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=lambda m: m.shares.min() / m.shares)
+    >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=lambda m: m.shares.min() /
+    m.shares)
     >>> (3 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()
     >>> optimizer.step()
     >>> {name: round(c, 3) for name, c in optimizer.coefficients().items()}

@@ -1,4 +1,4 @@
-"""The default rule: a branch moves as far as its gradients agree from step to step, not as far as they are large."""
+"""The default rule: a branch moves as far as its gradients agree from step to step."""
 
 import math
 from dataclasses import dataclass
@@ -13,35 +13,39 @@ TINY = 1e-150  # below any share: shares are divided by
 
 @dataclass(frozen=True)
 class Coherence:
-    r"""Let the branches whose gradients agree from step to step move further than those whose gradients are noise [R].
+    r"""Branches whose gradients agree from step to step take larger steps than those of noise [R].
 
-    The coherence :math:`a_m`, the running cosine between successive gradients of a branch, is high while all batches
-    ask for the same change and near 0 where each asks for another one: the branch then fits noise. In three steps:
+    The coherence :math:`a_m`, the running cosine between successive gradients of a branch, is high
+    while all batches ask for the same change and near 0 where each asks for another one: the branch
+    then fits noise. In three steps:
 
-    1. how much clearer is m than k: :math:`K_{mk} = ((a_m + \epsilon)/(a_k + \epsilon))^2`, at least 1, negative
-       :math:`a` counting as 0;
-    2. how much further should m go: :math:`x_m = \max_k \min(K_{mk}, \text{most})` where a step is as long however
-       large the gradient (Adam, AdamW, Muon). Under SGD, with :math:`L_{mk} = \max(1, p_k/p_m)` from the shares p of
-       the norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved
-       branch comes up to the step of the one that dominates it, and above it, only as far as it is clearer;
-    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, p = 1 but under SGD. With :math:`\beta = 0`,
-       under SGD always, the longest step stays as long as it was and the others are damped; with :math:`\beta = 1` the
-       least clear branch keeps your learning rate and the others are raised. :math:`\beta = \min(1, \max a /
-       \text{clear})`: where even the clearest branch turns at every step the learning rate is at its limit.
+    1. how much clearer is m than k: :math:`K_{mk} = ((a_m + \epsilon)/(a_k + \epsilon))^2`, at
+       least 1, negative :math:`a` counting as 0;
+    2. how much further should m go: :math:`x_m = \max_k \min(K_{mk}, \text{most})` where a step is
+       as long however large the gradient (Adam, AdamW, Muon). Under SGD, with :math:`L_{mk} =
+       \max(1, p_k/p_m)` from the shares p of the norm, :math:`x_m = \max_k \min(K_{mk}, L_{mk},
+       \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}`: a starved branch comes up to the step of the
+       one that dominates it, and above it, only as far as it is clearer;
+    3. who pays: :math:`c_m = x_m\,(\max p / \max (x p))^{1 - \beta}`, with p = 1 but under SGD.
+       With :math:`\beta = 0`, under SGD always, the longest step stays as long as it was and the
+       others are slowed down; with :math:`\beta = 1` the least clear branch keeps your learning
+       rate and the others are raised. :math:`\beta = \min(1, \max a / \text{clear})`: where even
+       the clearest branch turns at every step the learning rate is at its limit.
 
-    It helps where a branch is noise, is worse than another or, under SGD, starves another. It does nothing where all
-    branches are alike, or done. It cannot see that features leak the labels, which looks coherent, and it takes a large
-    pretrained branch, less coherent than small ones beside it, for the noisier one.
+    It helps where a branch is noise, is worse than another or, under SGD, starves another. It does
+    nothing where all branches are alike, or done. It cannot see that features leak the labels,
+    which looks coherent, and it takes a large pretrained branch, less coherent than small ones
+    beside it, for the noisier one.
 
     Args:
         most: The largest ratio between branches for the sake of coherence alone, >= 1.
-        chance: :math:`\epsilon`, about the coherence that noise can have, the batch over the training set, > 0. Far
-            below it all branches are alike.
+        chance: :math:`\epsilon`, about the coherence that noise can have, the batch over the
+            training set, > 0. Far below it all branches are alike.
         clear: The coherence from which on a branch is raised at the cost of none, > 0.
 
     Shape:
-        Coefficients ``[N]``, in ``[1 / most, most]``, under SGD up to 20; 1 for a branch that is not active or has no
-        coherence yet.
+        Coefficients ``[N]``, in ``[1 / most, most]``, under SGD up to 20; 1 for a branch that is
+        not active or has no coherence yet.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -59,8 +63,8 @@ class Coherence:
         [3.0, 1.0]
 
     Reference:
-        Gradient coherence: Chatterjee, Coherent Gradients, ICLR 2020; Chatterjee and Zielinski, arXiv 2008.01217. To
-        scale steps by it is ours.
+        Gradient coherence: Chatterjee, Coherent Gradients, ICLR 2020; Chatterjee and Zielinski,
+        arXiv 2008.01217. To scale steps by it is ours.
     """
 
     most: float = 3.0
@@ -72,7 +76,8 @@ class Coherence:
     def __post_init__(self) -> None:
         if not 1 <= self.most < math.inf:
             raise ValueError(
-                f"`most` must be finite and >= 1. Got {self.most}. Take 1 to leave all branches alone."
+                f"`most` must be finite and >= 1. Got {self.most}. "
+                "Take 1 to leave all branches alone."
             )
         for name in ("chance", "clear"):
             value = getattr(self, name)
@@ -100,7 +105,8 @@ class Coherence:
         signals = coherences + self.chance
         further = np.square(signals / signals.min()).clip(max=self.most)
         beta = min(1.0, coherences.max() / self.clear)
-        return further * further.max() ** (beta - 1)
+        coefficients: Vector = further * further.max() ** (beta - 1)
+        return coefficients
 
     def _by_share(self, coherences: Vector, shares: Vector) -> Vector:
         shares = shares.clip(min=TINY)
@@ -111,4 +117,5 @@ class Coherence:
         pairs = pairs * longer ** np.log2(clearer).clip(max=1)
         further = pairs.max(1)
         paid = shares.max() / (further * shares).max()
-        return (further * paid).clip(max=self.limit)
+        coefficients: Vector = (further * paid).clip(max=self.limit)
+        return coefficients

@@ -12,22 +12,25 @@ from gradbalance.rules.base import Measured, Vector
 Flags = NDArray[np.bool_]
 
 EPS = 1e-8
-DEAD_BAND = 1e-6  # the mean of equal floats can differ from them by one ulp, and that must not count as a lead
+# The mean of equal floats can differ from them by one ulp, which must not count as a lead.
+DEAD_BAND = 1e-6
 
 
 @dataclass(frozen=True)
 class ConflictAware:
-    r"""The paper's penalty and modulation [P], for any number of groups [R]: :math:`c_m = q_m\,\pi_m`.
+    r"""The paper's penalty and modulation [P], for any number of groups [R]: :math:`q_m\,\pi_m`.
 
-    A group is in conflict with another that it outweighs and whose error is higher; without errors, with each that it
-    outweighs. If only some groups are observed the rule runs among those, and the others keep 1, as text does in the
-    paper. It helps where a dominant branch is worse than those that it starves, and costs where it deserves to lead.
+    A group is in conflict with another that it outweighs and whose error is higher; without errors,
+    with each that it outweighs. If only some groups are observed the rule runs among those, and the
+    others keep 1, as text does in the paper. It helps where a dominant branch is worse than those
+    that it starves, and costs where it deserves to lead.
 
     Args:
         alpha: Strength of the modulation by errors, >= 0 [P: 1]. Nothing without errors.
         eta: Factor of a group in conflict with all others, in [0, 1] [P: 0.5]; 1 never damps.
         threshold: How many times the other's share is a conflict, >= 1 [P: 1].
-        centred: Whether the modulation starts at no lead [R]; the paper's form jumps from 1 to 0.24 at equality.
+        centred: Whether the modulation starts at no lead [R]; the paper's form jumps from 1 to 0.24
+            at equality.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -37,7 +40,8 @@ class ConflictAware:
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
         >>> sgd = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
-        >>> penalty = attach(sgd, {"text": text, "audio": audio}, rule=ConflictAware(), apply_to="gradient")
+        >>> penalty = attach(sgd, {"text": text, "audio": audio}, rule=ConflictAware(),
+        apply_to="gradient")
         >>> penalty.observe(text=0.5, audio=1.0)
         >>> (3 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
         >>> sgd.step()
@@ -45,7 +49,8 @@ class ConflictAware:
         {'text': 0.018, 'audio': 1.0}
 
     Reference:
-        arXiv 2605.28575, equation 6 and the modulation of OGM (Peng et al., CVPR 2022). [R]: N groups, errors optional.
+        arXiv 2605.28575, equation 6 and the modulation of OGM (Peng et al., CVPR 2022). [R]: N
+        groups, errors optional.
     """
 
     alpha: float = 1.0
@@ -63,7 +68,8 @@ class ConflictAware:
     def __call__(self, measured: Measured) -> tuple[Vector, Flags]:
         """The coefficients, in [0, 1], shape ``[N]``, and the conflicts, bool, shape ``[N, N]``."""
         errors = measured.errors
-        if errors is None or np.isnan(errors).all():  # all observed errors fell into steps that did not count
+        # Unknown if all that was observed fell into steps that did not count.
+        if errors is None or np.isnan(errors).all():
             members = measured.active
             conflicts = conflict_matrix(measured.shares, members, self.threshold)
             return penalty(conflicts, members, self.eta), conflicts
@@ -80,7 +86,9 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
     try:
         valid = low <= value <= high and value < math.inf
     except TypeError:
-        raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a Python number.") from None
+        raise TypeError(
+            f"`{name}` must be a number. Got {value!r}. Pass a Python number."
+        ) from None
     if not valid:
         raise ValueError(
             f"`{name}` must be finite and in [{low}, {high}]. Got {value}. "
@@ -108,8 +116,8 @@ def conflict_matrix(shares: Vector, members: Flags, threshold: float) -> Flags:
 def penalty(conflicts: Flags, members: Flags, eta: float) -> Vector:
     r"""The factor :math:`\pi_m = \eta^{\kappa_m}`, shape ``[N]``.
 
-    :math:`\kappa_m` is the fraction of the other members with which the group is in conflict. [P] for two groups:
-    ``eta`` or 1. [R] for more: the mean over the other members.
+    :math:`\kappa_m` is the fraction of the other members with which the group is in conflict. [P]
+    for two groups: ``eta`` or 1. [R] for more: the mean over the other members.
 
     Args:
         conflicts: Which group is in conflict with which, shape ``[N, N]``.
@@ -123,13 +131,15 @@ def penalty(conflicts: Flags, members: Flags, eta: float) -> Vector:
     """
     others = max(1, members.sum() - 1)
     fractions = conflicts.sum(1) / others
-    return np.power(eta, fractions)
+    factors: Vector = np.power(eta, fractions)
+    return factors
 
 
 def modulation(errors: Vector, members: Flags, alpha: float, centred: bool) -> Vector:
-    r"""The factor :math:`q_m = 1 - \tanh(\alpha\,\varphi(r_m))` where :math:`r_m > 1`, else 1, shape ``[N]``.
+    r"""The factor :math:`q_m = 1 - \tanh(\alpha\,\varphi(r_m))` where :math:`r_m > 1`, else 1.
 
-    :math:`r_m` is the score :math:`s_m = 1/(e_m + \epsilon)` over the mean score of the other members.
+    :math:`r_m` is the score :math:`s_m = 1/(e_m + \epsilon)` over the mean score of the other
+    members.
 
     Args:
         errors: Error of each group, >= 0, shape ``[N]``.
@@ -138,7 +148,8 @@ def modulation(errors: Vector, members: Flags, alpha: float, centred: bool) -> V
         centred: Whether :math:`\varphi(r) = r - 1` [R] instead of :math:`\varphi(r) = r` [P].
 
     Example:
-        >>> factors = modulation(np.array([1.0, 2.0]), np.ones(2, dtype=bool), alpha=1.0, centred=False)
+        >>> factors = modulation(np.array([1.0, 2.0]), np.ones(2, dtype=bool), alpha=1.0,
+        centred=False)
         >>> factors.round(3).tolist()
         [0.036, 1.0]
     """

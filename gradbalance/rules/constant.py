@@ -9,16 +9,18 @@ from gradbalance.rules.base import Measured, Rule, Vector
 
 
 class ByHand:
-    """Constant coefficients, 1 for a group that is not named: the strong simple rival of every rule.
+    """Constant coefficients, 1 for a group that is not named: the simple rival of every rule.
 
-    It helps where you know which branch is too fast or too slow. It is also the way to test an optimizer.
+    It helps where you know which branch is too fast or too slow. It is also the way to test an
+    optimizer.
 
     Args:
         **factors: Coefficient of a group, >= 0.
 
     Raises:
         TypeError: If a factor is not a number.
-        ValueError: If a factor is negative or not finite; at the first step, if it names no group.
+        ValueError: If a factor is negative or not finite; when the optimizer is wrapped, if it
+            names no group.
 
     Example:
         >>> import torch
@@ -45,7 +47,8 @@ class ByHand:
                 ) from None
             if not valid:
                 raise ValueError(
-                    f"`{name}` must be a finite factor >= 0. Got {factor}. Take 1 to leave the group alone."
+                    f"`{name}` must be a finite factor >= 0. Got {factor}. "
+                    "Take 1 to leave the group alone."
                 )
         self.factors = factors
 
@@ -64,7 +67,9 @@ class ByHand:
 
 
 class Watch:
-    """Coefficients of 1: look first, decide then. Everything is measured, and the optimizer steps as if alone.
+    """Coefficients of 1: look first, decide then.
+
+    Everything is measured, and the optimizer steps as if alone.
 
     Args:
         rule: A rule whose answers are recorded as ``proposed`` and not applied. None proposes 1.
@@ -74,7 +79,8 @@ class Watch:
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()])
-        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, rule=Watch(ByHand(text=0.1)))
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio},
+        rule=Watch(ByHand(text=0.1)))
         >>> (3 * text(torch.zeros(1, 2)) + audio(torch.zeros(1, 2))).sum().backward()
         >>> optimizer.step()
         >>> penalty.coefficients(), penalty.balance.proposed.tolist()

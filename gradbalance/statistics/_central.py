@@ -1,28 +1,14 @@
-"""Central moments in tensor operations: one set of formulas for every size and device.
+"""Central moments in tensor operations: one set of formulas for every size and device."""
 
-A small input is left to autograd, and so is what a compiler fuses. A large one goes through
-`CentralMoments`, which applies the same formulas to blocks that stay in the cache, and keeps no
-temporary of the size of the input.
-"""
-
-import importlib
 import math
-import os
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements of a block, so that its temporaries stay in a cache of 1 MiB. Below this size an autograd
-# function costs more than the memory traffic that it spares.
-_BLOCK = 65_536
-# The kernel that merges takes 16 features a program, and a CUDA grid has at most 65,535 programs
-# along its second axis.
-_MOST_FEATURES = 16 * 65_535
-# An index within a kernel has 32 bits; half of its range leaves room for what follows the last row.
-_MOST_INDICES = 2**30
+# Elements of a block on the CPU: what autograd keeps of it stays in the cache.
+_BLOCK = 100_000
 
 
 class Central(NamedTuple):
@@ -49,19 +35,22 @@ def central_moments(
     ``mask`` is ``[*S, *R]``. Half precision is accumulated in float32. ``precise`` asks for the
     mean in float64, which `merge` needs.
     """
-    if x.numel() <= _BLOCK or torch.compiler.is_compiling():
-        reduced = x.dim() - 1 - kept
-        if kept:
-            axes = [*range(kept, x.dim() - 1), *range(kept)]
-            x = x.permute(*axes, -1)
-            mask = None if mask is None else mask.permute(axes)
-        return _formulas(x, mask, reduced, order, covariance, precise)
-    size = (*x.shape[:kept], math.prod(x.shape[kept:-1]))
-    x = x.reshape(*size, x.shape[-1]).contiguous()
-    mask = None if mask is None else mask.reshape(size)
-    fields = CentralMoments.apply(x, mask, order, covariance)  # type: ignore[no-untyped-call]
-    central = _named(fields, order)
-    return central if precise else central._replace(mean=central.mean.to(_dtype_of_sums(x)))
+    if x.device.type == "cpu" and x.numel() > _BLOCK and not torch.compiler.is_compiling():
+        size = (math.prod(x.shape[:kept]), math.prod(x.shape[kept:-1]))
+        valid = None if mask is None else mask.reshape(size)
+        found = _in_blocks(x.reshape(*size, x.shape[-1]), valid, order, covariance)
+        return unflatten(found, x.shape[:kept], None if precise else dtype_of_sums(x))
+    if kept:
+        axes = [*range(kept, x.dim() - 1), *range(kept)]
+        x = x.permute(*axes, -1)
+        mask = None if mask is None else mask.permute(axes)
+    return _formulas(x, mask, x.dim() - 1 - kept, order, covariance, precise)
+
+
+def unflatten(central: Central, shape: torch.Size, dtype: torch.dtype | None) -> Central:
+    """``shape`` for the first axis of every field, and the dtype, if any, for the mean."""
+    joined = _join([central], lambda fields: fields[0].reshape((*shape, *fields[0].shape[1:])))
+    return joined if dtype is None else joined._replace(mean=joined.mean.to(dtype))
 
 
 def merge(parts: Central) -> Central:
@@ -75,14 +64,13 @@ def merge(parts: Central) -> Central:
     weight = (parts.count.to(parts.mean.dtype) / count.clamp(min=1)).unsqueeze(-1)
     mean = (weight * parts.mean).sum(0)
     distance = parts.mean - mean
-    powers = []
+    powers: list[Tensor] = []
     for order in range(2, len(parts.powers) + 2):
-        dtype = parts.powers[0].dtype
-        step = distance.to(dtype)
+        step = distance.to(parts.powers[0].dtype)
         moved = step
         for k in range(2, order + 1):
             moved = moved * step + math.comb(order, k) * parts.powers[k - 2]
-        powers.append((weight.to(dtype) * moved).sum(0))
+        powers.append((weight.to(step.dtype) * moved).sum(0))
     covariance = None
     if parts.covariance is not None:
         between = distance.unsqueeze(-1) * distance.unsqueeze(-2)
@@ -91,139 +79,49 @@ def merge(parts: Central) -> Central:
     return Central(count, mean, powers, covariance)
 
 
-class CentralMoments(torch.autograd.Function):
-    """Central moments of ``x [*S, R, D]`` over ``R``, as a flat tuple with a precise mean.
-
-    About the mean, the moment of order k has the gradient ``k/n (d^(k-1) - m_(k-1))`` and the
-    covariance ``d (G + G^T)/n``, where d is the deviation of a sample.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor, mask: Tensor | None, order: int, covariance: bool
-    ) -> tuple[Tensor, ...]:
-        *shape, rows, features = x.shape
-        samples = x.view(-1, rows, features)
-        valid = None if mask is None else mask.reshape(-1, rows)
-        kernels = None if covariance else _kernels(samples, order)
-        if kernels is None:
-            fields = _in_blocks(samples, valid, order, covariance)
-        else:
-            fields = kernels.forward(samples, valid, order)
-        shaped = []
-        for field in fields:
-            shaped.append(field.reshape((*shape, *field.shape[1:])))
-        return tuple(shaped)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, ctx.order, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[0])
-        ctx.save_for_backward(x, mask, *output[: ctx.order + 1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
-        x, mask, count, mean, *powers = ctx.saved_tensors
-        rows, features = x.shape[-2:]
-        samples = x.view(-1, rows, features)
-        valid = None if mask is None else mask.reshape(-1, rows)
-        n = count.clamp(min=1).reshape(-1, 1, 1)
-        slopes = []
-        for grad in grads[1 : ctx.order + 1]:
-            slope = torch.zeros_like(mean) if grad is None else grad
-            slopes.append(slope.to(_dtype_of_sums(x)).reshape(-1, 1, features) / n)
-        for k in range(3, ctx.order + 1):
-            slopes[0] = slopes[0] - k * slopes[k - 1] * powers[k - 3].reshape(-1, 1, features)
-        mixing = None
-        if len(grads) > ctx.order + 1 and grads[-1] is not None:
-            mixing = grads[-1].reshape(-1, features, features)
-            mixing = (mixing + mixing.mT) / n
-        kernels = None
-        if mixing is None and not torch.is_grad_enabled():
-            kernels = _kernels(samples, ctx.order)
-        mean = mean.reshape(-1, 1, features)
-        if kernels is None:
-            gradient = _gradient(samples, valid, mean, slopes, mixing)
-        else:
-            gradient = kernels.backward(samples, valid, mean, slopes)
-        return gradient.reshape(x.shape), None, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, mask: Tensor | None, *options: int
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        batched = []
-        for tensor, axis in zip((x, mask), in_dims, strict=False):
-            if tensor is None or axis is not None:
-                batched.append(tensor if tensor is None else tensor.movedim(axis, 0))
-            else:
-                batched.append(tensor.expand(info.batch_size, *tensor.shape))
-        samples, valid = batched
-        fields = CentralMoments.apply(samples.contiguous(), valid, *options)  # type: ignore[no-untyped-call]
-        return fields, (0,) * len(fields)
+def _join(parts: Sequence[Central], join: Callable[[tuple[Tensor, ...]], Tensor]) -> Central:
+    """Each field of all parts, joined."""
+    counts, means, powers, covariances = zip(*parts, strict=True)
+    covariance = None if covariances[0] is None else join(covariances)
+    return Central(
+        join(counts), join(means), [join(power) for power in zip(*powers, strict=True)], covariance
+    )
 
 
-def _named(fields: Sequence[Tensor], order: int) -> Central:
-    covariance = fields[order + 1] if len(fields) > order + 1 else None
-    return Central(fields[0], fields[1], fields[2 : order + 1], covariance)
-
-
-def _flat(central: Central) -> tuple[Tensor, ...]:
-    count, mean, powers, covariance = central
-    return (count, mean, *powers) if covariance is None else (count, mean, *powers, covariance)
-
-
-def _dtype_of_sums(x: Tensor) -> torch.dtype:
+def dtype_of_sums(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _kernels(x: Tensor, order: int) -> ModuleType | None:
-    """The Triton kernels, for a CUDA tensor within their range, where they are asked for."""
-    if x.device.type != "cuda" or os.environ.get("GRADBALANCE_TRITON") != "1":
-        return None
-    groups, rows, features = x.shape
-    indices = max(groups * rows, (order + 1) * groups * features)
-    if features > _MOST_FEATURES or indices > _MOST_INDICES:
-        return None
-    return importlib.import_module("gradbalance.statistics._triton")
+def _in_blocks(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> Central:
+    """Central moments of ``x [K, R, D]`` with a precise mean: of blocks of groups, or of rows.
+
+    Each block is taken about its own mean, so that no far sample spoils the accuracy of others.
+    """
+    axis = 0 if len(x) > 1 else 1
+    size = max(1, _BLOCK * x.shape[axis] // x.numel())
+    blocks = torch.split(x, size, axis)
+    masks = [None] * len(blocks) if mask is None else torch.split(mask, size, axis)
+    parts = []
+    for block, valid in zip(blocks, masks, strict=True):
+        if axis == 0 and len(block) == 1 and block.numel() > _BLOCK and block.shape[1] > 1:
+            parts.append(_in_blocks(block, valid, order, covariance))
+            continue
+        block = block.transpose(0, 1)
+        valid = None if valid is None else valid.T
+        if valid is not None and axis == 1 and has_values(valid):
+            # Gathering the valid rows costs a fifth of blanking the others.
+            block, valid = block.index_select(0, valid.squeeze(1).nonzero().squeeze(1)), None
+        parts.append(_formulas(block, valid, 1, order, covariance, True))
+    return _join(parts, torch.cat) if axis == 0 else merge(_join(parts, torch.stack))
 
 
-def _blocks(x: Tensor) -> list[list[tuple[slice, slice]]]:
-    """Where to cut the groups and rows of ``x [K, R, D]``: a list for each run of groups."""
-    groups, rows, features = x.shape
-    if x.device.type != "cpu":
-        return [[(slice(groups), slice(rows))]]
-    row_step = max(1, _BLOCK // features)
-    group_step = max(1, row_step // rows)
-    runs = []
-    for group in range(0, groups, group_step):
-        run = []
-        for row in range(0, rows, row_step):
-            run.append((slice(group, group + group_step), slice(row, row + row_step)))
-        runs.append(run)
-    return runs
-
-
-def _in_blocks(x: Tensor, mask: Tensor | None, order: int, covariance: bool) -> tuple[Tensor, ...]:
-    """The fields of `Central` for ``x [K, R, D]`` and ``mask [K, R]``."""
-    runs = []
-    for run in _blocks(x):
-        parts = []
-        for cut in run:
-            samples = x[cut].transpose(0, 1)
-            valid = None if mask is None else mask[cut].T
-            if valid is not None and valid.shape[1] == 1 and x.device.type == "cpu":
-                # Gathering the valid rows costs a fifth of blanking the others.
-                samples = samples.index_select(0, valid[:, 0].nonzero()[:, 0])
-                valid = None
-            parts.append(_flat(_formulas(samples, valid, 1, order, covariance, True)))
-        whole = parts[0]
-        if len(parts) > 1:
-            stacked = [torch.stack(field) for field in zip(*parts, strict=True)]
-            whole = _flat(merge(_named(stacked, order)))
-        runs.append(whole)
-    return tuple(torch.cat(field) for field in zip(*runs, strict=True))
+def has_values(x: Tensor) -> bool:
+    """Whether ``x`` has values in memory: not under `torch.func` transforms, nor a fake tensor."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _formulas(
@@ -235,7 +133,7 @@ def _formulas(
     autograd, since the gradient through the first mean is already the whole one.
     """
     axes = tuple(range(reduced))
-    x = x.to(_dtype_of_sums(x))
+    x = x.to(dtype_of_sums(x))
     count: Tensor
     n: Tensor | int
     if mask is None:
@@ -255,7 +153,7 @@ def _formulas(
         mean = x.sum(axes) / n
         deviation = torch.addcmul(x, weight, mean, value=-1)
         rest = deviation.detach().sum(axes) / n
-        deviation.addcmul_(weight, rest, value=-1)
+        deviation = torch.addcmul(deviation, weight, rest, value=-1)
     powers = []
     power = deviation
     for _ in range(2, order + 1):
@@ -269,46 +167,3 @@ def _formulas(
     if precise and x.device.type != "mps":  # which has no float64
         mean = mean.double()
     return Central(count, mean + rest, powers, products)
-
-
-def _gradient(
-    x: Tensor, mask: Tensor | None, mean: Tensor, slopes: list[Tensor], mixing: Tensor | None
-) -> Tensor:
-    """`_polynomial` of ``x [K, R, D]`` about the mean, in blocks, in the dtype of ``x``."""
-    centre = mean.detach().to(slopes[0].dtype)
-    rest = (mean - centre).to(centre.dtype)
-    if torch.is_grad_enabled():
-        return _polynomial(x, mask, centre, rest, slopes, mixing).to(x.dtype)
-    gradient = None
-    for run in _blocks(x):
-        for groups, rows in run:
-            value = _polynomial(
-                x[groups, rows],
-                None if mask is None else mask[groups, rows],
-                centre[groups],
-                rest[groups],
-                [slope[groups] for slope in slopes],
-                None if mixing is None else mixing[groups],
-            )
-            if gradient is None:
-                gradient = value.new_empty(x.shape, dtype=x.dtype)  # under vmap, batched like it
-            gradient[groups, rows] = value
-    return torch.zeros_like(x) if gradient is None else gradient
-
-
-def _polynomial(
-    x: Tensor,
-    mask: Tensor | None,
-    centre: Tensor,
-    rest: Tensor,
-    slopes: list[Tensor],
-    mixing: Tensor | None,
-) -> Tensor:
-    """``slopes_1 + 2 slopes_2 d + 3 slopes_3 d^2 + ... + d @ mixing`` by Horner's rule, masked."""
-    deviation = (x - centre).sub_(rest)
-    value = slopes[-1].expand_as(deviation)
-    for k in reversed(range(1, len(slopes))):
-        value = torch.addcmul(slopes[k - 1], deviation, value, value=(k + 1) / k)
-    if mixing is not None:
-        value = value + deviation @ mixing
-    return value if mask is None else torch.where(mask.unsqueeze(-1), value, 0)

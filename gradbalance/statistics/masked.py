@@ -1,6 +1,8 @@
 """Mean, variance, skewness and kurtosis of masked samples."""
 
+import importlib
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -8,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbalance.statistics._central import Central, central_moments
+from gradbalance.statistics import _central
+from gradbalance.statistics._central import Central
 
 
 class Moments(NamedTuple):
@@ -42,20 +45,17 @@ def moments(
     dim: int | Sequence[int] | None = None,
     order: int = 2,
 ) -> Moments:
-    """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis :math:`m_4/m_2^2`.
+    """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis.
 
-    Here :math:`m_k` is the mean of the k-th power of the deviation from the mean.
-
-    Accurate far from the origin, since the sums are taken about the mean. A large input on the CPU
-    is processed in blocks, and needs no temporary of its size (except a copy where reduced axes lie
-    between kept ones). Works under `torch.compile` without a graph break, under `torch.func.vmap`
-    and for second derivatives. Not for data whose fourth power leaves the range of float32. On CUDA
-    the environment variable ``GRADBALANCE_TRITON=1`` asks for fused kernels, which have been tested
-    in Triton's interpreter alone.
+    The kurtosis is :math:`m_4/m_2^2`; :math:`m_k` is the mean of the k-th power of the deviation from the mean. All stay accurate far
+    from the origin. Works under `torch.compile` without a graph break, under `torch.func.vmap` and
+    for second derivatives. Not for data whose fourth power leaves the range of float32. On CUDA the
+    environment variable ``GRADBALANCE_TRITON=1`` asks for fused kernels, which have been tested in
+    Triton's interpreter alone.
 
     Args:
         x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a
-            gradient beyond the range of float16 is infinite, as `torch.amp.GradScaler` expects.
+            gradient beyond the range of float16 is infinite, which `torch.amp.GradScaler` sees.
         mask: True where a sample counts; None counts all. What is masked may be NaN; a valid sample
             that is NaN or infinite makes all moments of its feature NaN.
         dim: Axes to reduce. Default: all but the last one, which holds the features.
@@ -68,7 +68,7 @@ def moments(
 
     Raises:
         TypeError: ``x`` is not floating point or not dense, ``mask`` is not boolean, or ``dim`` or
-            ``order`` is not an integer.
+            ``order`` is not made of integers.
         ValueError: A shape, an axis or the order is out of range.
 
     Example:
@@ -78,17 +78,20 @@ def moments(
         ([2.0, 5.0], [1.0, 0.0], [0.0, 0.0])
 
     Reference:
-        Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance": the merged
-        blocks, and the mean taken twice; higher orders by binomial expansion.
+        Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance": the second
+        mean, and blocks that are merged; higher orders by binomial expansion.
     """
-    order = _checked_order(order)
-    return standardise(masked_moments(x, mask, dim=checked_dim(dim), order=order))
+    highest = plain(order)
+    if not isinstance(highest, int) or isinstance(highest, bool):
+        raise TypeError(f"`order` must be an integer, 1 to 4. Got {order!r}. The default is 2.")
+    if not 1 <= highest <= 4:
+        raise ValueError(f"`order` must be 1, 2, 3 or 4. Got {order!r}. Nothing higher is offered.")
+    return standardise(central_moments(x, mask, checked_dim(dim), highest))
 
 
-def masked_moments(
+def central_moments(
     x: Tensor,
     mask: Tensor | None,
-    *,
     dim: int | tuple[int, ...] | None,
     order: int,
     covariance: bool = False,
@@ -96,13 +99,8 @@ def masked_moments(
     name: str = "x",
     mask_name: str = "mask",
 ) -> Central:
-    """Central moments of ``x`` up to ``order``; the names are those in errors, the rest as in `moments`.
-
-    ``precise`` asks for the mean in float64.
-    """
-    _check_samples(x, name)
-    if mask is not None:
-        _check_mask(mask, x, mask_name, name)
+    """The central moments behind `moments`, checked; ``precise`` asks for the mean in float64."""
+    _check(x, mask, name, mask_name)
     reduced = _reduced_axes(x, dim)
     last = x.dim() - 1
     scalars = last in reduced and last > 0
@@ -110,22 +108,39 @@ def masked_moments(
         raise ValueError(
             f"`dim` must leave the last axis to the covariance. Got {dim!r}. Reduce samples alone."
         )
+    if scalars and mask is not None:
+        mask = mask.unsqueeze(-1).expand(x.shape)
     if scalars or last == 0:
-        mask = mask.unsqueeze(-1).expand(x.shape) if scalars and mask is not None else mask
         x = x.unsqueeze(-1)
     kept = [axis for axis in range(x.dim() - 1) if axis not in reduced]
     if kept:
-        axes = kept + reduced
-        x = x.permute(*axes, -1)
-        mask = None if mask is None else mask.permute(axes)
+        x = x.permute(*kept, *reduced, -1)
+        mask = None if mask is None else mask.permute(*kept, *reduced)
     if not reduced:  # every number is the only sample of its feature
         x = x.unsqueeze(-2)
         mask = None if mask is None else mask.unsqueeze(-1)
-    central = central_moments(x, mask, len(kept), order, covariance, precise)
+    if x.device.type == "cuda" and not covariance and os.environ.get("GRADBALANCE_TRITON") == "1":
+        central = _in_triton(x, mask, len(kept), order, precise)
+    else:
+        central = _central.central_moments(x, mask, len(kept), order, covariance, precise)
     if scalars:
         powers = [power.squeeze(-1) for power in central.powers]
         central = central._replace(mean=central.mean.squeeze(-1), powers=powers)
     return central
+
+
+def _in_triton(x: Tensor, mask: Tensor | None, kept: int, order: int, precise: bool) -> Central:
+    """`central_moments` by the kernels where they can, else by tensor operations."""
+    groups, rows = math.prod(x.shape[:kept]), math.prod(x.shape[kept:-1])
+    if torch.compiler.is_compiling() or not _central.has_values(x):
+        return _central.central_moments(x, mask, kept, order, False, precise)
+    kernels = importlib.import_module("gradbalance.statistics._triton")
+    if not kernels.can_index(groups, rows, x.shape[-1]):
+        return _central.central_moments(x, mask, kept, order, False, precise)
+    valid = None if mask is None else mask.reshape(groups, rows)
+    found = kernels.central_moments(x.reshape(groups, rows, x.shape[-1]), valid, order)
+    dtype = None if precise else _central.dtype_of_sums(x)
+    return _central.unflatten(found, x.shape[:kept], dtype)
 
 
 def standardise(central: Central) -> Moments:
@@ -161,17 +176,16 @@ def checked_dim(dim: object) -> int | tuple[int, ...] | None:
     dim = plain(dim)
     if dim is None:
         return None
-    several = isinstance(dim, Iterable)
-    axes = []
-    for axis in dim if several else [dim]:
-        axis = plain(axis)
+    axes = [plain(axis) for axis in dim] if isinstance(dim, Iterable) else [dim]
+    found = []
+    for axis in axes:
         if not isinstance(axis, int) or isinstance(axis, bool):
             raise TypeError(
                 f"`dim` must be an axis, a sequence of axes, or None. Got {dim!r}. "
                 "Name each axis by an integer."
             )
-        axes.append(axis)
-    return tuple(axes) if several else axes[0]
+        found.append(axis)
+    return tuple(found) if isinstance(dim, Iterable) else found[0]
 
 
 def plain(option: object) -> object:
@@ -181,18 +195,7 @@ def plain(option: object) -> object:
     return option
 
 
-def _checked_order(order: object) -> int:
-    order = plain(order)
-    if not isinstance(order, int) or isinstance(order, bool):
-        raise TypeError(f"`order` must be an integer from 1 to 4. Got {order!r}. The default is 2.")
-    if not 1 <= order <= 4:
-        raise ValueError(
-            f"`order` must be 1, 2, 3 or 4. Got {order!r}. Higher moments are not offered."
-        )
-    return order
-
-
-def _check_samples(x: Tensor, name: str) -> None:
+def _check(x: Tensor, mask: Tensor | None, name: str, mask_name: str) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
@@ -210,9 +213,8 @@ def _check_samples(x: Tensor, name: str) -> None:
             f"`{name}` must have the shape [..., D], D >= 1. Got {list(x.shape)}. "
             "Add a feature axis."
         )
-
-
-def _check_mask(mask: Tensor, x: Tensor, mask_name: str, name: str) -> None:
+    if mask is None:
+        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
@@ -221,12 +223,10 @@ def _check_mask(mask: Tensor, x: Tensor, mask_name: str, name: str) -> None:
         )
     samples = x.shape[:-1] or x.shape
     if mask.shape != samples:
-        advice = "Leave out the axis of the features."
-        if name == "target":
-            advice += " Where `target` has other samples, give it a `target_mask`."
         raise ValueError(
             f"`{mask_name}` must hold one flag per sample, {list(samples)} for samples of shape "
-            f"{list(x.shape)}. Got {list(mask.shape)}. {advice}"
+            f"{list(x.shape)} of `{name}`. Got {list(mask.shape)}. "
+            "Leave out the axis of the features."
         )
 
 

@@ -64,11 +64,13 @@ class Run(NamedTuple):
     all_reduces: list  # how many the optimizer's step took, per step
 
 
-def by_hand(steps=3, *, apply_to="update", rule="conflicts", every=1, max_norm=None, observing=True, make=AdamW):
+def by_hand(
+    steps=3, *, apply_to="update", rule="conflicts", every=1, max_norm=None, observing=True, late=False, make=AdamW
+):
     """Training in one process without the library: a plain optimizer, and the rule as slow loops."""
     model, run = Branches(), Run([], [], [], {}, [])
     engine = ReferenceEngine(RULES[rule][1](), every=every, smoothing=SMOOTHING)
-    last = None
+    last, pending = None, [1.0] * 3
     parts = [list(getattr(model, name).parameters()) for name in (*NAMES, "head")]
     optimizer = make([{"params": part} for part in parts], lr=LR)
     for step in range(steps):
@@ -80,6 +82,8 @@ def by_hand(steps=3, *, apply_to="update", rule="conflicts", every=1, max_norm=N
         cosines = [cosine_similarity(g, old, 0).item() for g, old in zip(gradients, last or gradients, strict=True)]
         observed = [e.item() for e in errors.values()] if observing else None
         factors = engine.step(norms, observed, cosines if last else [None] * 3)
+        if late:
+            factors, pending = pending, factors
         if step % every == 0:
             last = gradients
         run.coherences.append([math.nan if a is None else a for a in engine.means(engine.coherences, 3)])

@@ -46,17 +46,10 @@ def displacements(make, steps=20, bias=True, **options):
     return {name: p.detach() - start[name] for name, p in model.named_parameters()}, optimizer
 
 
-def ratios(make, steps=20, bias=True, factor=FACTOR):
-    """The displacement of each parameter over that of the plain run; the wrapped optimizer."""
-    plain, _ = displacements(make, steps, bias)
-    scaled, optimizer = displacements(make, steps, bias, rule=rules.ByHand(a=factor))
-    return {name: (scaled[name].norm() / plain[name].norm()).item() for name in plain}, optimizer
-
-
-def assert_half_of_a_alone(make, way, steps=20, bias=True):
+def assert_half_of_a_alone(make, way, steps=20, bias=True, **options):
     """Every parameter of the branch moves by half of what it does in the plain run, and every other one by all."""
     plain, _ = displacements(make, steps, bias)
-    scaled, optimizer = displacements(make, steps, bias, rule=rules.ByHand(a=FACTOR))
+    scaled, optimizer = displacements(make, steps, bias, rule=rules.ByHand(a=FACTOR), **options)
     assert f"update by {way}" in repr(optimizer)
     for name, before in plain.items():
         assert before.norm() > 0

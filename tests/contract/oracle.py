@@ -105,7 +105,7 @@ class ByHand:
     Args:
         factory: Makes the plain optimizer out of param_groups.
         model: A twin of the trained model.
-        apply_to: ``"update"`` or ``"gradient"``.
+        apply_to: As for the penalty.
         rule: The name of one of the rules of the tests.
         by_rate: Whether an update is scaled by the learning rate, or by rescaling the finished update.
         late: Whether a step has the coefficients of the step before.
@@ -117,7 +117,8 @@ class ByHand:
         grouped = {id(p) for members in self.groups.values() for p in members}
         rest = [p for p in model.parameters() if id(p) not in grouped]
         self.optimizer = factory([{"params": p} for p in (*self.groups.values(), rest) if p])
-        self.model, self.apply_to, self.by_rate = model, apply_to, by_rate
+        self.model, self.apply_to = model, apply_to
+        self.by_rate = by_rate and apply_to != "displacement"
         # A late decision is that of the step before, and the window is that of the step itself.
         self.window = options.pop("window", None) or (0, None) if late else None
         self.engine = ReferenceEngine(RULES[rule][1](), **options)

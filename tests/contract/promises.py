@@ -6,7 +6,10 @@ import pickle
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from gradbalance import ConflictAwarePenalty, attach, rules
 from tests.contract.optimizers import MODES, cancels
@@ -90,12 +93,10 @@ class Contract:
         which, everywhere, modes = getattr(metafunc.function, "cases", (None, None, None))
         if which is None:
             return
-        pairs = []
-        for case in filter(which, self.cases):
-            for mode in case.modes:
-                if mode in modes and (everywhere or self.represents(case, mode)):
-                    pairs.append(pytest.param(case, mode, id=f"{case}-{mode}"))
-        metafunc.parametrize(("case", "mode"), pairs)
+        pairs = [(case, mode) for case in filter(which, self.cases) for mode in case.modes if mode in modes]
+        if not everywhere:
+            pairs = [(case, mode) for case, mode in pairs if self.represents(case, mode)]
+        metafunc.parametrize(("case", "mode"), pairs, ids=[f"{case}-{mode}" for case, mode in pairs])
 
     def represents(self, case, mode):
         if self.representatives is None:
@@ -210,15 +211,14 @@ class Contract:
         assert shown() == (set(), [None])
 
     @of()
-    @pytest.mark.parametrize(
-        ("rule", "before", "every"), [("conflicts", 0, 1), ("conflicts", 3, 2), ("coherence", 3, 1), ("own", 3, 2)]
-    )
-    def test_a_resumed_run_is_bitwise_the_unbroken_one(self, case, mode, rule, before, every):
+    @pytest.mark.parametrize("options", [{}, {"every": 2}, {"late": True}], ids=["", "every-2", "late"])
+    @pytest.mark.parametrize(("rule", "before"), [("conflicts", 0), ("conflicts", 3), ("coherence", 3), ("own", 3)])
+    def test_a_resumed_run_is_bitwise_the_unbroken_one(self, case, mode, rule, before, options):
         observe = rule == "conflicts"
-        model, optimizer = wrapped(case, mode, rule, every=every)
+        model, optimizer = wrapped(case, mode, rule, **options)
         train(model, optimizer, range(before), observe=observe)
         weights, state = saved(model, optimizer)
-        resumed, other = wrapped(case, mode, rule, every=every)
+        resumed, other = wrapped(case, mode, rule, **options)
         resumed.load_state_dict(weights)
         other.load_state_dict(state)
         steps = range(before, 6)

@@ -6,7 +6,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from gradbalance import ConflictAwarePenalty, attach
 from tests.contract.optimizers import cancels
-from tests.contract.oracle import ByHand, Toy, assert_same_coefficients, assert_same_parameters, loss_of, put_on
+from tests.contract.oracle import (
+    ByHand,
+    Toy,
+    assert_same_coefficients,
+    assert_same_parameters,
+    loss_of,
+    put_on,
+)
 
 pytestmark = cancels
 

@@ -5,8 +5,8 @@ import torch
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from gradbalance import ConflictAwarePenalty, attach, rules
-from gradbalance._torch.trial import way_to_scale
 from tests.contract.fixed import Branches, assert_half_of_a_alone, feed
+from tests.contract.oracle import refused
 
 
 class MuonAndAdamW(Optimizer):
@@ -65,35 +65,22 @@ class Around(Optimizer):
         return self.wrapped_one.step(closure)
 
 
-class FromCopies(Optimizer):
-    """Works every place out from a copy of the start."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    start, total = state.setdefault("start", p.clone()), state.setdefault("sum", torch.zeros_like(p))
-                    p.copy_(start - total.add_(0.01 * p.grad))
+CONTAINERS = {
+    "MuonAndAdamW": lambda model: MuonAndAdamW(model.parameters()),
+    "Container": lambda model: Container([model.a, model.b, model.head], lr=0.01, weight_decay=0.0),
+}
 
 
-class WithCopiesInside(MuonAndAdamW):
-    def __init__(self, params):
-        super().__init__(params)
-        self.adamw = FromCopies(self.adamw.param_groups[0]["params"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_that_cannot_be_built_anew_is_refused_by_name_with_the_way_out(name, record_property):
+    model = Branches()
+    with refused(record_property, ValueError, f"Got {name}, which fails in a trial.*apply_to=.displacement."):
+        attach(CONTAINERS[name](model), model.groups)
 
 
-def test_one_for_matrices_and_one_for_the_rest_are_scaled_around_the_outer_step():
-    assert_half_of_a_alone(lambda model: MuonAndAdamW(model.parameters()), "displacement")
-
-
-def test_a_container_of_one_for_each_part_is_scaled_around_the_outer_step():
-    make = lambda model: Container([model.a, model.b, model.head], lr=0.01, weight_decay=0.0)  # noqa: E731
-    assert_half_of_a_alone(make, "displacement")
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_is_scaled_around_its_outer_step_if_the_user_says_so(name):
+    assert_half_of_a_alone(CONTAINERS[name], "displacement", apply_to="displacement")
 
 
 def test_inner_optimizers_in_a_dict_are_found():
@@ -102,12 +89,6 @@ def test_inner_optimizers_in_a_dict_are_found():
 
 def test_a_single_inner_one_is_what_is_scaled():
     assert_half_of_a_alone(lambda model: Around(AdamW(model.parameters(), weight_decay=0.0)), "learning rate")
-
-
-def test_an_inner_one_that_keeps_copies_is_refused():
-    model = Branches()
-    with pytest.raises(ValueError, match="Got WithCopiesInside, which does not follow it and keeps copies"):
-        attach(WithCopiesInside(model.parameters()), model.groups)
 
 
 def test_a_single_inner_one_counts_each_of_its_steps():
@@ -167,39 +148,55 @@ class NeedsAModel(Around):
         return super().step(closure)
 
 
-class Once(Around):
-    """Stops early."""
-
-    def step(self, closure=None):
-        if not hasattr(self, "done"):
-            self.done = True
-            super().step(closure)
+def around(cls, model):
+    return cls(AdamW(model.parameters(), weight_decay=0.0))
 
 
-def test_a_wrapper_is_tried_with_what_it_wraps():
-    def around(cls):
-        return cls(AdamW(Branches().parameters(), weight_decay=0.0))
-
-    with pytest.raises(ValueError, match="Got Rescaling, which makes of the steps of AdamW others"):
-        way_to_scale(around(Rescaling))
-    for cls in (Around, Bounded, SlowlyAround, NeedsAModel):
-        way = way_to_scale(around(cls))
-        assert way.name == "learning rate"
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_wrapper_that_stops_is_tried_from_its_first_step_on_and_once_stepped_not_at_all(steps):
+@pytest.mark.parametrize("cls", [Around, Bounded, SlowlyAround])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_wrapper_that_follows_the_rate_is_known_from_a_trial_whatever_its_own_steps_so_far(cls, steps):
     model = Branches()
-    optimizer = Once(AdamW(model.parameters(), weight_decay=0.0))
+    optimizer = around(cls, model)
     for step in range(steps):
         feed(model, step)
         optimizer.step()
-    assert way_to_scale(optimizer).name == "learning rate"
+    assert "update by learning rate" in repr(attach(optimizer, model.groups))
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Rescaling, "which changes what the steps of AdamW do"),
+        (NeedsAModel, "which fails in a trial.*apply_to=.learning_rate."),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_wrapper_that_changes_the_step_or_cannot_be_tried_is_refused_by_name(cls, why, steps, record_property):
+    model = Branches()
+    optimizer = around(cls, model)
+    for step in range(steps):
+        feed(model, step)
+        for p in model.parameters():
+            p.model = model
+        optimizer.step()
+    with refused(record_property, ValueError, f"Got {cls.__name__}, {why}"):
+        attach(optimizer, model.groups)
+
+
+def test_the_choice_of_the_user_is_not_tried():
+    def make(model):
+        for p in model.parameters():
+            p.model = model
+        return around(NeedsAModel, model)
+
+    assert_half_of_a_alone(make, "learning rate", apply_to="learning_rate")
+    assert_half_of_a_alone(make, "displacement", apply_to="displacement")
 
 
 def test_the_wrapper_of_a_framework_is_not_tried():
     class OfAFramework(Rescaling):
         __module__ = "accelerate.optimizer"
 
-    way = way_to_scale(OfAFramework(AdamW(Branches().parameters(), weight_decay=0.0)))
-    assert way.name == "learning rate"
+    model = Branches()
+    optimizer = around(OfAFramework, model)
+    assert "update by learning rate" in repr(attach(optimizer, model.groups))

@@ -20,13 +20,17 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.testing import assert_close
 
 from gradbalance import ConflictAwarePenalty, Recorder, attach, rules
-from gradbalance._gradients.coherence import ENTRIES, Sketch
 from tests.contract.branches import (
     CONFLICTS,
     LR,
@@ -129,44 +133,50 @@ def sharded_tensor_parallel():
     return shard(model, mesh["data"]), {}, {"part": lambda tensors: [t.chunk(2)[rank] for t in tensors]}
 
 
-def run_variants(engine, *args):
+def run_variants(engine, late, *args):
     runs = []
     for variant in VARIANTS:
         observing = variant.get("observing", True)
         model, making, training = engine(*args)
-        optimizer = penalised(model, **making, **{k: v for k, v in variant.items() if k != "observing"})
+        optimizer = penalised(
+            model, late=late, **making, **{k: v for k, v in variant.items() if k != "observing"}
+        )
         runs.append(train(model, optimizer, observing=observing, **training))
     return runs
 
 
 # With how many ranks, and how many all_reduces a step takes: one per mesh dimension; without a mesh for errors alone.
 @pytest.mark.parametrize(
-    ("engine", "args", "ranks", "dimensions"),
+    ("engine", "late", "args", "ranks", "dimensions"),
     [
-        (data_parallel, (), 2, 0),
-        (data_parallel_accumulating, (), 2, 0),
-        (zero_redundancy, (False,), 2, 0),
-        (zero_redundancy, (True,), 2, 0),
-        (fully_sharded, (), 2, 1),
-        (partly_sharded, (), 2, 1),
-        (tensor_parallel, (), 2, 1),
-        (hybrid_sharded, (), 4, 2),
-        (sharded_tensor_parallel, (), 4, 3),  # a mesh of two dimensions, and one of them alone
+        (data_parallel, False, (), 2, 0),
+        (data_parallel, True, (), 2, 0),
+        (data_parallel_accumulating, False, (), 2, 0),
+        (zero_redundancy, False, (False,), 2, 0),
+        (zero_redundancy, False, (True,), 2, 0),
+        (fully_sharded, False, (), 2, 1),
+        (fully_sharded, True, (), 2, 1),
+        (partly_sharded, False, (), 2, 1),
+        (tensor_parallel, False, (), 2, 1),
+        (hybrid_sharded, False, (), 4, 2),
+        (sharded_tensor_parallel, False, (), 4, 3),  # a mesh of two dimensions, and one of them alone
     ],
 )
-def test_distributed_training_equals_training_in_one_process(engine, args, ranks, dimensions):
-    found = on_ranks(run_variants, ranks, engine, *args)
+def test_distributed_training_equals_training_in_one_process(engine, late, args, ranks, dimensions):
+    found = on_ranks(run_variants, ranks, engine, late, *args)
     for number, variant in enumerate(VARIANTS):
-        expected = by_hand(**variant)
+        expected = by_hand(late=late, **variant)
         assert any(abs(c - 1) > 0.1 for step in expected.coefficients for c in step)
         measured = [step % variant.get("every", 1) == 0 for step in range(3)]
         for run in (of_rank[number] for of_rank in found):
             assert run.coefficients == found[0][number].coefficients
-            for step in (step for step in range(3) if measured[step]):
-                assert_close(run.norms[step], expected.norms[step], rtol=1e-6, atol=0)
+            for step in range(3 - late):  # a late step shows what the one before it measured
+                if measured[step]:
+                    assert_close(run.norms[step + late], expected.norms[step], rtol=1e-6, atol=0)
             assert_close(run.coefficients, expected.coefficients, rtol=1e-6, atol=0)
             if variant.get("rule") == "coherence":  # of float32 entries
-                assert_close(run.coherences, expected.coherences, rtol=0, atol=1e-6, equal_nan=True)
+                coherences = expected.coherences[: 3 - late]
+                assert_close(run.coherences[late:], coherences, rtol=0, atol=1e-6, equal_nan=True)
             assert_close(run.parameters, expected.parameters, rtol=1e-6, atol=1e-12)
             assert run.all_reduces == [dimensions or (m and variant.get("observing", True)) for m in measured]
 
@@ -185,42 +195,49 @@ def test_distributed_a_rank_that_holds_nothing_of_a_group_knows_its_norm():
     assert norm == same_norm > 0
 
 
-def thinned_sketch():
-    mesh, cpu = init_device_mesh("cpu", (2,)), torch.device("cpu")
-    whole = [nn.Parameter(torch.zeros(shape)) for shape in ((1020, 1000), (7, 3))]
-    shards = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in whole]
-    for p, q in zip(whole, shards, strict=True):
-        p.grad = torch.arange(1.0, p.numel() + 1).view(p.shape)
-        q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
-    expected, taken = (Sketch([[p] for p in group], cpu).take() for group in (whole, shards))
-    dist.all_reduce(taken[mesh])
-    return taken[mesh].count_nonzero().item(), taken[mesh].equal(expected[None])
+def coherences_of_large_parameters():
+    """More entries than are compared: of a DTensor, and of the same tensor on each rank."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def measured(distribute):
+        shapes = {"large": (1021, 1000), "narrow": (4, 9000), "small": (7, 3)}
+        groups = {name: [nn.Parameter(distribute(torch.zeros(shape)))] for name, shape in shapes.items()}
+        optimizer = ConflictAwarePenalty(SGD([p for [p] in groups.values()], lr=LR), groups, rules.Watch())
+        for step in range(2):
+            for number, (name, shape) in enumerate(shapes.items()):
+                draw = torch.Generator().manual_seed(number)
+                common, own = (torch.randn(shape, generator=draw) for _ in range(2))
+                groups[name][0].grad = distribute(common + step * own)
+            optimizer.step()
+        return optimizer.balance.coherences.tolist()
+
+    return measured(lambda t: t), measured(lambda t: distribute_tensor(t, mesh, [Shard(0)]))
 
 
 def test_distributed_ranks_bring_their_parts_of_the_same_sketch():
-    for size, same in on_ranks(thinned_sketch, 2):
-        assert ENTRIES // 4 < size < ENTRIES
-        assert same
+    for whole, sharded in on_ranks(coherences_of_large_parameters, 2):
+        assert_close(sharded, whole, rtol=1e-6, atol=0)
+        assert whole[:2] == pytest.approx([0.5**0.5] * 2, abs=0.05)
 
 
-def gradients_on_one_rank():
+def gradients_on_one_rank(rule):
     model = shard(Branches())
-    optimizer = penalised(model)
-    backward(model, share(batch(0)))
-    if dist.get_rank() == 1:
-        model.zero_grad()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    optimizer = penalised(model, rule=rule)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, share(batch(step)))
+        if dist.get_rank() == 1 and step == 1:
+            model.zero_grad()
         optimizer.step()
-    return [str(w.message)[:67] for w in caught], optimizer.balance.norms.tolist()
+    return optimizer.balance.norms.tolist(), optimizer.coefficients()
 
 
-def test_distributed_a_rank_without_gradients_is_warned_and_holds_up_none():
-    (silence, norms), (warned, same_norms) = on_ranks(gradients_on_one_rank, 2)
-    assert silence == []
-    assert warned == ["The optimizer must hold parameters that get gradients. Got none wit"]
+@pytest.mark.parametrize("rule", ["conflicts", "coherence"])
+def test_distributed_a_rank_without_gradients_holds_up_none_and_decides_as_they_do(rule):
+    (norms, coefficients), (same_norms, same_coefficients) = on_ranks(gradients_on_one_rank, 2, rule)
     assert norms == same_norms
     assert min(norms) > 0
+    assert coefficients == same_coefficients
 
 
 def mixed_precision(policy, dtype):

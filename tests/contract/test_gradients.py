@@ -1,14 +1,12 @@
 """Gradients of every kind: absent, frozen, sparse, complex, of low precision, on the meta device, with a graph."""
 
-from copy import deepcopy
-
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty
-from gradbalance._gradients.coherence import _read_sparse
-from tests.contract.optimizers import MODES, cancels
+from tests.contract.optimizers import REPRESENTATIVES, cancels
 from tests.contract.oracle import (
     NAMES,
     TOLERANCE,
@@ -22,12 +20,13 @@ from tests.contract.oracle import (
     refused,
     train,
 )
-from tests.contract.own_rules import RULES, conflicts
+from tests.contract.own_rules import conflicts
 
 pytestmark = cancels
 
-each_mode = pytest.mark.parametrize("mode", MODES)
-each_rule = pytest.mark.parametrize("rule", RULES)
+# One optimizer in the three ways in which a coefficient acts, and the two ways in which gradients are read.
+each_mode = pytest.mark.parametrize("mode", ["update", "displacement", "gradient"])
+each_rule = pytest.mark.parametrize("rule", ["conflicts", "coherence"])
 
 
 class Leaves(nn.Module):
@@ -40,21 +39,26 @@ class Leaves(nn.Module):
             self.register_module(name, nn.ParameterList([nn.Parameter(leaf)]))
         self.rest = nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
 
-    def set_gradients(self, step, kind=lambda g: g):
+    def set_gradients(self, step, kind=lambda g: g, write=None):
         generator = torch.Generator().manual_seed(step)
         for p, scale in zip((*(getattr(self, name)[0] for name in NAMES), self.rest), (1, 10, 1, 2), strict=True):
             g = torch.randn(p.shape, generator=generator, dtype=torch.promote_types(p.dtype, torch.float32))
-            p.grad = kind((scale * g).to(p))
+            if write is None or p.grad is None:
+                p.grad = kind((scale * g).to(p))
+            else:
+                write(p.grad, (scale * g).to(p))
 
 
-def compare(mode, kind=lambda g: g, *, dtype=torch.float32, base=torch.optim.SGD, tolerance=TOLERANCE, **options):
+def compare(
+    mode, kind=lambda g: g, *, dtype=torch.float32, base=torch.optim.SGD, tolerance=TOLERANCE, write=None, **options
+):
     """Trains on set gradients, wrapped and by hand."""
     model, twin = Leaves(dtype), Leaves(dtype)
     optimizer = put_on(base(model.parameters(), lr=0.1), model, mode, **options)
     hand = ByHand(lambda groups: base(groups, lr=0.1), twin, mode, **options)
     seen, expected = [], []
     for step in range(5):
-        model.set_gradients(step, kind)
+        model.set_gradients(step, kind, write)
         twin.set_gradients(step, kind)
         optimizer.step()
         hand.step()
@@ -67,16 +71,17 @@ def compare(mode, kind=lambda g: g, *, dtype=torch.float32, base=torch.optim.SGD
 @each_mode
 @each_rule
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_gradients_of_any_dtype_equal_the_oracle_by_hand(mode, dtype, base, rule):
-    compare(mode, dtype=dtype, base=base, rule=rule)
+def test_gradients_of_any_dtype_equal_the_oracle_by_hand(mode, dtype, rule):
+    compare(mode, dtype=dtype, rule=rule)
 
 
 @each_mode
 @each_rule
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_of_low_precision_equal_the_oracle_by_hand(mode, dtype, rule):
-    compare(mode, dtype=dtype, rule=rule, tolerance=torch.finfo(dtype).eps * 4)
+    # A rescaled update is rounded twice at each step, at values up to 5.
+    roundings = 20 if mode == "displacement" else 4
+    compare(mode, dtype=dtype, rule=rule, tolerance=torch.finfo(dtype).eps * roundings)
 
 
 @each_mode
@@ -181,11 +186,19 @@ def test_a_frozen_group_is_warned_of_and_takes_no_part(mode):
     assert_same_parameters(model, twin)
 
 
-@pytest.mark.parametrize(("kept", "strides"), [(coalesced, (3, 2)), (coalesced, (1, 1)), (uncoalesced, (2, 1))])
-def test_a_sketch_of_a_sparse_gradient_is_that_of_the_dense_one(kept, strides):
-    gradient = kept(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
-    slices = tuple(slice(0, None, stride) for stride in strides)
-    torch.testing.assert_close(_read_sparse(gradient.coalesce(), slices), gradient.to_dense()[slices])
+@pytest.mark.parametrize("kind", [coalesced, sparse_in_rows_and_columns, uncoalesced])
+def test_a_sparse_gradient_that_is_too_large_to_be_read_whole_has_the_coherence_of_the_dense_one(kind):
+    def coherences(kind):
+        model = Leaves(shape=(6000, 3))
+        optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, rule="coherence")
+        for step in (0, 0, 1):
+            model.set_gradients(step, kind)
+            optimizer.step()
+        return optimizer.balance.coherences.tolist()
+
+    dense = coherences(lambda g: g)
+    assert coherences(kind) == pytest.approx(dense, abs=1e-6)
+    assert dense == pytest.approx([0.5] * 3, abs=0.1)
 
 
 @each_mode
@@ -204,7 +217,7 @@ def test_parameters_on_the_meta_device_are_skipped(mode, meta, rule):
     assert optimizer.balance.step == 4 * (meta != NAMES)
 
 
-@each_mode
+@pytest.mark.parametrize("mode", ["update", "gradient"])
 def test_the_derivative_of_a_differentiable_step_holds_the_coefficient(mode):
     def stepped(scale, wrap):
         """The audio parameter after a step on the gradient of ``scale * p.square()``."""
@@ -294,7 +307,7 @@ def test_frozen_parameters_that_the_optimizer_holds_take_no_part(mode, rule, fre
     optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, mode, rule)
     hand = ByHand(lambda groups: torch.optim.SGD(groups, lr=0.1), twin, mode, rule)
     assert_same_coefficients(train(model, optimizer, range(5)), hand.train(range(5)))
-    assert not optimizer.balance.coherences.isnan().any() or rule != "coherence"
+    assert not np.isnan(optimizer.balance.coherences).any() or rule != "coherence"
     assert_same_parameters(model, twin)
 
 
@@ -339,22 +352,8 @@ def by_numpy(gradient, values):
 
 @each_mode
 @pytest.mark.parametrize("write", [by_data, by_numpy])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_gradients_written_past_the_counter_count_on_all_steps_but_the_first_suspicion(mode, write, base):
-    model = Leaves()
-    optimizer = put_on(base(model.parameters(), lr=0.1), model, mode, "own")
-    buffers = [p.grad for p in (model.set_gradients(0), *model.parameters())[1:]]
-    seen = []
-    for step in range(6):
-        if step:
-            source = Leaves()
-            source.set_gradients(step)
-            for p, buffer, q in zip(model.parameters(), buffers, source.parameters(), strict=True):
-                p.grad = buffer
-                write(buffer, q.grad)
-        optimizer.step()
-        seen.append(optimizer.balance.step)
-    assert seen == ([1, 1, 2, 3, 4, 5] if mode == "gradient" else [1, 2, 3, 4, 5, 6])
+def test_gradients_written_past_the_counter_equal_the_oracle_by_hand(mode, write):
+    compare(mode, write=write)
 
 
 # Rules that give what cannot be a coefficient.
@@ -367,61 +366,60 @@ class Wrong:
         self.answer = answer
 
     def __call__(self, measured):
-        return self.answer(measured) if measured.step >= 2 else torch.full_like(measured.norms, 0.5)
+        return self.answer(measured) if measured.step >= 2 else [0.5] * 3
 
 
-@each_mode
-@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.Rprop])
+@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
         (lambda m: -m.norms, ValueError),
-        (lambda m: m.norms * torch.nan, ValueError),
-        (lambda m: m.norms / 0, ValueError),
+        (lambda m: m.norms * np.nan, ValueError),
+        (lambda m: [1.0, np.inf, 1.0], ValueError),
         (lambda m: m.norms[:2], ValueError),
         (lambda m: m.norms[None], ValueError),
         (lambda m: m.norms.sum(), ValueError),
-        (lambda m: m.norms.tolist(), TypeError),
+        (lambda m: (m.norms, np.eye(3)), TypeError),
         (lambda m: None, TypeError),
     ],
 )
-def test_what_cannot_be_coefficients_is_refused_by_the_name_of_the_rule(mode, base, answer, error, record_property):
+def test_what_cannot_be_coefficients_is_refused_by_the_name_of_the_rule(name, mode, answer, error, record_property):
     model = Toy()
-    optimizer = put_on(base(model.parameters(), lr=0.1), model, mode, Wrong(answer))
+    optimizer = put_on(getattr(torch.optim, name)(model.parameters(), lr=0.1), model, mode, Wrong(answer))
     train(model, optimizer, range(2), observe=False)
-    parameters, state, balance = (
-        [p.clone() for p in model.parameters()],
-        deepcopy(optimizer.state_dict()),
-        optimizer.balance,
-    )
+    parameters = [p.detach().clone() for p in model.parameters()]
+    state, balance = str(optimizer.state_dict()), optimizer.balance
     optimizer.zero_grad()
     loss_of(model, 2).backward()
-    with refused(record_property, error, "`Wrong` must give"):
+    gradients = [p.grad.clone() for p in model.parameters()]
+    with refused(record_property, error, "`Wrong` must return"):
         optimizer.step()
-    assert all(p.equal(q) for p, q in zip(model.parameters(), parameters, strict=True))
-    assert str(optimizer.state_dict()) == str(state)
+    assert all(map(torch.equal, model.parameters(), parameters))
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert str(optimizer.state_dict()) == state
     assert optimizer.balance.step == balance.step
-    assert optimizer.balance.shares.equal(balance.shares)
+    assert optimizer.balance.shares.tolist() == balance.shares.tolist()
     assert len(optimizer.param_groups) == 1
 
 
 class InPlace:
-    """Answers with one tensor that it goes on writing to."""
+    """Answers with one array that it goes on writing to."""
 
     def __init__(self):
-        self.answer = torch.full((3,), 0.5, dtype=torch.float64)
+        self.answer = np.full(3, 0.5)
 
     def __call__(self, measured):
-        return self.answer.mul_(1 if measured.step == 0 else -1)
+        self.answer *= 1 if measured.step == 0 else -1
+        return self.answer
 
 
-@each_mode
-def test_what_a_rule_writes_into_its_answer_later_never_reaches_a_parameter(mode):
+@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
+def test_what_a_rule_writes_into_its_answer_later_never_reaches_a_parameter(name, mode):
     model = Toy()
-    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, mode, InPlace(), every=2)
+    optimizer = put_on(getattr(torch.optim, name)(model.parameters(), lr=0.1), model, mode, InPlace(), every=2)
     train(model, optimizer, range(2), observe=False)
     loss_of(model, 2).backward()
-    with pytest.raises(ValueError, match="`InPlace` must give"):
+    with pytest.raises(ValueError, match="`InPlace` must return"):
         optimizer.step()
     optimizer.zero_grad()
     [after] = train(model, optimizer, [3], observe=False)

@@ -131,6 +131,7 @@ SCENARIOS = {
     "a function for a rule": Scenario(adamw, {"rule": lambda m: m.shares.min() / m.shares}),
     "recorded": Scenario(records=True),
     "a branch absent at times": Scenario(is_absent=True),
+    "not the current device": Scenario(devices=GPUS[1:]),
     "two devices": Scenario(devices=GPUS),
     "two devices, clipped": Scenario(sgd, {**IN_GRADIENT, "max_norm": 1.0}, devices=GPUS),
     "bfloat16": Scenario(dtype=torch.bfloat16),
@@ -163,7 +164,7 @@ def train(scenario, options, devices, simulation=None):
         device = devices[m % len(devices)]
         starts = [torch.full(shape, 0.1, dtype=scenario.dtype) for shape in scenario.shapes]
         branches[name] = [torch.nn.Parameter(put(start, device)) for start in starts]
-    # A param_group for each branch: the penalty would split a common one, and foreach kernels with it.
+    # A param_group for each branch, as the penalty would split a common one.
     param_groups = [{"params": members} for members in branches.values()]
     optimizer = scenario.optimizer(param_groups, devices[0])
     penalty = None if options is None else attach(optimizer, branches, **options)
@@ -206,7 +207,7 @@ def train(scenario, options, devices, simulation=None):
 
 
 def transfer(simulation, is_late):
-    """A copy to pinned memory and its event, which is waited for in the same step or in the next."""
+    """A copy to pinned memory; the host waits for its event in the same step or in the next."""
     pinned = torch.empty(2, pin_memory=True)
     pinned.copy_(torch.ones(2, device="cuda"), non_blocking=True)
     event = torch.cuda.Event()

@@ -1,20 +1,21 @@
 """CUDA devices without a GPU: their tensors live on the CPU, and every wait of the host is seen.
 
-A :class:`CudaTensor` says that it is on "cuda:0" or "cuda:1", and keeps its numbers in a CPU tensor.
-:class:`Devices` runs each operator on these, and records it. Tensors of the host stay plain tensors.
+A :class:`CudaTensor` says that it is on "cuda:0" or "cuda:1", and keeps its numbers on the CPU.
+:class:`Devices` runs each operator on these, and records it. Tensors of the host stay plain.
 
 What is modelled of a device:
 
-* Work is queued. Whatever makes the host wait until it is done is recorded as a wait: reading a number,
-  a blocking copy, an operator whose result has a shape that depends on numbers.
-* A copy to pinned memory with ``non_blocking=True`` has arrived once the host has waited for an event
-  that was recorded after it. Until then the pinned tensor holds NaN, or -1.
+* Work is queued. Whatever makes the host wait until it is done is recorded as a wait: reading a
+  number, a blocking copy, an operator whose result has a shape that depends on numbers.
+* A copy to pinned memory with ``non_blocking=True`` has arrived once the host has waited for an
+  event that was recorded after it on the same device. Before, the pinned tensor holds NaN, or -1.
 * An operator takes tensors of one device only, except for scalars of the host.
 
-What is not: backward, since autograd asks for a real accelerator; generators; several streams.
+What is not: backward, since autograd asks for a real accelerator; generators; several streams of a
+device; sparse tensors; setting ``.data``.
 
-The simulation writes into a registry of libc10 and into ``torch.cuda``, and does not undo it. Use it in a
-process of its own.
+The simulation writes into a registry of libc10 and into ``torch.cuda``, and does not undo it. Use
+it in a process of its own.
 """
 
 import ctypes
@@ -96,10 +97,11 @@ class Operator(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """What an asynchronous copy brings to a pinned tensor."""
+    """What an asynchronous copy brings from a device to a pinned tensor."""
 
     pinned: torch.Tensor
     numbers: torch.Tensor
+    device: torch.device
 
 
 class Devices(TorchDispatchMode):
@@ -124,7 +126,7 @@ class Devices(TorchDispatchMode):
         return super().__enter__()
 
     def next_step(self):
-        """From here on, waiting for an event that was recorded before is no wait: the work is done."""
+        """From here on the work so far is done: waiting for an event of it is no wait."""
         self.step += 1
         self.operators = []
         self.waits = []
@@ -134,9 +136,9 @@ class Devices(TorchDispatchMode):
         self.waits.append(reason)
         self.arrive(self._pending)
 
-    def pending(self):
-        """The asynchronous copies that have not arrived."""
-        return list(self._pending)
+    def pending(self, device):
+        """The asynchronous copies from a device that have not arrived."""
+        return [arrival for arrival in self._pending if arrival.device == device]
 
     def arrive(self, arrivals):
         """The numbers of asynchronous copies are there."""
@@ -173,9 +175,10 @@ class Devices(TorchDispatchMode):
         if pins:
             self._pin(result)
         if is_asynchronous and target == CPU:
+            source = next(t.device for t in tensors if t.device != CPU)
             for pinned in tree_leaves(args[0] if packet is aten._foreach_copy_ else result):
                 self._pin(pinned)
-                self._send(pinned)
+                self._send(pinned, source)
         return result
 
     def _look_for_wait(self, func, args):
@@ -222,9 +225,9 @@ class Devices(TorchDispatchMode):
     def _pin(self, tensor):
         self._pinned[tensor.untyped_storage().data_ptr()] = tensor
 
-    def _send(self, pinned):
+    def _send(self, pinned, device):
         with _disable_current_modes():
-            self._pending.append(Arrival(pinned, pinned.clone()))
+            self._pending.append(Arrival(pinned, pinned.clone(), device))
             pinned.fill_(torch.nan if pinned.is_floating_point() else -1)
 
 
@@ -282,7 +285,7 @@ def _check_devices(func, tensors):
 
 
 class _Stream:
-    """For ``torch.cuda.Stream``. There is one, in order."""
+    """For ``torch.cuda.Stream``. A device has one, in order."""
 
     def __init__(self, devices, device):
         self.device = device
@@ -302,8 +305,9 @@ class _Event:
         self._arrivals = []
 
     def record(self, stream=None):
+        device = _device("cuda") if stream is None else stream.device
         self._step = self.devices.step
-        self._arrivals = self.devices.pending()
+        self._arrivals = self.devices.pending(device)
 
     def synchronize(self):
         if self._step == self.devices.step:

@@ -8,10 +8,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cuda.scenarios import DEFAULT, FREE, SCENARIOS, WAITING
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or torch.version.cuda is not None,
+    reason="The simulation is made for the wheel of torch without CUDA, on Linux.",
+)
 
 
 @pytest.fixture(scope="module")

@@ -273,7 +273,7 @@ def test_a_wrong_answer_is_an_error_that_names_the_rule_and_never_reaches_a_para
     train(model, optimizer, range(2))
     backward(model, 2)
     state, before, given = str(optimizer.state_dict()), parameters(model), gradients(model)
-    message = r"^`wrong_rule.<locals>.misjudging` must return [^.]*\. " + re.escape(got)
+    message = r"^`wrong_rule.<locals>.misjudging` must return .*\. " + re.escape(got)
     with pytest.raises(kind, match=message) as caught:
         optimizer.step()
     assert re.search(r"\. [A-Z][^.]*\.$", str(caught.value)), "what to do"
@@ -358,8 +358,12 @@ def one_rank():
     dist.destroy_process_group()
 
 
+def by_coherence(measured):
+    return np.nan_to_num(1 + measured.coherences, nan=1.0)
+
+
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("make_rule", [Coherence, ConflictAware])
+@pytest.mark.parametrize("make_rule", [lambda: by_coherence, ConflictAware], ids=["coherence", "norms"])
 @pytest.mark.parametrize("observes", [False, True], ids=["norms", "errors"])
 def test_a_sharded_run_gives_the_same_coefficients_with_one_all_reduce_a_step(
     model, monkeypatch, make_rule, observes
@@ -399,7 +403,7 @@ def test_a_sharded_run_gives_the_same_coefficients_with_one_all_reduce_a_step(
         assert sums == [1]
         sums.clear()
         assert other.coefficients() == pytest.approx(one.coefficients(), rel=1e-6)
-    assert min(one.coefficients().values()) < 1
+    assert set(one.coefficients().values()) != {1.0}
 
 
 # 6. What was measured, and whatever the rule keeps, is in the optimizer's checkpoint by group name,
@@ -562,23 +566,6 @@ def test_what_is_written_into_a_balance_changes_nothing(model):
 # groups, nothing half applied.
 
 
-class Failing(SGD):
-    fails = False
-
-    def step(self, closure=None):
-        if self.fails:
-            raise MemoryError
-        return super().step(closure)
-
-
-class FailingRprop(torch.optim.Rprop):
-    fails = False
-    step = Failing.step
-
-    def __init__(self, params, lr):
-        super().__init__(params, lr=lr)
-
-
 def failing_rule():
     def rule(measured):
         if measured.step == 2:
@@ -592,9 +579,7 @@ def failing_rule():
 @pytest.mark.parametrize("late", [False, True], ids=["direct", "late"])
 @pytest.mark.parametrize("where", ["a rule", "a hook before", "a hook after", "the closure", "the step"])
 def test_what_raises_leaves_the_optimizer_as_it_was(model, make, mode, late, where):
-    cls = {SGD: SGD, torch.optim.Rprop: torch.optim.Rprop}[make]
-
-    class Stepping(cls):
+    class Stepping(make):
         fails = False
 
         @torch.no_grad()
@@ -608,10 +593,9 @@ def test_what_raises_leaves_the_optimizer_as_it_was(model, make, mode, late, whe
 
     inner = Stepping(model.parameters(), lr=0.1)
     rule = failing_rule() if where == "a rule" else ByHand(text=0.5)
-    options = {"apply_to": "displacement" if make is torch.optim.Rprop else mode}
-    if make is SGD and mode == "update":
-        options = {"apply_to": "learning_rate"}
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), rule, late=late, **options)
+    if mode == "update":  # which would try a class that it does not know
+        mode = "learning_rate" if make is SGD else "displacement"
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), rule, late=late, apply_to=mode)
     train(model, optimizer, range(3 if where == "a rule" and late else 2))
     backward(model, 2)
     before, given = parameters(model), gradients(model)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,9 +28,9 @@ with warnings.catch_warnings():
 STEPS = 6
 
 
-def to_the_smallest(measured: Measured) -> torch.Tensor:
+def to_the_smallest(measured: Measured) -> np.ndarray:
     """Each tower moves as if its gradient had the norm of the smallest."""
-    return measured.shares.amin() / measured.shares
+    return measured.shares.min() / measured.shares
 
 
 to_the_smallest.needs_coherence = False
@@ -113,15 +114,15 @@ def test_the_coherence_of_small_ranks_is_measured(rank, of):
     _, wrapper, _ = trained(rank, of, rule=rules.Coherence())
     balance = wrapper.balance
     assert balance.step == STEPS
-    assert balance.coherences.isfinite().all()
+    assert np.isfinite(balance.coherences).all()
     assert (balance.coherences != 0).all()
 
 
 def test_the_rule_acts_alike_whether_the_optimizer_holds_the_frozen_or_not():
     _, alone, _ = trained(2, trainable, rule=rules.Coherence())
     _, among, _ = trained(2, lambda model: list(model.parameters()), rule=rules.Coherence())
-    for one, other in zip(alone.balance[:-1], among.balance[:-1], strict=True):
-        torch.testing.assert_close(one, other, equal_nan=True)
+    for one, other in zip(alone.balance[1:], among.balance[1:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 class Quantised(nn.Linear):
@@ -155,7 +156,7 @@ def test_frozen_weights_of_integers_do_no_harm(dtype, rule):
 
     (alone, mine), (among, theirs) = run(False), run(True)
     assert alone.step == among.step == 4
-    assert torch.equal(alone.norms, among.norms)
+    assert np.array_equal(alone.norms, among.norms)
     assert all(map(torch.equal, mine, theirs))
 
 

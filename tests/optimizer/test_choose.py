@@ -10,7 +10,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 
 from gradbalance import ConflictAwarePenalty, attach, rules
-from tests.contract.fixed import Branches, assert_half_of_a_alone, displacements, feed
+from tests.contract.fixed import Branches, displacements, feed
 
 BY_CHOICE = 'apply_to="learning_rate".*apply_to="displacement"'
 
@@ -390,6 +390,17 @@ def adamw(model):
     return AdamW(model.parameters(), weight_decay=0.0)
 
 
+def assert_half_of_a_alone(make, scaling, **options):
+    """Each parameter of branch a moves half as far as in the plain run, any other as far."""
+    plain, _ = displacements(make)
+    scaled, optimizer = displacements(make, rule=rules.ByHand(a=0.5), **options)
+    assert f"update by {scaling}" in repr(optimizer)
+    for name, moved in plain.items():
+        assert moved.norm() > 0
+        expected = moved * (0.5 if name.startswith("a.") else 1.0)
+        assert (scaled[name] - expected).norm() <= 0.02 * moved.norm(), name
+
+
 def wrapped(make, **options):
     model = Branches()
     rule = rules.ByHand(a=0.5)
@@ -477,7 +488,8 @@ def test_an_empty_parameter_does_not_stand_in_the_way():
 
 def test_a_momentum_of_single_numbers_is_not_taken_for_a_copy():
     a, b = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
-    penalty = attach(MomentumFromConstruction([a, b]), {"a": [a], "b": [b]})
+    optimizer = MomentumFromConstruction([a, b])
+    penalty = attach(optimizer, {"a": [a], "b": [b]})
     assert "update by displacement" in repr(penalty)
 
 
@@ -644,7 +656,7 @@ def test_a_rate_in_a_tensor_is_tried_as_a_tensor():
 @pytest.mark.parametrize("cls", [Descent, OwnRate, Stochastic, Capped])
 def test_a_trial_leaves_no_trace(cls):
     model = Branches()
-    optimizer = of(cls, history=[])(model)
+    optimizer = of(cls)(model)
     feed(model, 0)
     optimizer.step()
     state = repr(optimizer.state_dict())
@@ -676,25 +688,26 @@ def test_a_trial_writes_into_no_list_of_the_user():
 
 @pytest.mark.parametrize("cls", [Descent, Stochastic, Capped])
 def test_threads_that_wrap_at_the_same_time_all_succeed(cls):
-    scalings = []
-
-    def wrap_often():
-        for _ in range(20):
-            scalings.append("displacement" in repr(wrapped(of(cls))))  # noqa: PERF401
-
+    models = [Branches() for _ in range(40)]
+    optimizers = [of(cls)(model) for model in models]
     filters = list(warnings.filters)
     drawn = torch.random.get_rng_state(), random.getstate()
-    Branches()  # seeds
-    drawn = torch.random.get_rng_state(), random.getstate()
-    threads = [threading.Thread(target=wrap_often) for _ in range(2)]
+    scalings = []
+
+    def wrap(some):
+        for i in some:
+            penalty = attach(optimizers[i], models[i].groups)
+            scalings.append("displacement" in repr(penalty))
+
+    threads = [threading.Thread(target=wrap, args=(range(i, 40, 2),)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert scalings == [cls is Capped] * 40
     assert list(warnings.filters) == filters
+    assert torch.equal(torch.random.get_rng_state(), drawn[0])
     assert random.getstate() == drawn[1]
-    assert torch.get_default_dtype() is torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

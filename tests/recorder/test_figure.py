@@ -9,12 +9,13 @@ from matplotlib.colors import same_color
 from gradbalance import Recorder, rules
 from tests.recorder.runs import make_group_names, make_penalty
 
+WATCH = rules.Watch()
 QUANTITIES = {"Coefficient": "coefficients", "Gradient norm": "norms", "Coherence": "coherences"}
 
 
-def record(steps=20, **options):
+def record(steps=20, rule=WATCH, **options):
     """A recorder of steps whose gradients vary in size and sign."""
-    optimizer, step = make_penalty(**options)
+    optimizer, step = make_penalty(rule=rule, **options)
     recorder = Recorder(optimizer)
     generator = np.random.default_rng(0)
     for scale in generator.normal(size=steps):
@@ -22,10 +23,9 @@ def record(steps=20, **options):
     return recorder
 
 
-def many_groups(groups, steps, rule=None):
+def many_groups(groups, steps, names=None):
     gains = np.geomspace(0.1, 10, groups).tolist()
-    rule = rule or rules.Watch()
-    return record(steps, names=make_group_names(groups), gains=gains, rule=rule)
+    return record(steps, names=names or make_group_names(groups), gains=gains)
 
 
 def plot(recorder, tmp_path):
@@ -38,6 +38,10 @@ def plot(recorder, tmp_path):
 
 def lines_of(axes):
     return [line.get_ydata() for line in axes.lines]
+
+
+def looks(lines):
+    return [(line.get_color(), line.get_marker()) for line in lines]
 
 
 def names_in(figure):
@@ -114,7 +118,7 @@ def test_conflicts_have_a_panel_where_the_rule_reports_some(tmp_path):
     assert "In conflict" not in panels
 
 
-@pytest.mark.parametrize("steps", [1, 300])
+@pytest.mark.parametrize("steps", [1, 60])
 @pytest.mark.parametrize("groups", [2, 16, 40])
 def test_names_are_beside_the_panels_on_the_page_and_do_not_overlap(groups, steps, tmp_path):
     figure, panels = plot(many_groups(groups, steps), tmp_path)
@@ -140,29 +144,23 @@ def test_long_names_leave_the_panels_as_wide_as_short_ones(tmp_path):
 def test_a_group_looks_alike_in_all_panels_and_no_two_groups_look_alike(tmp_path):
     recorder = many_groups(60, 3)
     figure, panels = plot(recorder, tmp_path)
-    looks = []
-    for axes in (panels["Coherence"], panels["Coefficient"], panels["Gradient norm"]):
-        looks.append([(line.get_color(), line.get_marker()) for line in axes.lines])
-    keys = [(line.get_color(), line.get_marker()) for line in figure.legends[0].legend_handles]
-    assert looks[0] == looks[1] == looks[2] == keys
+    keys = looks(figure.legends[0].legend_handles)
+    for title in QUANTITIES:
+        assert looks(panels[title].lines) == keys
     assert len(set(keys)) == 60
     bands = panels["Coherence"].collections
     for band, line in zip(bands, panels["Coherence"].lines, strict=True):
         assert same_color(band.get_facecolor()[0][:3], line.get_color())
 
 
-@pytest.mark.parametrize("name", [r"$\frac{$", "$x$", "_hidden", "%", "a_b^c", r"\alpha", "{x}"])
-def test_a_name_is_drawn_literally(name, tmp_path):  # E27
-    recorder = record(names=(name, "audio"))
-    figure, _ = plot(recorder, tmp_path)
-    assert names_in(figure) == [name, "audio"]
-    text = figure.legends[0].get_texts()[0]
-    assert not text.get_parse_math()
-    recorder.plot(tmp_path / "figure.pdf")
-    recorder.plot(tmp_path / "figure.svg")
-    assert f">{name}<" in (tmp_path / "figure.svg").read_text() or "<!-- " in (
-        tmp_path / "figure.svg"
-    ).read_text()
+def test_names_are_drawn_literally(tmp_path):  # E27
+    names = (r"$\frac{$", "$x$", "_hidden", "%", "a_b^c", r"\alpha", "{x}")
+    figure, _ = plot(many_groups(len(names), 3, names), tmp_path)
+    figure.savefig(tmp_path / "figure.pdf")
+    assert names_in(figure) == list(names)
+    for text in figure.legends[0].get_texts():
+        assert not text.get_parse_math()
+        assert not text.get_usetex()
 
 
 @pytest.mark.parametrize("values", [(1.0, 1.0), (0.0, 1.0), (0.5, 1.0), (1.0, 3.0), (0.0, 3.0)])

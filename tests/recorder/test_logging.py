@@ -50,7 +50,7 @@ def test_each_step_is_logged_once():
 
 
 def test_a_function_is_called_once_for_each_step():
-    optimizer, step = make_penalty(rule=rules.ByHand(text=0.5))
+    optimizer, step = make_penalty(rule=lambda measured: [0.5, 1.0])
     recorder = Recorder(optimizer)
     lines = []
     for _ in range(2):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradbalance import Balance, Recorder, attach, rules
-from tests.recorder.runs import NORMS_ALONE, make_penalty
+from tests.recorder.runs import make_penalty
 
 
 def recorded(recorder):
@@ -139,10 +139,12 @@ def test_a_recorder_does_not_keep_the_optimizer_or_the_model():
     optimizer, step = make_penalty()
     recorder = Recorder(optimizer)
     step()
-    alive = weakref.ref(optimizer.optimizer)
+    kept = weakref.ref(optimizer.optimizer)
+    kept_parameter = weakref.ref(optimizer.param_groups[0]["params"][0])
     del optimizer, step
     gc.collect()
-    assert alive() is None
+    assert kept() is None
+    assert kept_parameter() is None
     assert recorder.summary().steps == 1
     with pytest.raises(ValueError, match="must have a penalty"):
         recorder.__enter__()
