@@ -1,7 +1,6 @@
 """Everything that needs a GPU: ``python -m benchmarks.gpu`` writes ``results/gpu.json`` and enters it in the reports.
 
-The moments, the overhead of the penalty, its kernel launches, host time and host synchronisations, and whether a step
-in gradient mode runs in a CUDA graph. A part that fails leaves its error in place of its figures.
+The moments, the overhead of the penalty, its kernel launches, host time and host synchronisations. A part that fails leaves its error in place of its figures.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from benchmarks.moments import measure as moments
 from benchmarks.moments import report as moments_report
 from benchmarks.overhead import measure as overhead
 from benchmarks.overhead import report as overhead_report
-from benchmarks.overhead.rivals import Branches, clipping
+from benchmarks.overhead.rivals import clipping
 
 MODES = ("update", "gradient", "gradient + max_norm")
 
@@ -77,49 +76,6 @@ def host_times(n_groups: int, n_tensors: int, device: str, rounds: int = 30) -> 
     return ratios(interleaved(calls, rounds, "cpu", clock=perf_counter, prepare=prepare), overhead.CLIP)
 
 
-def trained(device: str, run: Callable[[Call], Call], n_steps: int = 4) -> list[torch.Tensor]:
-    """The parameters after training in gradient mode, ``run`` making of a step what is called each time."""
-    torch.manual_seed(0)
-    model = Branches("MLP", 10).move(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=device != "cpu")
-    overhead.balance(optimizer, model.groups(), {**overhead.MODES["gradient"], "max_norm": 1.0})
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        model().backward()
-        optimizer.step()
-
-    step_again = run(step)
-    for _ in range(n_steps):
-        step_again()
-    return [p.detach() for p in model.parameters()]
-
-
-def warmed_up(step: Call) -> Call:
-    for _ in range(3):
-        step()
-    return step
-
-
-def captured(step: Call) -> Call:
-    """The replay of the step's CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warmed_up(step)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def graph_difference(device: str, run: Callable[[Call], Call] = captured) -> float:
-    """Largest difference between parameters trained step by step and by replaying one graph."""
-    pairs = zip(trained(device, warmed_up), trained(device, run), strict=True)
-    return max(float((eager - replayed).abs().max()) for eager, replayed in pairs)
-
-
 def of_each_step(count: Callable[[Call], int], device: str) -> dict[str, object]:
     calls, renew = steps(device)
     found = {}
@@ -152,7 +108,6 @@ def parts(device: str = "cuda") -> dict[str, Callable[[], object]]:
             "10,000 tensors": attempt(partial(host_times, 2, 10_000, device)),
             "256 groups": attempt(partial(host_times, 256, 512, device)),
         },
-        "graph_difference": partial(graph_difference, device),
         "moments": partial(all_moments, device),
         "overhead": partial(all_overhead, device),
     }

@@ -58,7 +58,7 @@ def draw(record: dict[str, np.ndarray]) -> Figure:
             values = np.where(values > 0, values, np.nan)
         lines[title] = _draw_lines(axes, steps, values)
         if axes.get_yscale() == "linear" and title != "Coherence":
-            axes.set_ylim(bottom=-0.05)
+            axes.set_ylim(-0.05, values.max() + 0.05)
         if title == "Coherence":
             _draw_bands(axes, steps, values, record["coherence_errors"])
     before, after = lines["Dominance"]

@@ -223,6 +223,10 @@ class Membership:
         for place in _flat(self._places):
             described[place.id, place.description] = place.group
         tensors = [p for group in param_groups for p in group["params"]]
+        if any(map(_is_flattened, tensors)):
+            raise RuntimeError(
+                f"The optimizer must hold the parameters of the groups. Got flattened ones. {FLATTENED}"
+            )
         standing = {(id(p), _description(p)) for p in tensors}
         group_of: dict[int, int | None] = {}
         strangers = 0

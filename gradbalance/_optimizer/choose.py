@@ -154,8 +154,10 @@ class _Trial:
             self._with_closure = True  # some steps need one
             try:
                 self._plain = self._run(None, STEPS)
-            except Exception as with_closure:
-                raise (with_closure if "closure" in str(error) else error) from None
+            except Exception:
+                if "closure" in str(error):
+                    raise
+                raise error from None
         ends = zip(self._plain[0], self._plain[-1], strict=True)
         self.moves = all(bool((q - p).norm() > RESOLVED * p.norm()) for p, q in ends)
 
@@ -176,7 +178,9 @@ class _Trial:
         places = zip(self._factors, self._plain[first], self._plain[-1], scaled[-1], strict=True)
         for factor, start, plain, end in places:
             moved = plain - start
-            allowed = tolerance if factor != 1.0 else OTHERS_TOLERANCE
+            allowed = tolerance
+            if factor == 1.0:
+                allowed = OTHERS_TOLERANCE
             if not (end - start - factor * moved).norm() <= allowed * moved.norm():
                 return False
         return True
@@ -214,12 +218,15 @@ class _Trial:
 
             StepHooks(stepper, self, [before_step], scaling.end)
             for _ in range(STEPS):
-                places.append([p.detach().clone() for p in parameters])
-                gradients = [self._gradient(p, generator) for p in places[0]]
-                if kind is None and len(places) > first:
-                    gradients = [c * g for c, g in zip(self._factors, gradients, strict=True)]
+                places.append(_copies(parameters))
+                gradients = []
+                for start, factor in zip(places[0], self._factors, strict=True):
+                    gradient = self._gradient(start, generator)
+                    if kind is None and len(places) > first:
+                        gradient = factor * gradient
+                    gradients.append(gradient)
                 self._step(optimizer, parameters, gradients)
-            places.append([p.detach().clone() for p in parameters])
+            places.append(_copies(parameters))
         if kind is None:
             self.keeps_copies |= _keeps_copies(optimizer, parameters, [*places[0], *places[-1]])
         return places
@@ -270,20 +277,23 @@ def _trial_groups(
     param_groups: list[ParamGroup], rate: float, generator: torch.Generator
 ) -> list[ParamGroup]:
     """For each kind of settings a param_group, with each kind of parameter in it twice."""
-    trial_groups: dict[str, ParamGroup] = {}
-    kinds: dict[str, dict[str, Tensor]] = {}
+    settings_of: dict[str, ParamGroup] = {}
+    originals: dict[str, dict[str, Tensor]] = {}
     for param_group in param_groups:
         settings = {k: v for k, v in param_group.items() if k not in NO_SETTINGS}
         settings = _for_trial(settings, rate)
-        trial_groups.setdefault(repr(settings), settings)
+        settings_of[repr(settings)] = settings
         for p in param_group["params"]:
-            marks = {k: v for k, v in vars(p).items() if isinstance(v, PLAIN)}
             if p.numel() > 0:
-                kinds.setdefault(repr(settings), {}).setdefault(f"{p.dim()} {marks}", p)
-    for key, examples in kinds.items():
-        originals = [*examples.values(), *examples.values()]
-        trial_groups[key]["params"] = [_trial_parameter(p, rate, generator) for p in originals]
-    return [trial_groups[key] for key in kinds]
+                kind = f"{p.dim()} {_plain_attributes(p)}"
+                originals.setdefault(repr(settings), {}).setdefault(kind, p)
+    trial_groups = []
+    for key, kinds in originals.items():
+        trial_group = {**settings_of[key], "params": []}
+        for p in (*kinds.values(), *kinds.values()):
+            trial_group["params"].append(_trial_parameter(p, rate, generator))
+        trial_groups.append(trial_group)
+    return trial_groups
 
 
 def _trial_parameter(p: Tensor, rate: float, generator: torch.Generator) -> Tensor:
@@ -293,8 +303,16 @@ def _trial_parameter(p: Tensor, rate: float, generator: torch.Generator) -> Tens
     signs = torch.randint(0, 2, shape, generator=generator, device="cpu") * 2 - 1
     device = "cpu" if p.device.type == "meta" else p.device
     trial = nn.Parameter((FAR * rate * sizes * signs).to(device))
-    vars(trial).update({k: v for k, v in vars(p).items() if isinstance(v, PLAIN)})
+    vars(trial).update(_plain_attributes(p))
     return trial
+
+
+def _plain_attributes(owner: object) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if isinstance(value, PLAIN)}
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
 
 
 def _for_trial(settings: Mapping[str, Any], rate: float) -> dict[str, Any]:
@@ -311,8 +329,7 @@ def _for_trial(settings: Mapping[str, Any], rate: float) -> dict[str, Any]:
 
 def _options(optimizer: object, rate: float) -> dict[str, Any]:
     """The arguments of its constructor that are in its ``defaults`` or attributes."""
-    settings = {k: v for k, v in vars(optimizer).items() if isinstance(v, PLAIN)}
-    settings |= getattr(optimizer, "defaults", {})
+    settings = {**_plain_attributes(optimizer), **getattr(optimizer, "defaults", {})}
     _, *names = inspect.signature(type(optimizer)).parameters
     return _for_trial({name: settings[name] for name in names if name in settings}, rate)
 

@@ -170,21 +170,21 @@ class Layout:
     def _plan(self, kinds: Iterable[Any]) -> Plan:
         present = np.zeros(len(self.members), dtype=bool)
         positions: dict[Any, list[list[int]]] = {}
-        # A rank without a gradient of a sharded parameter has to join the collective.
         for i, kind in enumerate(kinds):
             p = self._parameters[i]
             mesh = getattr(p, "device_mesh", None)
+            row = self._row_of[i]
             if kind is None and mesh is None:
                 continue
+            # A rank without a gradient of a sharded parameter joins the collective, with zeros.
+            if row < len(present):
+                present[row] = True
             dtype = p.dtype if kind is None else kind[0]
             is_sparse = kind is not None and kind[1]
             key = (p.device, dtype, is_sparse, mesh, getattr(p, "placements", ()))
             in_rows = positions.setdefault(key, [[] for _ in range(self.rows)])
             if kind is not None:
-                row = self._row_of[i]
                 in_rows[row].append(i)
-                if row < len(present):
-                    present[row] = True
         return Plan([self._bucket(key, in_rows) for key, in_rows in positions.items()], present)
 
     def _bucket(self, key: Any, in_rows: list[list[int]]) -> Bucket:
@@ -209,6 +209,11 @@ def _kind(gradient: Tensor | None) -> tuple[torch.dtype, bool] | None:
     if gradient is None:
         return None
     return gradient.dtype, gradient.is_sparse
+
+
+def has_gradient(p: Tensor) -> bool:
+    """Whether the parameter has a gradient, on some rank if it is sharded."""
+    return p.grad is not None or hasattr(p, "device_mesh")
 
 
 def copies_of(p: Any) -> int:

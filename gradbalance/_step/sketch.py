@@ -14,6 +14,7 @@ from torch import Tensor
 from gradbalance._step.gradients import (
     Gradients,
     copies_of,
+    has_gradient,
     local,
     local_slices,
     on_host,
@@ -210,7 +211,7 @@ class Sketch:
     def _pick_new(self) -> None:
         """Choose the entries of each group anew in which a parameter has its first gradient."""
         for m, group in enumerate(self._members):
-            with_gradient = {i for i, p in enumerate(group) if p.grad is not None}
+            with_gradient = {i for i, p in enumerate(group) if has_gradient(p)}
             if not with_gradient <= self._seen[m]:
                 self._seen[m] |= with_gradient
                 if not (self._takes_all and self._picks[m]):

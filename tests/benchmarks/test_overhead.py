@@ -40,13 +40,13 @@ def test_busy_scaling_leaves_the_last_group_alone_and_no_other():
 @pytest.mark.parametrize(
     ("most", "optimizer", "options"),
     [
-        (2, "AdamW", {}),
-        (7, "AdamW", {"rule": rules.Watch()}),
-        (10, "AdamW", {"rule": rules.ByHand(a=0.5)}),
-        (2, "SGD", {}),
-        (5, "SGD", {"apply_to": "gradient"}),
-        (13, "SGD", {"width": 512}),
-        (16, "SGD", {"width": 512, "apply_to": "gradient"}),
+        (3, "AdamW", {}),
+        (3, "AdamW", {"rule": rules.Watch()}),
+        (5, "AdamW", {"rule": rules.ByHand(a=0.5)}),
+        (3, "SGD", {}),
+        (4, "SGD", {"apply_to": "gradient"}),
+        (16, "SGD", {"width": 512}),
+        (17, "SGD", {"width": 512, "apply_to": "gradient"}),
     ],
 )
 def test_a_step_dispatches_no_more_operators_than_are_told(most, optimizer, options):
@@ -100,10 +100,6 @@ def test_ratios_are_taken_within_a_round():
     assert _timing.ratios(times, "a")["b"] == pytest.approx([2.0, 2.0, 2.0])
 
 
-def test_training_for_the_graph_is_repeatable():
-    assert gpu.graph_difference("cpu", gpu.warmed_up) == 0
-
-
 def test_the_steps_of_the_gpu_run_on_the_cpu():
     assert set(gpu.steps("cpu")[0]) == {*gpu.MODES, "update, AdamW with tensor lr"}
     assert set(gpu.host_times(2, 4, "cpu", rounds=2)) == {overhead.CLIP, *gpu.MODES, "update, defaults"}
@@ -135,8 +131,8 @@ def test_a_cell_holds_the_figure_of_the_gpu_or_says_why_it_does_not(results, sho
 
 def test_the_reports_show_what_the_gpu_gave():
     figures = json.loads(overhead_report.JSON.read_text())
-    assert overhead_report.report(figures, {}).count(_markdown.NOT_RUN) == 13
-    on_gpu = {"overhead": {**figures, "steps": [*figures["steps"], {"error": "no"}]}, "graph_difference": 0.0}
+    assert overhead_report.report(figures, {}).count(_markdown.NOT_RUN) == 12
+    on_gpu = {"overhead": {**figures, "steps": [*figures["steps"], {"error": "no"}]}}
     shown = overhead_report.report(figures, on_gpu)
     assert shown.count(_markdown.NOT_RUN) == 5
     for row in shown.splitlines():

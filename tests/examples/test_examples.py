@@ -60,12 +60,13 @@ def test_the_rule_of_the_example_slows_whoever_is_ahead_and_remembers_the_start(
     from examples.your_own_rule import TrainingRate
     from tests.rules.asking import Asked
 
-    asked = Asked(TrainingRate(), 3)
+    rule, resumed_rule = TrainingRate(), TrainingRate()
+    asked = Asked(rule, 3)
     assert asked.step([1.0] * 3).tolist() == [1.0] * 3, "no errors yet"
     assert asked.step([1.0] * 3, [4.0, 2.0, None]).tolist() == [1.0] * 3
     assert asked.step([1.0] * 3, [1.0, 1.5, None]).tolist() == [0.5, 1.5, 1.0]
-    resumed = Asked(TrainingRate(), 3)
-    resumed.rule.load_state_dict(asked.rule.state_dict())
+    resumed_rule.load_state_dict(rule.state_dict())
+    resumed = Asked(resumed_rule, 3)
     assert resumed.step([1.0] * 3, [1.0, 1.5, None]).tolist() == [0.5, 1.5, 1.0]
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,8 +58,9 @@ def test_tensors_of_one_axis_hold_the_samples_of_one_feature(inputs, normalise, 
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_covariance_is_deep_coral_with_population_covariances(normalise):
-    prediction, target = batch(30, 3), 2 * batch(40, 3, seed=1)
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_covariance_is_deep_coral_with_population_covariances(normalise, offset):
+    prediction, target = batch(30, 3) + offset, 2 * batch(40, 3, seed=1) - offset
     difference = reference.covariance(prediction) - reference.covariance(target)
     if normalise:
         scale = reference.covariance(target).diag() + 1e-6
@@ -161,13 +163,66 @@ def test_the_gradient_of_a_pair_passes_gradcheck(mixture, normalise):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_edge_of_half_precision_gives_a_finite_loss_and_gradient(dtype):
+def test_the_edge_of_half_precision_gives_a_finite_loss_and_no_nan(dtype):
     prediction = torch.tensor([[65504.0], [-65504.0], [65504.0]], dtype=dtype, requires_grad=True)
     loss = statistical_loss(prediction, torch.zeros_like(prediction), moments=NAMES)
     loss.backward()
     assert loss.isfinite()
-    assert prediction.grad.isfinite().all()
+    assert not prediction.grad.isnan().any()
     assert prediction.grad.any()
+
+
+@pytest.mark.parametrize("size", [4, 100_000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_scaled_float16_gradient_overflows_where_grad_scaler_looks_for_it(size, masked):
+    prediction = torch.zeros(size, 8, dtype=torch.float16, requires_grad=True)
+    mask = torch.arange(size) > 0 if masked else None
+    loss = statistical_loss(prediction, 300 + batch(4, 8), mask, torch.arange(4) > -1, moments=["mean"])
+    (65536 * 25_000 * size * loss).backward()
+    assert (prediction.grad[1:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("rows", [6, 50_000])
+def test_the_loss_of_what_is_not_finite_is_nan(value, side, normalise, rows):
+    pair = [batch(rows, 3).float(), batch(rows, 3, seed=1).float()]
+    pair[side][2, 1] = value
+    for name in NAMES:
+        assert statistical_loss(*pair, moments=[name], normalise=normalise).isnan()
+    if side == 0:
+        means = pair[0], torch.ones(rows, 3)
+        assert statistical_loss(means, pair[1], moments=["mean"], normalise=normalise).isnan()
+
+
+@pytest.mark.parametrize("name", ["mean", "variance", "covariance"])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1234.5])
+@pytest.mark.parametrize("rows", [7, 60_000])
+def test_a_target_feature_without_spread_is_left_out_of_the_normalised_terms(name, constant, rows):
+    prediction, target = batch(rows, 3).float() + 1, 2 * batch(rows, 3, seed=1).float()
+    target[:, 1] = constant
+    leaf = prediction.clone().requires_grad_()
+    loss = StatisticalLoss([name], normalise=True)
+    loss(leaf, target).backward()
+    others = [0, 2]
+    # Two of three features are left, or four of nine of their products.
+    share = (2 / 3) ** (2 if name == "covariance" else 1)
+    assert_close(loss(prediction, target), share * loss(prediction[:, others], target[:, others]))
+    assert not leaf.grad[:, 1].any()
+    assert leaf.grad[:, 0].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_kept_axis_without_entries_adds_nothing(reduction, normalise):
+    prediction = torch.zeros(0, 5, 3, requires_grad=True)
+    for guess, names in ((prediction, NAMES), ((prediction, prediction), NAMES[:2])):
+        loss = StatisticalLoss(names, dim=1, normalise=normalise, reduction=reduction)
+        found = loss(guess, torch.zeros(0, 5, 3))
+        assert found.shape == (() if reduction == "mean" else (0, 3))
+        assert found.sum() == 0
+        found.sum().backward()
 
 
 def test_zero_variance_on_either_side_gives_a_finite_loss_and_gradient():
@@ -253,6 +308,24 @@ PAIR = (torch.zeros(4, 5, 3), torch.ones(4, 5, 3))
         (lambda x: StatisticalLoss(["mean", "mean"]), ValueError, r"`moments` must hold different"),
         (lambda x: StatisticalLoss(["median"]), ValueError, r"`moments` must hold .* Got \['median'\]"),
         (lambda x: StatisticalLoss(reduction="sum"), ValueError, r"`reduction` must be .* Got 'sum'"),
+        (lambda x: StatisticalLoss(3), TypeError, r"`moments` must hold .* Got 3\. The default is"),
+        (lambda x: StatisticalLoss(None), TypeError, r"`moments` must hold .* Got None\."),
+        (lambda x: StatisticalLoss([["mean"]]), ValueError, r"`moments` must .* Got \[\['mean'\]\]\."),
+        (lambda x: StatisticalLoss(normalise="no"), TypeError, r"`normalise` must .* Got 'no'\. The"),
+        (lambda x: StatisticalLoss(normalise=1), TypeError, r"`normalise` must .* Got 1\."),
+        (lambda x: StatisticalLoss(mixture=None), TypeError, r"`mixture` must .* Got None\."),
+        (lambda x: StatisticalLoss(reduction=None), ValueError, r"`reduction` must .* Got None\."),
+        (lambda x: StatisticalLoss(dim=1.0), TypeError, r"`dim` must be an axis, .* Got 1\.0\."),
+        (lambda x: StatisticalLoss(eps="1"), TypeError, r"`eps` must be a positive .* Got '1'\. The"),
+        (lambda x: StatisticalLoss(eps=True), TypeError, r"`eps` must be a positive .* Got True\."),
+        (lambda x: StatisticalLoss(eps=float("nan")), ValueError, r"`eps` must be .* Got nan\."),
+        (lambda x: StatisticalLoss(process_group="gloo"), TypeError, r"`process_group` .* Got 'gloo'\."),
+        (lambda x: statistical_loss(x, x, eps="1"), TypeError, r"`eps` must be a positive .* Got '1'"),
+        (
+            lambda x: statistical_loss(x, x[:2], None, torch.ones(4, 5) > 0),
+            ValueError,
+            r"`target_mask` must hold one flag per sample, \[2, 5\] .* of `target`\. Got \[4, 5\]",
+        ),
         (lambda x: StatisticalLoss(eps=0.0), ValueError, r"`eps` must be positive and finite\. Got 0\.0"),
     ],
 )
@@ -274,6 +347,15 @@ def test_a_negative_predicted_variance_is_counted_and_located_unless_it_is_maske
     assert statistical_loss((torch.zeros(2), torch.tensor([1.0, -1.0])), torch.zeros(2), mask) == 0.5
     with pytest.raises(ValueError, match=r"Got 1 below 0 of 2, the first at \[0\]: -1\."):
         statistical_loss((torch.zeros(2), torch.tensor([-1.0, 1.0])), torch.zeros(2), mask)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.array, torch.tensor])
+def test_options_may_be_numpy_numbers_or_have_no_axes(number):
+    prediction, target = batch(6, 5, 3), batch(6, 5, 3, seed=1)
+    loss = StatisticalLoss(eps=number(0.5), normalise=np.bool_(True), dim=np.int64(1))
+    expected = StatisticalLoss(eps=0.5, normalise=True, dim=1)
+    assert_close(loss(prediction, target), expected(prediction, target))
+    assert repr(loss) == repr(expected)
 
 
 def test_repr_shows_the_options():
