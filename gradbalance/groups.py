@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 __all__ = ["groups_by_name"]
 
@@ -70,7 +70,7 @@ class NamedParameters(list[nn.Parameter]):
                 parameters[id(p)] = p
         return list(parameters.values())
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return list, (list(self),)
 
 
@@ -97,14 +97,15 @@ class NamedGroups(dict[str, list[nn.Parameter]]):
         right = max(len(size) for _, size, _ in rows)
         return "\n".join(f"{group:{left}}  {size:>{right}}  {names}" for group, size, names in rows)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return dict, (dict(self),)
 
 
-def _checked_patterns(model: nn.Module, group: str, patterns: Any) -> list[str]:
-    if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module | Tensor):
-        patterns = [patterns]
-    names: list[str] = list(patterns)
+def _checked_patterns(model: nn.Module, group: str, patterns: object) -> list[str]:
+    names: list[object] = [patterns]
+    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor):
+        names = list(patterns)
+    checked = []
     named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for pattern in names:
         if not isinstance(pattern, str):
@@ -123,7 +124,8 @@ def _checked_patterns(model: nn.Module, group: str, patterns: Any) -> list[str]:
                 f"Got {pattern!r}, which matches nothing. "
                 f"{closest}Top-level modules: {top or 'none'}."
             )
-    return names
+        checked.append(pattern)
+    return checked
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -162,8 +164,8 @@ class Place(NamedTuple):
     """
 
     id: int
-    description: tuple[Any, ...]
-    shape: Any
+    description: tuple[object, ...]
+    shape: Size
     group: int | None
 
 
@@ -225,7 +227,8 @@ class Membership:
         tensors = [p for group in param_groups for p in group["params"]]
         if any(map(_is_flattened, tensors)):
             raise RuntimeError(
-                f"The optimizer must hold the parameters of the groups. Got flattened ones. {FLATTENED}"
+                "The optimizer must hold the parameters of the groups. "
+                f"Got flattened ones. {FLATTENED}"
             )
         standing = {(id(p), _description(p)) for p in tensors}
         group_of: dict[int, int | None] = {}
@@ -297,7 +300,7 @@ def _flat(places: Iterable[Iterable[Place]]) -> Iterator[Place]:
         yield from row
 
 
-def _description(p: Tensor) -> tuple[Any, ...]:
+def _description(p: Tensor) -> tuple[object, ...]:
     return type(p), p.dtype, p.device, p.shape
 
 
@@ -364,7 +367,7 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
         )
 
 
-def _checked_groups(groups: Any) -> Labelled:
+def _checked_groups(groups: object) -> Labelled:
     """The parameters of each group with a label for messages."""
     if not isinstance(groups, Mapping):
         raise TypeError(
@@ -401,7 +404,7 @@ def _checked_groups(groups: Any) -> Labelled:
     return labelled
 
 
-def _labelled(name: str, group: Any) -> list[tuple[str, Tensor]]:
+def _labelled(name: str, group: object) -> list[tuple[str, Tensor]]:
     if isinstance(group, nn.Module):
         return [(f"{name}.{label}", p) for label, p in group.named_parameters()]
     if isinstance(group, Tensor):

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 from weakref import ref
 
 import numpy as np
@@ -19,6 +19,9 @@ from gradbalance._step.options import COHERENCE, SMOOTHING, ApplyTo, Options
 from gradbalance.balance import Balance
 from gradbalance.groups import Groups, Membership
 from gradbalance.rules import ConflictAware, Rule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PAPER", "ConflictAwarePenalty", "Penalty", "attach"]
 
@@ -175,7 +178,7 @@ class Penalty:
         shown = [f"{{{', '.join(sizes)}}}", f"rule={self._options.rule!r}", where]
         return f"Penalty({', '.join(shown + self._options.changed())})"
 
-    def _reduce_optimizer(self, protocol: Any) -> tuple[Any, ...]:
+    def _reduce_optimizer(self, protocol: SupportsIndex) -> tuple[object, ...]:
         stepper = self._stepper()
         reader = self._reader()
         if stepper is None or reader is None:
@@ -184,12 +187,12 @@ class Penalty:
         saved = self._engine.save()
         return reduce(stepper, protocol, _put_on_again, (groups, self._options, saved))
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return penalty_of, (self._stepper(),)
 
 
 def _put_on_again(
-    optimizer: Optimizer, groups: Groups, options: Options, saved: Mapping[str, Any]
+    optimizer: Optimizer, groups: Groups, options: Options, saved: dict[str, Any]
 ) -> None:
     with warnings.catch_warnings(action="ignore"):  # the original has warned of a frozen group
         penalty = Penalty(optimizer, groups, options)
@@ -199,10 +202,9 @@ def _put_on_again(
 def penalty_of(optimizer: Optimizer) -> Penalty | None:
     """The penalty attached to an optimizer, or to the one it wraps, if any."""
     hooks = hooks_of(unwrap(optimizer)[1])
-    if hooks is None:
-        return None
-    penalty: Penalty = hooks.owner
-    return penalty
+    if hooks is not None and isinstance(hooks.owner, Penalty):
+        return hooks.owner
+    return None
 
 
 class ConflictAwarePenalty(Optimizer):
@@ -282,7 +284,7 @@ class ConflictAwarePenalty(Optimizer):
         running means.
     """
 
-    optimizer: Optimizer
+    optimizer: Any  # an Optimizer, whose methods may take other arguments than torch's
     penalty: Penalty
 
     def __init__(
@@ -299,7 +301,7 @@ class ConflictAwarePenalty(Optimizer):
         noise: float | Mapping[str, float] = 0.0,
         max_norm: float | None = None,
         generator: torch.Generator | None = None,
-        process_group: Any = None,
+        process_group: "ProcessGroup | None" = None,
         persist: bool = True,
     ) -> None:
         options = Options(
@@ -351,43 +353,43 @@ class ConflictAwarePenalty(Optimizer):
         """One step of the wrapped optimizer, whose hooks apply the penalty."""
         return self.optimizer.step(*args, **kwargs)
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+    def zero_grad(self, *args: object, **kwargs: object) -> None:
         """Reset the gradients, see :meth:`torch.optim.Optimizer.zero_grad`."""
         self.optimizer.zero_grad(*args, **kwargs)
 
-    def add_param_group(self, *args: Any, **kwargs: Any) -> None:
+    def add_param_group(self, *args: object, **kwargs: object) -> None:
         """Add a param_group, see :meth:`torch.optim.Optimizer.add_param_group`."""
         self.optimizer.add_param_group(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: object, **kwargs: object) -> Any:
         """The state of the wrapped optimizer, and of the penalty inside ``param_groups[0]``."""
         return self.optimizer.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def load_state_dict(self, *args: object, **kwargs: object) -> None:
         """Load what :meth:`state_dict` gave, or the ``state_dict`` of a plain optimizer."""
         self.optimizer.load_state_dict(*args, **kwargs)
 
-    def register_step_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+    def register_step_pre_hook(self, *args: object, **kwargs: object) -> Any:
         """See :meth:`torch.optim.Optimizer.register_step_pre_hook`."""
         return self.optimizer.register_step_pre_hook(*args, **kwargs)
 
-    def register_step_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+    def register_step_post_hook(self, *args: object, **kwargs: object) -> Any:
         """See :meth:`torch.optim.Optimizer.register_step_post_hook`."""
         return self.optimizer.register_step_post_hook(*args, **kwargs)
 
-    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+    def register_state_dict_pre_hook(self, *args: object, **kwargs: object) -> Any:
         """See :meth:`torch.optim.Optimizer.register_state_dict_pre_hook`."""
         return self.optimizer.register_state_dict_pre_hook(*args, **kwargs)
 
-    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+    def register_state_dict_post_hook(self, *args: object, **kwargs: object) -> Any:
         """See :meth:`torch.optim.Optimizer.register_state_dict_post_hook`."""
         return self.optimizer.register_state_dict_post_hook(*args, **kwargs)
 
-    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+    def register_load_state_dict_pre_hook(self, *args: object, **kwargs: object) -> Any:
         """See :meth:`torch.optim.Optimizer.register_load_state_dict_pre_hook`."""
         return self.optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
 
-    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+    def register_load_state_dict_post_hook(self, *args: object, **kwargs: object) -> Any:
         """See :meth:`torch.optim.Optimizer.register_load_state_dict_post_hook`."""
         return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
@@ -413,12 +415,12 @@ class ConflictAwarePenalty(Optimizer):
     # Frameworks look up the optimizer of a scheduler among those that they were given, some after
     # unwrapping these.
     def __eq__(self, other: object) -> bool:
-        return self.optimizer == other
+        return bool(self.optimizer == other)
 
     def __hash__(self) -> int:
         return hash(self.optimizer)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return _rewrap, (type(self), self.optimizer)
 
     def __repr__(self) -> str:
@@ -445,7 +447,7 @@ def attach(
     noise: float | Mapping[str, float] = 0.0,
     max_norm: float | None = None,
     generator: torch.Generator | None = None,
-    process_group: Any = None,
+    process_group: "ProcessGroup | None" = None,
     persist: bool = True,
 ) -> Penalty:
     """Put the penalty on an optimizer, which stays the object that you step.

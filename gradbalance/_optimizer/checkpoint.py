@@ -14,25 +14,30 @@ object:
   optimizer and puts the penalty on it again.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, SupportsIndex
 from weakref import proxy
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradbalance._optimizer.unwrap import layers
 
 KEY = "gradbalance"
 
+# Builtin types, by name.
+Saved = dict[str, Any]
+
 
 class Remembers(Protocol):
     """Something whose memory is saved: builtin types, lists and dicts."""
 
-    def save(self) -> dict[str, Any]: ...
+    def save(self) -> Saved: ...
 
-    def check(self, saved: Mapping[str, Any]) -> None: ...
+    def check(self, saved: Saved) -> None: ...
 
-    def load(self, saved: Mapping[str, Any]) -> None: ...
+    def load(self, saved: Saved) -> None: ...
 
 
 class Checkpoint:
@@ -46,12 +51,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, optimizer: Any, steppers: tuple[Optimizer, ...], memory: Remembers, persist: bool
+        self, optimizer: object, steppers: tuple[Optimizer, ...], memory: Remembers, persist: bool
     ) -> None:
         self._steppers = [proxy(stepper) for stepper in steppers]  # which hold this
         self._memory = memory
         self._persist = persist
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self.load_pending()
         if persist:
             self._put_key()
@@ -88,7 +93,7 @@ class Checkpoint:
             if groups and not any(KEY in group for group in groups):
                 groups[0][KEY] = ()
 
-    def _on_save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _on_save(self, optimizer: Optimizer, state_dict: Saved) -> None:
         self.load_pending()
         groups = state_dict.get("param_groups") or []
         for group in groups:
@@ -97,7 +102,7 @@ class Checkpoint:
             # A tuple: of a dict torch.distributed.checkpoint loads only keys that it had before.
             groups[0][KEY] = (self._memory.save(),)
 
-    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _before_load(self, optimizer: Optimizer, state_dict: Saved) -> None:
         if self._persist:
             for group in state_dict.get("param_groups") or []:
                 if group.get(KEY):
@@ -108,7 +113,7 @@ class Checkpoint:
         if self._persist:
             self._put_key()
 
-    def _check(self, saved: Any) -> None:
+    def _check(self, saved: Sequence[Saved]) -> None:
         try:
             self._memory.check(saved[0])
         except (KeyError, TypeError, IndexError) as error:
@@ -120,8 +125,11 @@ class Checkpoint:
 
 
 def reduce(
-    optimizer: Optimizer, protocol: Any, rebuild: Callable[..., Any], penalty: tuple[Any, ...]
-) -> tuple[Any, ...]:
+    optimizer: Optimizer,
+    protocol: SupportsIndex,
+    rebuild: Callable[..., None],
+    penalty: tuple[object, ...],
+) -> tuple[object, ...]:
     """How an optimizer with a penalty is copied and pickled; see the docstring of this module.
 
     Args:
@@ -130,18 +138,18 @@ def reduce(
         rebuild: Called with the rebuilt optimizer and the parts of the penalty.
         penalty: What the penalty is made of.
     """
-    parts: Any = object.__reduce_ex__(optimizer, max(2, int(protocol)))
+    parts: Any = object.__reduce_ex__(optimizer, max(2, operator.index(protocol)))
     make, args, state = parts[:3]
     return _rebuild_optimizer, (make, args, state, rebuild, penalty)
 
 
 def _rebuild_optimizer(
-    make: Callable[..., Any],
-    args: tuple[Any, ...],
-    state: dict[str, Any],
-    rebuild: Callable[..., Any],
-    penalty: tuple[Any, ...],
-) -> Any:
+    make: Callable[..., Optimizer],
+    args: tuple[object, ...],
+    state: Saved,
+    rebuild: Callable[..., None],
+    penalty: tuple[object, ...],
+) -> Optimizer:
     optimizer = make(*args)
     optimizer.__setstate__(state)
     rebuild(optimizer, *penalty)

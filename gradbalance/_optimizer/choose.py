@@ -178,9 +178,7 @@ class _Trial:
         places = zip(self._factors, self._plain[first], self._plain[-1], scaled[-1], strict=True)
         for factor, start, plain, end in places:
             moved = plain - start
-            allowed = tolerance
-            if factor == 1.0:
-                allowed = OTHERS_TOLERANCE
+            allowed = OTHERS_TOLERANCE if factor == 1.0 else tolerance
             if not (end - start - factor * moved).norm() <= allowed * moved.norm():
                 return False
         return True
@@ -355,7 +353,8 @@ def _keeps_copies(optimizer: object, parameters: list[Tensor], values: list[Tens
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
         for value in values:
-            if leaf.shape == value.shape and leaf.data_ptr() not in memory:
-                if (leaf.detach() - value).abs().max() < 0.25 * value.abs().min():
-                    return True
+            if leaf.shape != value.shape or leaf.data_ptr() in memory:
+                continue
+            if (leaf.detach() - value).abs().max() < 0.25 * value.abs().min():
+                return True
     return False

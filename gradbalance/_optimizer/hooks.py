@@ -9,6 +9,7 @@ from weakref import proxy, ref
 import torch
 from torch._compile import _disable_dynamo  # `torch.compiler.disable` takes seconds to import
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
 class StepHooks:
@@ -32,7 +33,7 @@ class StepHooks:
     def __init__(
         self,
         optimizer: Optimizer,
-        owner: Any,
+        owner: object,
         before: Sequence[Callable[[], None]],
         after: Callable[[], None],
     ) -> None:
@@ -95,7 +96,7 @@ class StepHooks:
             before()
 
     @_disable_dynamo
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, *_: object) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             self._after()
@@ -148,7 +149,7 @@ class StepHooks:
         return self._pre_hook.id in (self._pre_hook.hooks_dict_ref() or ())
 
 
-def _move(handle: Any, last: bool) -> None:
+def _move(handle: RemovableHandle, last: bool) -> None:
     hooks = handle.hooks_dict_ref()
     if hooks is not None and handle.id in hooks:
         hooks.move_to_end(handle.id, last=last)

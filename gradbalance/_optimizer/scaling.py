@@ -68,10 +68,9 @@ class LearningRates:
         manager = getattr(self._optimizer, "mng", None)
         if any(getattr(manager, overrides, None) for overrides in OVERRIDES):
             raise RuntimeError(
-                '`apply_to="update"` must have all settings of the parameters in `param_groups`. '
-                "Got overrides in the GlobalOptimManager of bitsandbytes, which hide the scaled "
-                "learning rate. Use `param_groups` for them, or "
-                '`apply_to="displacement"`.'
+                "`optimizer` must have all settings of its parameters in `param_groups`. Got "
+                "overrides in the GlobalOptimManager of bitsandbytes, which hide the scaled "
+                'learning rate. Use `param_groups` for them, or `apply_to="displacement"`.'
             )
         if all(factor == 1.0 for factor in factors):
             return
@@ -122,7 +121,7 @@ def _stand_in(param_group: ParamGroup, parameters: list[Tensor], factor: float) 
 
 
 class Displacement:
-    r"""Scales the finished update of each group: :math:`\theta \leftarrow \theta_0 + c(\theta - \theta_0)`.
+    r"""Scales the finished update: :math:`\theta \leftarrow \theta_0 + c\,(\theta - \theta_0)`.
 
     For optimizers whose step is not proportional to a learning rate. Costs a copy of the scaled
     groups' parameters for the time of the step.

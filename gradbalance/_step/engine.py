@@ -1,7 +1,6 @@
 """The engine: at each step of an optimizer it measures the groups, decides, and acts."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 from weakref import proxy
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradbalance._optimizer.checkpoint import Saved
 from gradbalance._optimizer.scaling import Displacement, LearningRates
 from gradbalance._step.gradients import Gradients, Layout, on_host
 from gradbalance._step.measure import Reading, average, measure, world_size
@@ -61,7 +61,7 @@ class Engine:
         self.listeners: list[Callable[[Balance], None]] = []
         self._layout: Layout | None = None
         self._sketch: Sketch | None = None
-        self._loaded_sketch: Mapping[str, Any] = {}  # of a checkpoint, until there is a sketch
+        self._loaded_sketch: Saved = {}  # of a checkpoint, until there is a sketch
         self._reading: Reading | None = None  # of the last step, until it is decided on
         self._steps = 0  # however they ended: one of so many is measured
 
@@ -105,7 +105,9 @@ class Engine:
         # The step before it is compared too: coherence is that of successive gradients.
         is_compared = is_measured or (self._steps + 1) % options.every == 0
         sketch = self._sketch if is_compared else None
-        errors = self.observed.take(layout.device) if is_measured else None
+        errors: Tensor | None = None
+        if is_measured and self.observed.sums:
+            errors = self.observed.take(layout.device)
         reads_alone = self._sketch is not None and self._sketch.is_whole
         parts = measure(
             gradients,
@@ -226,7 +228,7 @@ class Engine:
                 "other noise on each rank. Pass a generator with the same seed on every rank."
             )
 
-    def decide_for(self, norms: Vector, errors: Mapping[str, Any] | None) -> None:
+    def decide_for(self, norms: Vector, errors: Mapping[str, object] | None) -> None:
         """One decision for norms that were measured elsewhere, shape ``[N]``."""
         if errors is not None:
             self.observed.add(errors)
@@ -240,7 +242,7 @@ class Engine:
         active = self._decide(Reading(parts, present, is_measured=True))
         self.coefficients = self._in_force(active, is_inside)
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> Saved:
         """What is remembered, in builtin types, by group name.
 
         A pending reading is decided on first: a checkpoint between two steps holds what the second
@@ -256,7 +258,7 @@ class Engine:
             saved["rule_state"] = self._options.rule.state_dict()
         return saved
 
-    def check(self, saved: Mapping[str, Any]) -> None:
+    def check(self, saved: Saved) -> None:
         """Check what :meth:`save` gave.
 
         Raises:
@@ -273,7 +275,7 @@ class Engine:
             )
         self.state.check(saved)
 
-    def load(self, saved: Mapping[str, Any]) -> None:
+    def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, checked."""
         self._reading = None
         self.state.load(saved)

@@ -4,16 +4,23 @@ This is the only room that knows DTensor.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ParamGroups = Sequence[Mapping[str, Any]]
+from gradbalance.groups import ParamGroups
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
+Placements = tuple["Placement", ...]
+Kind = tuple[torch.dtype, bool] | None
 
 UNGROUPED = -1
 
@@ -48,8 +55,8 @@ class Bucket(NamedTuple):
     rows: list[int]
     device: torch.device
     dtype: torch.dtype
-    mesh: Any
-    placements: tuple[Any, ...]
+    mesh: "DeviceMesh | None"
+    placements: Placements
     copies: int
     is_plain: bool
     table: Tensor
@@ -129,7 +136,7 @@ class Layout:
         for row in range(self.rows):
             self._parameters += rows[row]
             self._row_of += [row] * len(rows[row])
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans: dict[tuple[Kind, ...], Plan] = {}
 
     def fits(self, param_groups: ParamGroups) -> bool:
         """Whether the optimizer holds the same parameters, and none was frozen, cast or moved."""
@@ -167,7 +174,7 @@ class Layout:
             by_bucket.append(BucketGradients(bucket, read, write))
         return Gradients(plan, by_bucket)
 
-    def _plan(self, kinds: Iterable[Any]) -> Plan:
+    def _plan(self, kinds: Iterable[Kind]) -> Plan:
         present = np.zeros(len(self.members), dtype=bool)
         positions: dict[Any, list[list[int]]] = {}
         for i, kind in enumerate(kinds):
@@ -205,7 +212,7 @@ class Layout:
         return Bucket(flat, rows, device, dtype, mesh, placements, copies, is_plain, table, cells)
 
 
-def _kind(gradient: Tensor | None) -> tuple[torch.dtype, bool] | None:
+def _kind(gradient: Tensor | None) -> Kind:
     if gradient is None:
         return None
     return gradient.dtype, gradient.is_sparse
@@ -222,11 +229,11 @@ def copies_of(p: Any) -> int:
     return 1 if mesh is None else _copies(mesh, p.placements)
 
 
-def _copies(mesh: Any, placements: tuple[Any, ...]) -> int:
+def _copies(mesh: "DeviceMesh", placements: Placements) -> int:
     return math.prod(mesh.size(i) for i, at in enumerate(placements) if at.is_replicate())
 
 
-def reduced(t: Any, placements: tuple[Any, ...]) -> Any:
+def reduced(t: Any, placements: Placements) -> Any:
     """``t`` with repeated indices summed, and partial sums of a DTensor added up over ranks."""
     if t.is_sparse:
         return t.coalesce()

@@ -4,7 +4,7 @@ This is the only room with collectives.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor
 
 from gradbalance._step.gradients import CPU_PART, BucketGradients, Gradients, Layout, on_host, wide
 from gradbalance._step.sketch import Sketch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Mesh = DeviceMesh | None
 
 # The error of a group that was not observed; NaN is an error that was.
 UNSEEN = -1.0
@@ -39,7 +44,8 @@ class Reading:
         flat = []
         for name, part in parts.items():
             if on_host(part.device):
-                self._numbers[name] = part.numpy()
+                # Copied: GradScaler goes on writing to its scale.
+                self._numbers[name] = part.numpy().copy()
             else:
                 self._shapes[name] = part.shape
                 flat.append(part.flatten().to(wide(part.device)))
@@ -86,7 +92,7 @@ def measure(
     errors: Tensor | None,
     *,
     with_norms: bool,
-    process_group: Any,
+    process_group: "dist.ProcessGroup | None",
 ) -> dict[str, Tensor]:
     """Norms, products and errors of one step.
 
@@ -104,7 +110,7 @@ def measure(
     """
     parts: dict[str, Tensor] = {}
     entries = {} if sketch is None else sketch.take(gradients)
-    summed: dict[Any, Tensor] = {}
+    summed: dict["Mesh", Tensor] = {}
     if with_norms or entries:
         parts["norms"], errors, summed = _reduce(gradients, layout, errors, entries, process_group)
     else:
@@ -116,7 +122,7 @@ def measure(
     return parts
 
 
-def world_size(process_group: Any = None) -> int:
+def world_size(process_group: "dist.ProcessGroup | None" = None) -> int:
     """Number of ranks; 1 in a single process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(process_group)
@@ -127,16 +133,16 @@ def _reduce(
     gradients: Gradients,
     layout: Layout,
     errors: Tensor | None,
-    entries: Mapping[Any, Tensor],
-    process_group: Any,
-) -> tuple[Tensor, Tensor | None, dict[Any, Tensor]]:
+    entries: Mapping["Mesh", Tensor],
+    process_group: "dist.ProcessGroup | None",
+) -> tuple[Tensor, Tensor | None, dict["Mesh", Tensor]]:
     """Norms over all shards, averaged errors, and entries of the sketch summed over ranks by mesh.
 
     One all_reduce per mesh dimension carries all of it. Where no mesh spans all ranks, the errors
     take one more.
     """
     device = layout.device
-    summed: dict[Any, Tensor] = {}
+    summed: dict["Mesh", Tensor] = {}
     norms: list[Tensor] = []
     is_averaged = False
     for mesh, local_norms in _norms_by_mesh(gradients, layout.rows).items():
@@ -164,8 +170,8 @@ def _reduce(
     return _joint(norms), errors, summed
 
 
-def average(errors: Tensor | None, process_group: Any) -> Tensor | None:
-    """The errors averaged over the ranks that have them, ``UNSEEN`` where none has, shape ``[N]``."""
+def average(errors: Tensor | None, process_group: "dist.ProcessGroup | None") -> Tensor | None:
+    """The errors averaged over the ranks that have them, ``UNSEEN`` where none has, ``[N]``."""
     if errors is None or world_size(process_group) == 1:
         return errors
     message = _summable(errors)
@@ -173,7 +179,7 @@ def average(errors: Tensor | None, process_group: Any) -> Tensor | None:
     return _mean(message)
 
 
-def _sum_over_mesh(tensors: Sequence[Tensor], mesh: Any) -> list[Tensor]:
+def _sum_over_mesh(tensors: Sequence[Tensor], mesh: "DeviceMesh") -> list[Tensor]:
     """Each one-dimensional tensor summed over all ranks of a mesh, one message per dimension."""
     message = torch.cat([t.to(tensors[0]) for t in tensors])
     for dim in range(mesh.ndim):
@@ -201,9 +207,9 @@ def _joint(norms: list[Tensor]) -> Tensor:
     return joint
 
 
-def _norms_by_mesh(gradients: Gradients, rows: int) -> dict[Any, Tensor]:
+def _norms_by_mesh(gradients: Gradients, rows: int) -> dict["Mesh", Tensor]:
     """Norms of the local shards of each row, over the buckets of each mesh."""
-    parts: dict[Any, list[Tensor]] = {}
+    parts: dict["Mesh", list[Tensor]] = {}
     for bucket_gradients in gradients.by_bucket:
         bucket = bucket_gradients.bucket
         if on_host(bucket.device):

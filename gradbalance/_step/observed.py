@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +12,21 @@ from gradbalance._step.measure import UNSEEN, world_size
 
 
 class ObservedErrors:
-    """Sums the errors of each group until a step takes them."""
+    """Sums the errors of each group until a step takes them.
+
+    Args:
+        names: The groups.
+
+    Attributes:
+        sums: The sum of the errors of each observed group, by name.
+    """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
-        self._sums: dict[str, Any] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, errors: Mapping[str, Any]) -> None:
+    def add(self, errors: Mapping[str, object]) -> None:
         """Take the errors of one call; checked as :meth:`gradbalance.Penalty.observe` says."""
         for name in errors:
             if name not in self._names:
@@ -36,7 +42,7 @@ class ObservedErrors:
             )
         checked = {name: _checked(name, error) for name, error in errors.items()}
         for name, error in checked.items():
-            self._sums[name] = self._sums.get(name, 0.0) + error
+            self.sums[name] = self.sums.get(name, 0.0) + error
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self, device: torch.device) -> Tensor | None:
@@ -48,13 +54,13 @@ class ObservedErrors:
         Returns:
             None if nothing was observed.
         """
-        if not self._sums:
+        if not self.sums:
             return None
         means = []
         for name in self._names:
-            is_seen = name in self._sums
-            means.append(self._sums[name] / self._counts[name] if is_seen else UNSEEN)
-        self._sums = {}
+            is_seen = name in self.sums
+            means.append(self.sums[name] / self._counts[name] if is_seen else UNSEEN)
+        self.sums = {}
         self._counts = {}
         if not any(isinstance(mean, Tensor) for mean in means) and world_size() == 1:
             return torch.tensor(means, dtype=torch.float64)
@@ -67,7 +73,7 @@ class ObservedErrors:
         return torch.stack(vector)
 
 
-def _checked(name: str, error: Any) -> Tensor | float:
+def _checked(name: str, error: object) -> Tensor | float:
     """The error as a number if it is on the host, else as a tensor ``[]`` that is not read."""
     if isinstance(error, Tensor):
         value = error.detach()

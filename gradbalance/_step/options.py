@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from gradbalance.rules import Coherence, Rule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ApplyTo = Literal["update", "gradient", "learning_rate", "displacement"]
 
@@ -34,7 +37,7 @@ class Options:
     noise: float | Mapping[str, float] = 0.0
     max_norm: float | None = None
     generator: torch.Generator | None = None
-    process_group: Any = None
+    process_group: "ProcessGroup | None" = None
     persist: bool = True
 
     def __post_init__(self) -> None:
@@ -105,17 +108,19 @@ class Options:
         return changed
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a plain Python number.")
 
 
-def _check_noise(noise: Any) -> None:
-    amounts = noise.values() if isinstance(noise, Mapping) else [noise]
+def _check_noise(noise: float | Mapping[str, float]) -> None:
+    amounts = [noise]
+    if isinstance(noise, Mapping):
+        amounts = list(noise.values())
     for amount in amounts:
         _check_number("noise", amount)
         if not 0 <= amount < inf:
@@ -124,7 +129,7 @@ def _check_noise(noise: Any) -> None:
             )
 
 
-def _check_window(window: Any) -> None:
+def _check_window(window: object) -> None:
     if window is None:
         return
     if isinstance(window, tuple | list) and len(window) == 2:

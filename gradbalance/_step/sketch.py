@@ -4,15 +4,17 @@ from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import ceil, inf, prod, sqrt
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradbalance._optimizer.checkpoint import Saved
 from gradbalance._step.gradients import (
     Gradients,
+    Plan,
     copies_of,
     has_gradient,
     local,
@@ -22,6 +24,9 @@ from gradbalance._step.gradients import (
     wide,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 ENTRIES = 1 << 13  # of all groups together
 SMALL = 1 << 15  # entries of all groups together up to which all are kept
 TENSORS = 8  # of a group at most: each costs one small read
@@ -29,7 +34,6 @@ ALL_TENSORS = 128  # of all groups together, though at least one of each
 TINY = 32  # times smaller than the largest: not worth a read, as a bias beside a matrix
 ALIGNED = 8  # entries: equal rows that begin alike in memory have bitwise equal products
 
-Saved = Mapping[str, Mapping[str, Any]]
 Vector = NDArray[np.float64]
 
 
@@ -50,7 +54,7 @@ class Pick(NamedTuple):
     slices: tuple[slice, ...]
     is_plain: bool
     copies: int
-    mesh: Any
+    mesh: "DeviceMesh | None"
     slots: list[Tensor]
 
 
@@ -83,7 +87,7 @@ class Sketch:
         # float64, in which no square of a float32 overflows or vanishes.
         self._entries = torch.zeros(n, 2, width, dtype=wide(device), device=device)
         self._transposed = self._entries.mT
-        self._sums: dict[Any, Tensor] = {}
+        self._sums: dict[DeviceMesh | None, Tensor] = {}
         for p in everything:
             mesh = getattr(p, "device_mesh", None)
             if mesh is not None and mesh not in self._sums:
@@ -92,12 +96,12 @@ class Sketch:
         self._lengths = [0] * n
         # Indices of the parameters that had a gradient at some step: only these are sampled.
         self._seen: list[set[int]] = [set() for _ in members]
-        self._plan: Any = None
+        self._plan: Plan | None = None
         self._present: list[bool] = [False] * n  # whether the group has a gradient at this step
         self._now = [0] * n  # the slot of this step
         self._is_known = [False] * n  # whether the other slot holds entries
 
-    def take(self, gradients: Gradients) -> dict[Any, Tensor]:
+    def take(self, gradients: Gradients) -> dict["DeviceMesh | None", Tensor]:
         """Read this rank's entries of the groups that have a gradient.
 
         Returns:
@@ -122,7 +126,7 @@ class Sketch:
             torch._foreach_copy_(slots, entries)
         return self._sums
 
-    def products(self, summed: Mapping[Any, Tensor]) -> Tensor:
+    def products(self, summed: Mapping["DeviceMesh | None", Tensor]) -> Tensor:
         """Products of each group's two slots with themselves and each other, shape ``[N, 2, 2]``.
 
         Args:
@@ -173,7 +177,7 @@ class Sketch:
             if list(map(id, mine)) == list(map(id, theirs)):
                 self._load_group(m, other._seen[m], other._last(m))
 
-    def save(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def save(self, names: Sequence[str]) -> Saved:
         """The last entries of each group by name, as bytes in base64, in builtin types."""
         saved = {}
         for m, name in enumerate(names):
@@ -193,13 +197,13 @@ class Sketch:
         """The slots of this step of the groups that have a gradient."""
         return [self._entries[m, self._now[m]] for m in range(len(self._now)) if self._present[m]]
 
-    def _last(self, m: int) -> NDArray[Any] | None:
+    def _last(self, m: int) -> Vector | None:
         if not self._is_known[m]:
             return None
-        row: NDArray[Any] = self._entries[m, 1 - self._now[m], : self._lengths[m]].cpu().numpy()
+        row: Vector = self._entries[m, 1 - self._now[m], : self._lengths[m]].cpu().numpy()
         return row.copy()
 
-    def _load_group(self, m: int, seen: set[int], row: NDArray[Any] | None) -> None:
+    def _load_group(self, m: int, seen: set[int], row: Vector | None) -> None:
         self._seen[m] = {i for i in seen if i < len(self._members[m])}
         self._is_known[m] = False
         self._pick(m)
@@ -331,13 +335,13 @@ def _read_sparse(gradient: Tensor, slices: tuple[slice, ...]) -> Tensor:
     return entries.index_add_(0, rows // stride, torch.where(is_picked, values, 0))
 
 
-def _packed(row: NDArray[Any]) -> str:
+def _packed(row: Vector) -> str:
     """The numbers of a row as bytes in base64, in float32 where that holds them exactly."""
     narrow = row.astype(np.float32)
     kind = "f4" if np.array_equal(narrow, row) else "f8"
     return f"{kind}:{b64encode(row.astype(kind).tobytes()).decode()}"
 
 
-def _unpacked(packed: str) -> NDArray[Any]:
+def _unpacked(packed: str) -> Vector:
     kind, _, entries = packed.partition(":")
     return np.frombuffer(b64decode(entries), kind).astype(np.float64)

@@ -1,7 +1,6 @@
 """What is remembered between steps: running means and their errors, the last decision, warnings."""
 
 import warnings
-from collections.abc import Mapping
 from math import inf, nan
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradbalance._optimizer.checkpoint import Saved
 from gradbalance._step.measure import UNSEEN
 from gradbalance.balance import Balance
 from gradbalance.rules import Measured, Rule
@@ -226,7 +226,7 @@ class State:
         start, stop = window
         return start <= self.step and (stop is None or self.step < stop)
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> Saved:
         """What is remembered, by group name, in builtin types."""
         groups = {}
         for m, name in enumerate(self.names):
@@ -238,7 +238,7 @@ class State:
             }
         return {"step": self.step, "errors": self.has_errors, "groups": groups}
 
-    def check(self, saved: Mapping[str, Any]) -> None:
+    def check(self, saved: Saved) -> None:
         """Check what :meth:`save` gave.
 
         Raises:
@@ -259,7 +259,7 @@ class State:
             for key in own["groups"][name]:
                 group[key]
 
-    def load(self, saved: Mapping[str, Any]) -> None:
+    def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, of the same groups in any order."""
         groups = [saved["groups"][name] for name in self.names]
         means = np.array([group["means"] for group in groups], dtype=float)
@@ -323,7 +323,7 @@ class Watchdog:
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def checked_answer(rule: Rule, answer: Any, n: int) -> tuple[Vector, Flags | None]:
+def checked_answer(rule: Rule, answer: object, n: int) -> tuple[Vector, Flags | None]:
     """The coefficients in the answer of a rule, and the conflicts if it reports them.
 
     Raises:
@@ -331,7 +331,7 @@ def checked_answer(rule: Rule, answer: Any, n: int) -> tuple[Vector, Flags | Non
         ValueError: If a shape is wrong, or a coefficient negative or not finite.
     """
     name = name_of(rule)
-    conflicts: Any = None
+    conflicts: object = None
     if isinstance(answer, tuple) and any(np.ndim(part) > 0 for part in answer):
         if len(answer) != 2:
             raise ValueError(
@@ -369,7 +369,7 @@ def checked_answer(rule: Rule, answer: Any, n: int) -> tuple[Vector, Flags | Non
     return coefficients, flags.copy()
 
 
-def _array(name: str, what: str, answer: Any) -> NDArray[Any]:
+def _array(name: str, what: str, answer: object) -> NDArray[Any]:
     if isinstance(answer, Tensor):
         if answer.device.type != "cpu":
             raise TypeError(
@@ -387,7 +387,7 @@ def _array(name: str, what: str, answer: Any) -> NDArray[Any]:
         ) from error
 
 
-def _kind(answer: Any, array: NDArray[Any]) -> str:
+def _kind(answer: object, array: NDArray[Any]) -> str:
     return type(answer).__name__ if array.dtype == object else str(array.dtype)
 
 

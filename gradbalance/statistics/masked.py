@@ -190,7 +190,7 @@ def checked_dim(dim: object) -> int | tuple[int, ...] | None:
 
 def plain(option: object) -> object:
     """The Python number in a numpy scalar, a 0-d array or a 0-d tensor; all else as it is."""
-    if isinstance(option, np.generic | np.ndarray | Tensor) and option.ndim == 0:
+    if isinstance(option, (np.generic, np.ndarray, Tensor)) and option.ndim == 0:
         return option.item()
     return option
 

@@ -106,7 +106,7 @@ def test_gradients_narrower_than_their_parameters_are_summed_in_float32(rule):
     optimizer = penalty_on([narrow], [other], rule=rule)
     optimizer.step()
     exact = math.sqrt(300 * 300) * 300.0
-    assert optimizer.balance.norms.tolist() == pytest.approx([exact, 1.0], rel=1e-5)
+    assert optimizer.balance.norms.tolist() == pytest.approx([exact, 1.0], rel=1e-4)
     assert optimizer.balance.step == 1
 
 

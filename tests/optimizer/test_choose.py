@@ -630,7 +630,9 @@ def test_a_choice_of_the_learning_rate_needs_one():
         def __init__(self, params):
             Optimizer.__init__(self, params, {})
 
-    with pytest.raises(ValueError, match='Got WithoutRate without. Use `apply_to="displacement"`'):
+    with pytest.raises(
+        ValueError, match=r'Got WithoutRate without\. Use `apply_to="displacement"`'
+    ):
         wrapped(of(WithoutRate), apply_to="learning_rate")
 
 

@@ -103,7 +103,9 @@ def test_parameters_can_be_swapped_after_a_step(kind):
         model.double()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    assert all(p.dtype is torch.float64 for group in optimizer.param_groups for p in group["params"])
+    assert all(
+        p.dtype is torch.float64 for group in optimizer.param_groups for p in group["params"]
+    )
 
 
 def test_a_learning_rate_in_a_tensor_stays_one_and_the_users_own_is_put_back():

@@ -74,7 +74,9 @@ MISTAKES = {
 def test_what_is_no_optimizer_is_refused_by_what_it_is(mistake, by):
     model = Branches()
     make, message = MISTAKES[mistake]
-    with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer\. Got " + message):
+    with pytest.raises(
+        TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer\. Got " + message
+    ):
         by(make(model), model.groups)
 
 
