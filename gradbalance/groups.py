@@ -341,7 +341,7 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and "
                 "takes no part.",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
         missing = [(label, p) for label, p in trainable if id(p) not in present]
         if missing:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, SupportsIndex
 from weakref import ref
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -44,6 +43,12 @@ class Penalty:
         optimizer: The optimizer.
         groups: As for :class:`ConflictAwarePenalty`.
         options: Those of :class:`ConflictAwarePenalty`.
+
+    Example:
+        >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()])
+        >>> attach(optimizer, {"text": text, "audio": audio}, every=2).names
+        ('text', 'audio')
     """
 
     def __init__(self, optimizer: Optimizer, groups: Groups, options: Options) -> None:
@@ -61,7 +66,7 @@ class Penalty:
                 f'`apply_to="gradient"` does nothing lasting under {type(stepper).__name__}, which '
                 'cancels a constant factor on the gradient. Use `apply_to="update"`.',
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         membership = Membership(reader.param_groups, groups)
         scaling = None
@@ -90,7 +95,7 @@ class Penalty:
 
     def coefficients(self) -> dict[str, float]:
         """The coefficient of each group in the last step, by name."""
-        return dict(zip(self.names, self._engine.coefficients.tolist(), strict=True))
+        return dict(zip(self.names, self._engine.coefficients, strict=True))
 
     def observe(self, /, **errors: Tensor | float) -> None:
         """Tell the errors of the groups' own predictions; their mean counts at the next step.
@@ -145,7 +150,7 @@ class Penalty:
                 f"`norms` must name exactly the groups. Got {', '.join(norms) or 'none'}. "
                 f"The groups are: {', '.join(self.names)}."
             )
-        values = np.array([float(norms[name]) for name in self.names])
+        values = [float(norms[name]) for name in self.names]
         self._engine.decide_for(values, errors)
         return self.coefficients()
 
@@ -267,13 +272,11 @@ class ConflictAwarePenalty(Optimizer):
     Example:
         >>> import torch
         >>> from gradbalance import rules
-        >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4,
-        1)})
-        >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> optimizer = ConflictAwarePenalty(adamw, dict(model.items()),
-        rule=rules.ByHand(text=0.1))
-        >>> (10 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1,
-        4))).sum().backward()
+        >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()], lr=1e-3)
+        >>> groups = {"text": text, "audio": audio}
+        >>> optimizer = ConflictAwarePenalty(optimizer, groups, rule=rules.ByHand(text=0.1))
+        >>> (10 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
         >>> optimizer.step()
         >>> optimizer.coefficients()
         {'text': 0.1, 'audio': 1.0}

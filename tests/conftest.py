@@ -19,4 +19,4 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     """Where Triton is not installed the module of its kernels cannot be searched for doctests."""
     if find_spec("triton") is None:
-        config.option.ignore = [*(config.option.ignore or []), "gradbalance/_moments/triton_kernel.py"]
+        config.option.ignore = [*(config.option.ignore or []), "gradbalance/statistics/_triton.py"]

@@ -163,11 +163,8 @@ def accuracy(device: str) -> dict:
         raw = x.square().mean(0) - x.mean(0).square()
         centred = x - x.mean(0)
         two_pass = centred.square().mean(0), centred.pow(3).mean(0), centred.pow(4).mean(0)
-        # Small enough for the other way, whose variance is another one where nothing above it is asked for.
-        few = [(moments(part).variance, *moments(part, order=4)[3:]) for part in x.split(8, 1)]
         rows = {
             "gradbalance": moments(x, order=4)[2:],
-            "gradbalance, 8 features a call": [torch.cat(parts) for parts in zip(*few, strict=True)],
             "two passes": (two_pass[0], two_pass[1] / two_pass[0] ** 1.5, two_pass[2] / two_pass[0] ** 2),
             "torch.var_mean": (torch.var_mean(x, 0, correction=0)[0],),
             "raw sums": (raw,),

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradbalance._optimizer.hooks import StepHooks
 from gradbalance._optimizer.scaling import Displacement, LearningRates, ParamGroup
-from gradbalance._optimizer.unwrap import WRAPPED_AS, held_by, layers, unwrap
+from gradbalance._optimizer.unwrap import held_by, layers, unwrap
 
 Scaling = LearningRates | Displacement
 
@@ -341,7 +341,7 @@ def _around(wrapper: object, inner: object, param_groups: list[ParamGroup], rate
         return make(inner, **options)
     # As SAM, which builds the inner one itself.
     for name in names:
-        if name in WRAPPED_AS or "optimizer" in name:
+        if "optimizer" in name:
             options[name] = type(inner)
     return make(param_groups, **options)
 

@@ -1,11 +1,9 @@
 """The engine: at each step of an optimizer it measures the groups, decides, and acts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from weakref import proxy
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,9 +19,6 @@ from gradbalance._step.write import add_noise_, clip_factor, scale_, spreads
 from gradbalance.balance import Balance
 from gradbalance.groups import Membership
 
-Vector = NDArray[np.float64]
-Flags = NDArray[np.bool_]
-
 
 class Engine:
     """What happens before and after each step.
@@ -36,7 +31,7 @@ class Engine:
         options: Of the penalty.
 
     Attributes:
-        coefficients: In force at the last step, shape ``[N]``.
+        coefficients: In force at the last step, one of each group.
     """
 
     def __init__(
@@ -53,11 +48,14 @@ class Engine:
         self.scaling = scaling
         self._options = options
         self._amounts = options.noise_of(membership.names)
+        self._acts = getattr(options.rule, "acts", True)
+        is_clipped = options.max_norm is not None
+        self._writes = options.apply_to == "gradient" or is_clipped or any(self._amounts)
         smoothing = options.smoothing**options.every
         scale_free = not isinstance(stepper, torch.optim.SGD)
         self.state = State(membership.names, options.rule, smoothing, scale_free)
         self.observed = ObservedErrors(membership.names)
-        self.coefficients = np.ones(len(membership.names))
+        self.coefficients = [1.0] * len(membership.names)
         self.listeners: list[Callable[[Balance], None]] = []
         self._layout: Layout | None = None
         self._sketch: Sketch | None = None
@@ -82,9 +80,11 @@ class Engine:
             active = self._decide(reading)
         self._steps += 1
         self.coefficients = self._in_force(active, is_inside)
-        self._write(gradients, norms, is_noisy=is_inside and bool(active.any()))
+        if self._writes:
+            is_noisy = is_inside and any(self._amounts) and any(active)
+            self._write(gradients, norms, is_noisy)
         if self.scaling is not None:
-            self.scaling.begin(self.coefficients.tolist())
+            self.scaling.begin(self.coefficients)
 
     def after_step(self) -> None:
         """Undo what was put in place for the step; may be called twice."""
@@ -127,53 +127,49 @@ class Engine:
             norms = norms / parts["grad_scale"]
         return Reading(parts, gradients.plan.present, is_measured), norms
 
-    def _decide(self, reading: Reading) -> Flags:
+    def _decide(self, reading: Reading) -> list[bool]:
         """Take a reading into the state; on which groups the decision acts, if the step counts."""
         numbers = reading.numbers()
         n = len(self.state.names)
         active = reading.present
-        lengths = np.zeros(n)
-        cosines: Vector | None = None
-        is_skipped = "found_inf" in numbers and numbers["found_inf"] > 0
-        with np.errstate(all="ignore"):  # what is not finite does not count
-            if self._sketch is not None and "products" in numbers:
-                lengths, cosines = self._sketch.compare(numbers["products"])
-            if is_skipped:
-                active = np.zeros(n, dtype=bool)
-            elif reading.is_measured:
-                norms = numbers["norms"][:n] if "norms" in numbers else lengths
-                if "grad_scale" in numbers:
-                    norms = norms / numbers["grad_scale"]
-                active = self.state.learn(norms, cosines, numbers.get("errors"))
-        coefficients = self._in_force(active, self.state.is_inside(self._options.window))
-        if active.any():
+        lengths = [0.0] * n
+        cosines: list[float] | None = None
+        if self._sketch is not None and "products" in numbers:
+            lengths, cosines = self._sketch.compare(numbers["products"])
+        if numbers.get("found_inf", 0.0) > 0:  # GradScaler skips the step
+            active = [False] * n
+        elif reading.is_measured:
+            scale = numbers.get("grad_scale", 1.0)
+            norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
+            active = self.state.learn(norms, cosines, numbers.get("errors"))
+        is_inside = self.state.is_inside(self._options.window)
+        if any(active):
             self.state.step += 1
             if self._sketch is not None:
                 self._sketch.keep(lengths)
         if reading.is_measured and self.listeners:
-            balance = self.state.balance(coefficients)
+            balance = self.state.balance(self._in_force(active, is_inside))
             for listener in self.listeners:
                 listener(balance)
         return active
 
-    def _in_force(self, active: Flags, is_inside: bool) -> Vector:
+    def _in_force(self, active: list[bool], is_inside: bool) -> list[float]:
         """The coefficients of a step on these groups, inside or outside the window."""
-        acts = getattr(self._options.rule, "acts", True)
-        if acts and is_inside:
-            return np.where(active, self.state.decided, 1.0)
-        return np.ones(len(active))
+        coefficients = [1.0] * len(active)
+        if self._acts and is_inside:
+            for m, decided in enumerate(self.state.decided):
+                if active[m]:
+                    coefficients[m] = decided
+        return coefficients
 
     def _write(self, gradients: Gradients, norms: Tensor | None, is_noisy: bool) -> None:
-        """Scale and clip the gradients, and add noise if there is to be any."""
+        """Scale and clip the gradients, and add noise."""
         options = self._options
         max_norm = options.max_norm
         scales = options.apply_to == "gradient"
-        is_noisy = is_noisy and any(self._amounts)
-        if not (scales or is_noisy or max_norm is not None):
-            return
         factors = [1.0] * len(self.coefficients)
         if scales:
-            factors = self.coefficients.tolist()
+            factors = list(self.coefficients)
         factors.append(1.0)  # of the parameters of no group
         try:
             noisy = spreads(gradients.by_bucket, self._amounts) if is_noisy else []
@@ -205,7 +201,7 @@ class Engine:
             if self._loaded_sketch:
                 sketch.load(self.state.names, self._loaded_sketch)
                 self._loaded_sketch = {}
-        self.state.forget(np.array([not members for members in layout.members]))
+        self.state.forget([not members for members in layout.members])
         if self.scaling is not None:
             self.scaling.divide(self.membership.group_of)
         self._layout = layout
@@ -228,16 +224,16 @@ class Engine:
                 "other noise on each rank. Pass a generator with the same seed on every rank."
             )
 
-    def decide_for(self, norms: Vector, errors: Mapping[str, object] | None) -> None:
-        """One decision for norms that were measured elsewhere, shape ``[N]``."""
+    def decide_for(self, norms: Sequence[float], errors: Mapping[str, object] | None) -> None:
+        """One decision for norms that were measured elsewhere, one of each group."""
         if errors is not None:
             self.observed.add(errors)
-        parts = {"norms": torch.from_numpy(norms)}
+        parts = {"norms": torch.tensor(norms, dtype=torch.float64)}
         observed = self.observed.take(torch.device("cpu"))
         observed = average(observed, self._options.process_group)
         if observed is not None:
             parts["errors"] = observed
-        present = np.ones(len(norms), dtype=bool)
+        present = [True] * len(norms)
         is_inside = self.state.is_inside(self._options.window)
         active = self._decide(Reading(parts, present, is_measured=True))
         self.coefficients = self._in_force(active, is_inside)

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradbalance.groups import ParamGroups
@@ -64,10 +62,10 @@ class Bucket(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The buckets of one set of gradients, and which groups have any gradient, bool, ``[N]``."""
+    """The buckets of one set of gradients, and which of the N groups have any gradient."""
 
     buckets: list[Bucket]
-    present: NDArray[np.bool_]
+    present: list[bool]
 
 
 class BucketGradients(NamedTuple):
@@ -175,7 +173,7 @@ class Layout:
         return Gradients(plan, by_bucket)
 
     def _plan(self, kinds: Iterable[Kind]) -> Plan:
-        present = np.zeros(len(self.members), dtype=bool)
+        present = [False] * len(self.members)
         positions: dict[Any, list[list[int]]] = {}
         for i, kind in enumerate(kinds):
             p = self._parameters[i]

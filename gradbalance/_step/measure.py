@@ -4,12 +4,10 @@ This is the only room with collectives.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradbalance._step.gradients import CPU_PART, BucketGradients, Gradients, Layout, on_host, wide
@@ -29,44 +27,40 @@ class Reading:
 
     Args:
         parts: The measurements by name; those that are not on the host are on one device.
-        present: Which groups had a gradient, bool, shape ``[N]``.
+        present: Which groups had a gradient, N flags.
         is_measured: Whether the step is one of those that are decided on.
     """
 
-    def __init__(
-        self, parts: Mapping[str, Tensor], present: NDArray[np.bool_], is_measured: bool
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Tensor], present: list[bool], is_measured: bool) -> None:
         self.present = present
         self.is_measured = is_measured
         self._transfer: Transfer | None = None
-        self._numbers: dict[str, NDArray[np.float64]] = {}
+        self._numbers: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}  # of those that are on their way
         flat = []
         for name, part in parts.items():
             if on_host(part.device):
-                # Copied: GradScaler goes on writing to its scale.
-                self._numbers[name] = part.numpy().copy()
+                self._numbers[name] = part.tolist()
             else:
                 self._shapes[name] = part.shape
                 flat.append(part.flatten().to(wide(part.device)))
         if flat:
             self._transfer = Transfer(torch.cat(flat))
 
-    def numbers(self) -> dict[str, NDArray[np.float64]]:
-        """The measurements by name, once their copy has arrived."""
+    def numbers(self) -> dict[str, Any]:
+        """The measurements as nested lists of floats, once their copy has arrived."""
+        if self._transfer is None:
+            return self._numbers
         numbers = dict(self._numbers)
-        if self._transfer is not None:
-            vector = self._transfer.numbers()
-            start = 0
-            for name, shape in self._shapes.items():
-                stop = start + shape.numel()
-                numbers[name] = vector[start:stop].reshape(shape)
-                start = stop
+        vector = self._transfer.vector()
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        for (name, shape), part in zip(self._shapes.items(), torch.split(vector, sizes), strict=True):
+            numbers[name] = part.view(shape).tolist()
         return numbers
 
 
 class Transfer:
-    """An asynchronous copy of a vector to the host, for which :meth:`numbers` alone waits."""
+    """An asynchronous copy of a vector to the host, for which :meth:`vector` alone waits."""
 
     def __init__(self, vector: Tensor) -> None:
         self._vector = vector
@@ -77,12 +71,11 @@ class Transfer:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(vector.device))
 
-    def numbers(self) -> NDArray[np.float64]:
-        """The numbers of the vector."""
+    def vector(self) -> Tensor:
+        """The vector on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        numbers: NDArray[np.float64] = self._vector.cpu().numpy()
-        return numbers
+        return self._vector.cpu()
 
 
 def measure(
@@ -110,7 +103,7 @@ def measure(
     """
     parts: dict[str, Tensor] = {}
     entries = {} if sketch is None else sketch.take(gradients)
-    summed: dict["Mesh", Tensor] = {}
+    summed: dict[Mesh, Tensor] = {}
     if with_norms or entries:
         parts["norms"], errors, summed = _reduce(gradients, layout, errors, entries, process_group)
     else:
@@ -142,10 +135,10 @@ def _reduce(
     take one more.
     """
     device = layout.device
-    summed: dict["Mesh", Tensor] = {}
+    summed: dict[Mesh, Tensor] = {}
     norms: list[Tensor] = []
     is_averaged = False
-    for mesh, local_norms in _norms_by_mesh(gradients, layout.rows).items():
+    for mesh, local_norms in _norms_by_mesh(gradients).items():
         if mesh is None:
             norms.append(local_norms.to(device, wide(device)))
             continue
@@ -199,23 +192,23 @@ def _mean(sums: Tensor) -> Tensor:
     return torch.where(count > 0, total / count, UNSEEN)
 
 
-def _joint(norms: list[Tensor]) -> Tensor:
+def _joint(norms: Sequence[Tensor]) -> Tensor:
     """The norm of each row over its parts in several places."""
     if len(norms) == 1:
         return norms[0]
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), dim=0)
     return joint
 
 
-def _norms_by_mesh(gradients: Gradients, rows: int) -> dict["Mesh", Tensor]:
+def _norms_by_mesh(gradients: Gradients) -> dict["Mesh", Tensor]:
     """Norms of the local shards of each row, over the buckets of each mesh."""
-    parts: dict["Mesh", list[Tensor]] = {}
-    for bucket_gradients in gradients.by_bucket:
-        bucket = bucket_gradients.bucket
-        if on_host(bucket.device):
-            norms = _norms_on_host(bucket_gradients, rows)
-        else:
-            norms = _norms_on_device(bucket_gradients)
+    parts: dict[Mesh, list[Tensor]] = {}
+    for of_bucket in gradients.by_bucket:
+        bucket = of_bucket.bucket
+        if of_bucket.read:  # an uneven shard may leave this rank nothing
+            torch._foreach_copy_(bucket.cells, _norms(of_bucket))
+        # Squared in float64: the sum must not overflow or vanish where the norms do not.
+        norms = torch.linalg.vector_norm(bucket.table, dim=1, dtype=wide(bucket.device))
         if bucket.copies > 1:
             norms = norms / bucket.copies**0.5
         parts.setdefault(bucket.mesh, []).append(norms)
@@ -225,31 +218,13 @@ def _norms_by_mesh(gradients: Gradients, rows: int) -> dict["Mesh", Tensor]:
     return joint
 
 
-def _norms_on_device(gradients: BucketGradients) -> Tensor:
-    """Norms of the rows, with a few launches whatever the number of gradients."""
-    bucket = gradients.bucket
-    if gradients.read:  # an uneven shard may leave this rank nothing
-        norms = torch._foreach_norm(gradients.read, 2.0, dtype=bucket.table.dtype)
-        torch._foreach_copy_(bucket.cells, list(norms))
-    # Squared in float64: the sum must not overflow or vanish where the norms themselves do not.
-    norms_of_rows: Tensor
-    norms_of_rows = torch.linalg.vector_norm(bucket.table, dim=1, dtype=wide(bucket.device))
-    return norms_of_rows
-
-
-def _norms_on_host(gradients: BucketGradients, rows: int) -> Tensor:
-    bucket = gradients.bucket
-    parts = gradients.read
-    rows_of_parts = bucket.rows
-    if any(gradient.numel() > CPU_PART for gradient in parts):
-        parts = []
-        rows_of_parts = []
-        for gradient, row in zip(gradients.read, bucket.rows, strict=True):
-            pieces = torch.split(gradient.reshape(-1), CPU_PART)
-            parts += pieces
-            rows_of_parts += [row] * len(pieces)
-    if not parts:
-        return torch.zeros(rows, dtype=torch.float64)
-    norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=bucket.table.dtype)).numpy()
-    squares = np.square(norms, dtype=np.float64)
-    return torch.from_numpy(np.sqrt(np.bincount(rows_of_parts, squares, rows)))
+def _norms(gradients: BucketGradients) -> list[Tensor]:
+    """The norm of each gradient."""
+    dtype = gradients.bucket.table.dtype
+    norms = list(torch._foreach_norm(gradients.read, 2.0, dtype=dtype))
+    if on_host(gradients.bucket.device):
+        for i, gradient in enumerate(gradients.read):
+            if gradient.numel() > CPU_PART:
+                parts = torch.split(gradient.reshape(-1), CPU_PART)
+                norms[i] = _joint(torch._foreach_norm(parts, 2.0, dtype=dtype))
+    return norms

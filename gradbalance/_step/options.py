@@ -118,9 +118,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _check_noise(noise: float | Mapping[str, float]) -> None:
-    amounts = [noise]
-    if isinstance(noise, Mapping):
-        amounts = list(noise.values())
+    amounts = list(noise.values()) if isinstance(noise, Mapping) else [noise]
     for amount in amounts:
         _check_number("noise", amount)
         if not 0 <= amount < inf:

@@ -3,7 +3,7 @@
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from math import ceil, inf, prod, sqrt
+from math import ceil, inf, nan, prod, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ class Sketch:
         """
         if gradients.plan is not self._plan:
             self._plan = gradients.plan
-            self._present = gradients.plan.present.tolist()
+            self._present = gradients.plan.present
             self._pick_new()
         slots: list[Tensor] = []
         entries: list[Tensor] = []
@@ -138,20 +138,18 @@ class Sketch:
             torch._foreach_add_(self._slots(), rows)
         return torch.bmm(self._entries, self._transposed)
 
-    def compare(self, products: Vector) -> tuple[Vector, Vector]:
-        """Lengths of the entries of this step, and their cosines with the last ones, both ``[N]``.
+    def compare(self, products: list[list[list[float]]]) -> tuple[list[float], list[float]]:
+        """Lengths of the entries of this step, and their cosines with the last ones, of each group.
 
         Args:
-            products: Those of the step, on the host.
+            products: Those of the step.
 
         Returns:
-            The lengths, 0 for a group without a gradient; the cosines, NaN where they are not
-            defined.
+            The lengths, 0 for a group without a gradient; the cosines, NaN where not defined.
         """
-        lengths = np.zeros(len(products))
-        cosines = np.full(len(products), np.nan)
-        # Floats: on a few numbers these are faster than arrays.
-        for m, ((first, cross), (_, second)) in enumerate(products.tolist()):
+        lengths = [0.0] * len(products)
+        cosines = [nan] * len(products)
+        for m, ((first, cross), (_, second)) in enumerate(products):
             if not self._present[m]:
                 continue
             lengths[m] = sqrt(second if self._now[m] else first)
@@ -160,13 +158,13 @@ class Sketch:
                 cosines[m] = cross / scale
         return lengths, cosines
 
-    def keep(self, lengths: Vector) -> None:
+    def keep(self, lengths: list[float]) -> None:
         """Remember the entries of this step as the last ones, of each group that has any.
 
         Args:
-            lengths: Of the entries of this step, shape ``[N]``.
+            lengths: Of the entries of this step.
         """
-        for m, length in enumerate(lengths.tolist()):
+        for m, length in enumerate(lengths):
             if 0 < length < inf:
                 self._now[m] = 1 - self._now[m]
                 self._is_known[m] = True

@@ -1,7 +1,8 @@
 """What is remembered between steps: running means and their errors, the last decision, warnings."""
 
 import warnings
-from math import inf, nan
+from collections.abc import Iterable, Sequence
+from math import inf, isfinite, isnan, nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,74 +19,76 @@ Vector = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Window = tuple[int, int | None] | None
 
-# Rows of the running means.
-SHARE, COHERENCE, USEFUL, ERROR = range(4)
-
 # Measured steps in a row without effect after which a warning says so.
 PATIENCE = 100
 
 
-class RunningMeans(NamedTuple):
-    r"""Running means of several quantities of N groups, and the variance of their values.
+class RunningMean(NamedTuple):
+    r"""A running mean of some values, and their variance.
 
-    The k-th value of a mean has the weight :math:`\max(1 - s, 1/k)` with the smoothing s: a plain
-    mean at first, an exponential one later. The variance has the same weights.
+    The k-th value has the weight :math:`\max(1 - s, 1/k)` with the smoothing s: a plain mean at
+    first, an exponential one later. The variance has the same weights. Of plain floats, which on a
+    few groups are faster than arrays.
 
     Attributes:
-        means: 0 before the first value, shape ``[4, N]``.
-        variances: Shape ``[4, N]``.
-        counts: Number of values, shape ``[4, N]``.
+        mean: 0 before the first value.
+        variance: Of the values.
+        number: Of the values.
 
     Reference:
-        The update of mean and variance: West, Updating mean and variance estimates, 1979.
+        West, Updating mean and variance estimates, 1979.
     """
 
-    means: Vector
-    variances: Vector
-    counts: Vector
+    mean: float = 0.0
+    variance: float = 0.0
+    number: int = 0
 
-    @classmethod
-    def empty(cls, n: int) -> "RunningMeans":
-        """Means of N groups before any value."""
-        return cls(np.zeros((4, n)), np.zeros((4, n)), np.zeros((4, n)))
+    def after(self, value: float, smoothing: float) -> "RunningMean":
+        """The mean after one more value; NaN leaves it as it is."""
+        if isnan(value):
+            return self
+        if self.number == 0:
+            return RunningMean(value, 0.0, 1)
+        number = self.number + 1
+        weight = max(1 - smoothing, 1 / number)
+        # Not `mean + weight * (value - mean)`, which loses a small value after a large one.
+        mean = (1 - weight) * self.mean + weight * value
+        deviation = value - self.mean
+        variance = (1 - weight) * (self.variance + weight * deviation * deviation)
+        return RunningMean(mean, variance, number)
 
-    def after(self, values: Vector, smoothing: float) -> "RunningMeans":
-        """The means after one more value of each; NaN leaves its mean as it is."""
-        is_given = ~np.isnan(values)
-        counts = self.counts + is_given
-        weights = np.maximum(1 - smoothing, 1 / np.maximum(counts, 1)) * is_given
-        values = np.where(is_given, values, self.means)
-        # Not `means + weights * (values - means)`, which loses a small value after a large one.
-        means = (1 - weights) * self.means + weights * values
-        deviations = values - self.means
-        variances = (1 - weights) * (self.variances + weights * deviations**2)
-        return RunningMeans(means, variances, counts)
+    @property
+    def value(self) -> float:
+        """The mean as others see it, NaN before the first value."""
+        return self.mean if self.number else nan
 
-    def shown(self) -> Vector:
-        """The means as others see them, NaN before the first value, shape ``[4, N]``."""
-        shown: Vector = np.where(self.counts > 0, self.means, nan)
-        return shown
-
-    def without(self, is_gone: Flags) -> "RunningMeans":
-        """The means with those where ``is_gone``, shape ``[4, N]``, back at no value."""
-        return RunningMeans(
-            np.where(is_gone, 0.0, self.means),
-            np.where(is_gone, 0.0, self.variances),
-            np.where(is_gone, 0.0, self.counts),
-        )
-
-    def errors(self, smoothing: float) -> Vector:
-        r"""Standard errors :math:`s/\sqrt{n - 1}`, inf before the third value, shape ``[4, N]``.
+    def error(self, smoothing: float) -> float:
+        r"""The standard error :math:`s/\sqrt{n - 1}`, inf before the third value.
 
         n is the number of values, at most (1 + smoothing)/(1 - smoothing), which is how many an
         exponential mean is worth.
         """
-        n = np.minimum(self.counts, (1 + smoothing) / (1 - smoothing))
-        is_known = (self.counts >= 3) & (n > 1)
-        errors = np.full(n.shape, inf)
-        np.divide(self.variances, n - 1, out=errors, where=is_known)
-        roots: Vector = np.sqrt(errors)
-        return roots
+        n = min(self.number, (1 + smoothing) / (1 - smoothing))
+        if self.number < 3 or n <= 1:
+            return inf
+        return sqrt(self.variance / (n - 1))
+
+
+class Means(NamedTuple):
+    """Running means of a group, each :class:`RunningMean`."""
+
+    share: RunningMean = RunningMean()
+    coherence: RunningMean = RunningMean()
+    useful: RunningMean = RunningMean()
+    error: RunningMean = RunningMean()
+
+
+def _values(means: Iterable[RunningMean]) -> Vector:
+    return np.array([mean.value for mean in means])
+
+
+def _errors(means: Iterable[RunningMean], smoothing: float) -> Vector:
+    return np.array([mean.error(smoothing) for mean in means])
 
 
 class State:
@@ -99,9 +102,9 @@ class State:
 
     Attributes:
         step: Number of optimizer steps that counted.
-        running: The running means.
-        decided: What the rule answered last, shape ``[N]``.
-        norms: Of the last step that was read, shape ``[N]``.
+        means: The running means of each group.
+        decided: The coefficients that the rule returned last.
+        norms: Of the last step that was read.
         conflicts: As the rule reported them at the last step, bool, shape ``[N, N]``; or None.
         has_errors: Whether errors were ever observed.
     """
@@ -112,9 +115,9 @@ class State:
         n = len(names)
         self.names = names
         self.step = 0
-        self.running = RunningMeans.empty(n)
-        self.decided = np.ones(n)
-        self.norms = np.zeros(n)
+        self.means = [Means()] * n
+        self.decided = [1.0] * n
+        self.norms = [0.0] * n
         self.conflicts: Flags | None = None
         self.has_errors = False
         self._rule = rule
@@ -122,101 +125,119 @@ class State:
         self._scale_free = scale_free
         self._watchdog = Watchdog(names)
         if getattr(rule, "is_constant", False):
-            unknown = np.full(n, nan)
-            self.decided, _ = self._ask(RunningMeans.empty(n), unknown)
+            self.decided, _ = self._ask(self.means, [nan] * n)
 
-    def learn(self, norms: Vector, cosines: Vector | None, errors: Vector | None) -> Flags:
+    def learn(
+        self, norms: list[float], cosines: list[float] | None, errors: list[float] | None
+    ) -> list[bool]:
         """Take a step into the means and decide, if the step counts.
 
         Args:
-            norms: Unscaled, shape ``[N]``.
-            cosines: NaN where there is none, shape ``[N]``; None if they are not measured.
-            errors: ``UNSEEN`` for a group that was not observed, shape ``[N]``; None if none was.
+            norms: Unscaled, of each group.
+            cosines: NaN where there is none; None if they are not measured.
+            errors: ``UNSEEN`` for a group that was not observed; None if none was.
 
         Returns:
-            Which groups are active, none if the step does not count, bool, shape ``[N]``.
+            Which groups are active, none if the step does not count.
 
         Raises:
             TypeError, ValueError: If the rule gives anything but valid coefficients.
         """
-        active = norms > 0
-        is_finite = bool(np.isfinite(norms).all())
-        has_finite_errors = errors is None or bool(np.isfinite(errors).all())
+        active = [norm > 0 for norm in norms]
+        is_finite = isfinite(sum(norms))
+        has_finite_errors = errors is None or isfinite(sum(errors))
         self.norms = norms
         self.conflicts = None
         self.has_errors |= errors is not None
-        counts = is_finite and has_finite_errors and int(np.count_nonzero(active)) >= 2
+        counts = is_finite and has_finite_errors and sum(active) >= 2
         self._watchdog.see(active, is_finite, has_finite_errors, counts)
         if not counts:
-            return np.zeros(len(norms), dtype=bool)
-        running = self._after(norms, cosines, errors)
-        self.decided, self.conflicts = self._ask(running, norms)
-        self.running = running
+            return [False] * len(norms)
+        means = self._after(norms, cosines, errors)
+        self.decided, self.conflicts = self._ask(means, norms)
+        self.means = means
         return active
 
-    def _after(self, norms: Vector, cosines: Vector | None, errors: Vector | None) -> RunningMeans:
-        running = self.running
-        values = np.full(running.means.shape, nan)
-        values[SHARE] = np.where(norms > 0, norms / norms.sum(), nan)
-        if cosines is not None:
-            values[COHERENCE] = cosines
-            values[USEFUL] = cosines * values[SHARE]
-        if errors is not None:
-            is_seen = errors != UNSEEN
-            values[ERROR] = np.where(is_seen, errors, nan)
-            # A group that is left out of a call is not observed any more.
-            is_gone = np.zeros(running.means.shape, dtype=bool)
-            is_gone[ERROR] = ~is_seen
-            running = running.without(is_gone)
-        return running.after(values, self._smoothing)
+    def _after(
+        self, norms: list[float], cosines: list[float] | None, errors: list[float] | None
+    ) -> list[Means]:
+        """The running means after one more step."""
+        total = sum(norms)
+        means = []
+        for m, old in enumerate(self.means):
+            share = norms[m] / total if norms[m] > 0 else nan
+            cosine = nan if cosines is None else cosines[m]
+            error = old.error
+            if errors is not None and errors[m] == UNSEEN:
+                error = RunningMean()  # who is left out of a call is not observed any more
+            elif errors is not None:
+                error = error.after(errors[m], self._smoothing)
+            means.append(
+                Means(
+                    old.share.after(share, self._smoothing),
+                    old.coherence.after(cosine, self._smoothing),
+                    old.useful.after(cosine * share, self._smoothing),
+                    error,
+                )
+            )
+        return means
 
-    def _ask(self, running: RunningMeans, norms: Vector) -> tuple[Vector, Flags | None]:
+    def _ask(self, means: list[Means], norms: list[float]) -> tuple[list[float], Flags | None]:
+        """Call the rule."""
         with_coherence = getattr(self._rule, "needs_coherence", True)
-        means = running.shown()
-        spreads = means
-        if with_coherence:
-            spreads = running.errors(self._smoothing)
         measured = Measured(
             names=self.names,
-            norms=norms.copy(),
-            shares=means[SHARE],
-            coherences=means[COHERENCE] if with_coherence else None,
-            coherence_errors=spreads[COHERENCE] if with_coherence else None,
-            useful=means[USEFUL] if with_coherence else None,
-            useful_errors=spreads[USEFUL] if with_coherence else None,
-            errors=means[ERROR] if self.has_errors else None,
-            active=norms > 0,
+            norms=np.array(norms),
+            shares=_values([group.share for group in means]),
+            coherences=None,
+            coherence_errors=None,
+            useful=None,
+            useful_errors=None,
+            errors=_values([group.error for group in means]) if self.has_errors else None,
+            active=np.array(norms) > 0,
             scale_free=self._scale_free,
-            coefficients=self.decided.copy(),
+            coefficients=np.array(self.decided),
             step=self.step,
         )
+        if with_coherence:
+            coherences = [group.coherence for group in means]
+            useful = [group.useful for group in means]
+            measured = measured._replace(
+                coherences=_values(coherences),
+                coherence_errors=_errors(coherences, self._smoothing),
+                useful=_values(useful),
+                useful_errors=_errors(useful, self._smoothing),
+            )
         return checked_answer(self._rule, self._rule(measured), len(self.names))
 
-    def balance(self, coefficients: Vector) -> Balance:
-        """The last step that was read, with the coefficients in force; copies."""
-        means = self.running.shown()
-        spreads = self.running.errors(self._smoothing)
+    def balance(self, coefficients: Sequence[float]) -> Balance:
+        """The last step that was read, with the coefficients in force."""
+        in_force = np.array(coefficients)
         conflicts = self.conflicts
         if conflicts is None:
-            conflicts = coefficients[:, None] < coefficients
+            conflicts = in_force[:, None] < in_force
+        coherences = [group.coherence for group in self.means]
+        useful = [group.useful for group in self.means]
         return Balance(
             names=self.names,
             step=self.step,
-            norms=self.norms.copy(),
-            shares=means[SHARE],
-            coherences=means[COHERENCE],
-            coherence_errors=spreads[COHERENCE],
-            useful=means[USEFUL],
-            useful_errors=spreads[USEFUL],
-            errors=means[ERROR],
-            coefficients=coefficients.copy(),
-            proposed=self.decided.copy(),
+            norms=np.array(self.norms),
+            shares=_values([group.share for group in self.means]),
+            coherences=_values(coherences),
+            coherence_errors=_errors(coherences, self._smoothing),
+            useful=_values(useful),
+            useful_errors=_errors(useful, self._smoothing),
+            errors=_values([group.error for group in self.means]),
+            coefficients=in_force,
+            proposed=np.array(self.decided),
             conflicts=conflicts.copy(),
         )
 
-    def forget(self, is_gone: Flags) -> None:
-        """Forget the means of groups that take no part any more, bool, shape ``[N]``."""
-        self.running = self.running.without(np.broadcast_to(is_gone, self.running.means.shape))
+    def forget(self, is_gone: list[bool]) -> None:
+        """Forget the means of groups that take no part any more."""
+        for m, gone in enumerate(is_gone):
+            if gone:
+                self.means[m] = Means()
         self._watchdog.is_frozen = is_gone
 
     def is_inside(self, window: Window) -> bool:
@@ -229,13 +250,9 @@ class State:
     def save(self) -> Saved:
         """What is remembered, by group name, in builtin types."""
         groups = {}
-        for m, name in enumerate(self.names):
-            groups[name] = {
-                "means": self.running.means[:, m].tolist(),
-                "variances": self.running.variances[:, m].tolist(),
-                "counts": self.running.counts[:, m].tolist(),
-                "decided": float(self.decided[m]),
-            }
+        for name, means, decided in zip(self.names, self.means, self.decided, strict=True):
+            group: Saved = {key: list(mean) for key, mean in means._asdict().items()}
+            groups[name] = group | {"decided": decided}
         return {"step": self.step, "errors": self.has_errors, "groups": groups}
 
     def check(self, saved: Saved) -> None:
@@ -262,15 +279,15 @@ class State:
     def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, of the same groups in any order."""
         groups = [saved["groups"][name] for name in self.names]
-        means = np.array([group["means"] for group in groups], dtype=float)
-        variances = np.array([group["variances"] for group in groups], dtype=float)
-        counts = np.array([group["counts"] for group in groups], dtype=float)
-        self.running = RunningMeans(means.T.copy(), variances.T.copy(), counts.T.copy())
+        self.means = []
+        for group in groups:
+            means = {key: RunningMean(*group[key]) for key in Means._fields}
+            self.means.append(Means(**means))
         if not getattr(self._rule, "is_constant", False):
-            self.decided = np.array([group["decided"] for group in groups], dtype=float)
+            self.decided = [float(group["decided"]) for group in groups]
         self.step = int(saved["step"])
         self.has_errors = bool(saved["errors"])
-        self.norms = np.zeros(len(groups))
+        self.norms = [0.0] * len(groups)
         self.conflicts = None
 
 
@@ -281,38 +298,41 @@ class Watchdog:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = np.array(names)
+        self._names = names
         self._uncounted = 0  # measured steps in a row that did not count
-        self._without_gradient = np.zeros(len(names), dtype=int)  # in a row, of each group
+        self._without_gradient = [0] * len(names)  # in a row, of each group
         self._has_warned = False
-        self.is_frozen = np.zeros(len(names), dtype=bool)
+        self.is_frozen = [False] * len(names)
 
-    def see(self, active: Flags, is_finite: bool, has_finite_errors: bool, counts: bool) -> None:
+    def see(
+        self, active: list[bool], is_finite: bool, has_finite_errors: bool, counts: bool
+    ) -> None:
         """One more measured step."""
         if self._has_warned:
             return
-        if counts and active.all():
-            self._uncounted = 0
-            self._without_gradient[:] = 0
-            return
         self._uncounted = 0 if counts else self._uncounted + 1
-        is_silent = ~active & is_finite & ~self.is_frozen
-        self._without_gradient = np.where(is_silent, self._without_gradient + 1, 0)
-        silent = self._names[self._without_gradient >= PATIENCE]
-        listed = ", ".join(f"`{name}`" for name in silent)
+        silent = []
+        for m, name in enumerate(self._names):
+            if active[m] or self.is_frozen[m] or not is_finite:
+                self._without_gradient[m] = 0
+            else:
+                self._without_gradient[m] += 1
+            if self._without_gradient[m] >= PATIENCE:
+                silent.append(f"`{name}`")
+        listed = ", ".join(silent)
         if self._uncounted >= PATIENCE:
             if not is_finite:
                 why = "The gradient norms are not finite"
             elif not has_finite_errors:
                 why = "The observed errors are not finite"
-            elif len(silent):
+            elif silent:
                 why = f"No parameter of {listed} has a gradient"
             else:
                 why = "Fewer than two groups have a gradient in the same step"
             self._warn(
                 f"No step has counted for {PATIENCE} measured steps, so nothing is balanced. {why}."
             )
-        elif len(silent):
+        elif silent:
             self._warn(
                 f"No parameter of {listed} has had a gradient for {PATIENCE} measured steps. Was a "
                 "module replaced after the optimizer was wrapped, or is its output not used?"
@@ -323,7 +343,7 @@ class Watchdog:
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def checked_answer(rule: Rule, answer: object, n: int) -> tuple[Vector, Flags | None]:
+def checked_answer(rule: Rule, answer: object, n: int) -> tuple[list[float], Flags | None]:
     """The coefficients in the answer of a rule, and the conflicts if it reports them.
 
     Raises:
@@ -345,16 +365,15 @@ def checked_answer(rule: Rule, answer: object, n: int) -> tuple[Vector, Flags | 
             f"{name} must return real coefficients. Got {_kind(answer, coefficients)}. "
             f"Return an array of floats, of shape ({n},)."
         )
-    coefficients = coefficients.astype(np.float64)
-    is_valid = (coefficients >= 0) & (coefficients < inf)
-    if coefficients.shape != (n,) or not is_valid.all():
+    numbers = coefficients.astype(np.float64).tolist()
+    if coefficients.shape != (n,) or not all(0 <= c < inf for c in numbers):
+        got = numbers if coefficients.ndim == 1 else coefficients.shape
         raise ValueError(
-            f"{name} must return finite coefficients >= 0 of shape ({n},). "
-            f"Got {coefficients.tolist() if coefficients.ndim == 1 else coefficients.shape}. "
+            f"{name} must return finite coefficients >= 0 of shape ({n},). Got {got}. "
             "Mind the NaN before a mean is known."
         )
     if conflicts is None:
-        return coefficients, None
+        return numbers, None
     flags = _array(name, "conflicts", conflicts)
     if flags.dtype != bool:
         raise TypeError(
@@ -366,7 +385,7 @@ def checked_answer(rule: Rule, answer: object, n: int) -> tuple[Vector, Flags | 
             f"{name} must return conflicts of shape ({n}, {n}). Got {flags.shape}. "
             "Return the coefficients alone, or with who is slowed down for whose sake."
         )
-    return coefficients, flags.copy()
+    return numbers, flags.copy()
 
 
 def _array(name: str, what: str, answer: object) -> NDArray[Any]:

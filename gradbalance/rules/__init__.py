@@ -6,14 +6,14 @@ precision, sharding, checkpoints, ``every``, recording.
 
 Example:
     >>> import torch
-    >>> from gradbalance import ConflictAwarePenalty
-    >>> model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 1), "audio": torch.nn.Linear(4, 1)})
-    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule=lambda m: m.shares.min() /
-    m.shares)
-    >>> (3 * model["text"](torch.ones(1, 4)) + model["audio"](torch.ones(1, 4))).sum().backward()
-    >>> optimizer.step()
-    >>> {name: round(c, 3) for name, c in optimizer.coefficients().items()}
+    >>> from gradbalance import attach
+    >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+    >>> sgd = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
+    >>> groups = {"text": text, "audio": audio}
+    >>> penalty = attach(sgd, groups, rule=lambda m: m.shares.min() / m.shares)
+    >>> (3 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
+    >>> sgd.step()
+    >>> {name: round(c, 3) for name, c in penalty.coefficients().items()}
     {'text': 0.333, 'audio': 1.0}
 """
 

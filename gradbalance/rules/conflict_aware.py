@@ -40,8 +40,8 @@ class ConflictAware:
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
         >>> sgd = torch.optim.SGD([*text.parameters(), *audio.parameters()], lr=0.1)
-        >>> penalty = attach(sgd, {"text": text, "audio": audio}, rule=ConflictAware(),
-        apply_to="gradient")
+        >>> groups = {"text": text, "audio": audio}
+        >>> penalty = attach(sgd, groups, rule=ConflictAware(), apply_to="gradient")
         >>> penalty.observe(text=0.5, audio=1.0)
         >>> (3 * text(torch.ones(1, 4)) + audio(torch.ones(1, 4))).sum().backward()
         >>> sgd.step()
@@ -148,8 +148,8 @@ def modulation(errors: Vector, members: Flags, alpha: float, centred: bool) -> V
         centred: Whether :math:`\varphi(r) = r - 1` [R] instead of :math:`\varphi(r) = r` [P].
 
     Example:
-        >>> factors = modulation(np.array([1.0, 2.0]), np.ones(2, dtype=bool), alpha=1.0,
-        centred=False)
+        >>> everyone = np.ones(2, dtype=bool)
+        >>> factors = modulation(np.array([1.0, 2.0]), everyone, alpha=1.0, centred=False)
         >>> factors.round(3).tolist()
         [0.036, 1.0]
     """

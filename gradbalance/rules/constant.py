@@ -79,8 +79,8 @@ class Watch:
         >>> from gradbalance import attach
         >>> text, audio = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.AdamW([*text.parameters(), *audio.parameters()])
-        >>> penalty = attach(optimizer, {"text": text, "audio": audio},
-        rule=Watch(ByHand(text=0.1)))
+        >>> rule = Watch(ByHand(text=0.1))
+        >>> penalty = attach(optimizer, {"text": text, "audio": audio}, rule=rule)
         >>> (3 * text(torch.zeros(1, 2)) + audio(torch.zeros(1, 2))).sum().backward()
         >>> optimizer.step()
         >>> penalty.coefficients(), penalty.balance.proposed.tolist()

@@ -49,8 +49,9 @@ def central_moments(
 
 def unflatten(central: Central, shape: torch.Size, dtype: torch.dtype | None) -> Central:
     """``shape`` for the first axis of every field, and the dtype, if any, for the mean."""
-    joined = _join([central], lambda fields: fields[0].reshape((*shape, *fields[0].shape[1:])))
-    return joined if dtype is None else joined._replace(mean=joined.mean.to(dtype))
+    if dtype is not None:
+        central = Central(central.count, central.mean.to(dtype), *central[2:])
+    return _join([central], lambda fields: fields[0].reshape((*shape, *fields[0].shape[1:])))
 
 
 def merge(parts: Central) -> Central:

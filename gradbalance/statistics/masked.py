@@ -47,11 +47,11 @@ def moments(
 ) -> Moments:
     """Masked mean, variance :math:`m_2`, skewness :math:`m_3/m_2^{3/2}` and kurtosis.
 
-    The kurtosis is :math:`m_4/m_2^2`; :math:`m_k` is the mean of the k-th power of the deviation from the mean. All stay accurate far
-    from the origin. Works under `torch.compile` without a graph break, under `torch.func.vmap` and
-    for second derivatives. Not for data whose fourth power leaves the range of float32. On CUDA the
-    environment variable ``GRADBALANCE_TRITON=1`` asks for fused kernels, which have been tested in
-    Triton's interpreter alone.
+    The kurtosis is :math:`m_4/m_2^2`; :math:`m_k` is the mean of the k-th power of the deviation
+    from the mean. All stay accurate far from the origin, but not where their fourth power leaves
+    the range of float32. Works under `torch.compile` without a graph break, under `torch.func.vmap`
+    and for second derivatives. On CUDA the environment variable ``GRADBALANCE_TRITON=1`` asks for
+    fused kernels, which have been tested in Triton's interpreter alone.
 
     Args:
         x: Samples of any floating-point dtype. Half precision is accumulated in float32, and a
@@ -123,19 +123,19 @@ def central_moments(
         central = _in_triton(x, mask, len(kept), order, precise)
     else:
         central = _central.central_moments(x, mask, len(kept), order, covariance, precise)
-    if scalars:
-        powers = [power.squeeze(-1) for power in central.powers]
-        central = central._replace(mean=central.mean.squeeze(-1), powers=powers)
-    return central
+    if not scalars:
+        return central
+    powers = [power.squeeze(-1) for power in central.powers]
+    return Central(central.count, central.mean.squeeze(-1), powers, None)
 
 
 def _in_triton(x: Tensor, mask: Tensor | None, kept: int, order: int, precise: bool) -> Central:
     """`central_moments` by the kernels where they can, else by tensor operations."""
     groups, rows = math.prod(x.shape[:kept]), math.prod(x.shape[kept:-1])
-    if torch.compiler.is_compiling() or not _central.has_values(x):
-        return _central.central_moments(x, mask, kept, order, False, precise)
-    kernels = importlib.import_module("gradbalance.statistics._triton")
-    if not kernels.can_index(groups, rows, x.shape[-1]):
+    kernels = None
+    if _central.has_values(x) and not torch.compiler.is_compiling():
+        kernels = importlib.import_module("gradbalance.statistics._triton")
+    if kernels is None or not kernels.can_index(groups, rows, x.shape[-1]):
         return _central.central_moments(x, mask, kept, order, False, precise)
     valid = None if mask is None else mask.reshape(groups, rows)
     found = kernels.central_moments(x.reshape(groups, rows, x.shape[-1]), valid, order)
@@ -225,8 +225,8 @@ def _check(x: Tensor, mask: Tensor | None, name: str, mask_name: str) -> None:
     if mask.shape != samples:
         raise ValueError(
             f"`{mask_name}` must hold one flag per sample, {list(samples)} for samples of shape "
-            f"{list(x.shape)} of `{name}`. Got {list(mask.shape)}. "
-            "Leave out the axis of the features."
+            f"{list(x.shape)}. Got {list(mask.shape)}. "
+            f"Leave out the axis of the features, and fit it to `{name}`."
         )
 
 

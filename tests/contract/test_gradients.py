@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradbalance import ConflictAwarePenalty
+from gradbalance import ConflictAwarePenalty, rules
 from tests.contract.optimizers import REPRESENTATIVES, cancels
 from tests.contract.oracle import (
     NAMES,
@@ -156,16 +156,18 @@ def test_an_accumulated_sparse_gradient_equals_the_oracle_by_hand(mode):
 
 
 @each_mode
+@each_rule
 @pytest.mark.parametrize("absent", [("text",), ("text", "visual"), NAMES])
-def test_absent_gradients_take_their_group_out(mode, absent):
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_absent_gradients_take_their_group_out_of_the_step(mode, rule, absent, set_to_none):
     model, twin = Toy(), Toy()
-    optimizer = put_on(torch.optim.AdamW(model.parameters(), lr=0.1), model, mode)
-    hand = ByHand(lambda groups: torch.optim.AdamW(groups, lr=0.1), twin, mode)
-    for step in range(4):
+    optimizer = put_on(torch.optim.AdamW(model.parameters(), lr=0.1), model, mode, rule)
+    hand = ByHand(lambda groups: torch.optim.AdamW(groups, lr=0.1), twin, mode, rule)
+    for step in range(5):
         for module in (model, twin):
             loss_of(module, step).backward()
             for name in absent if step % 2 else ():
-                getattr(module, name).zero_grad()
+                getattr(module, name).zero_grad(set_to_none)
         optimizer.step()
         hand.step()
         optimizer.zero_grad()
@@ -322,6 +324,20 @@ def test_parameters_frozen_or_unfrozen_on_the_way_leave_and_join_their_group(mod
         freeze(twin)
         assert_same_coefficients(train(model, optimizer, range(3)), hand.train(range(3)))
     assert_same_parameters(model, twin)
+
+
+@each_mode
+def test_a_parameter_that_is_frozen_after_backward_moves_by_what_its_gradient_asks(mode):
+    model = Toy()
+    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, mode, rules.ByHand(text=0.5))
+    loss_of(model, 0).backward()
+    model.text.bias.requires_grad_(False)
+    for p, factor in ((model.text.bias, 1.0), (model.text.weight, 0.5)):
+        start, step = p.detach().clone(), 0.1 * p.grad
+        p.expected = start - factor * step
+    optimizer.step()
+    for p in model.text.parameters():
+        torch.testing.assert_close(p.detach(), p.expected)
 
 
 @each_mode

@@ -20,7 +20,7 @@ from tests.contract.oracle import (
     refused,
     train,
 )
-from tests.contract.promises import Contract, wrapped
+from tests.contract.promises import Contract, saved, wrapped
 
 pytestmark = cancels
 
@@ -30,12 +30,65 @@ class TestTorch(Contract):
     representatives = REPRESENTATIVES
 
 
+each_representative = pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
+
+
+def make(name, parameters):
+    return getattr(torch.optim, name)(parameters, lr=0.02)
+
+
+@each_representative
+def test_the_live_param_groups_hold_one_key_from_construction_to_removal(name, mode):
+    model = Toy()
+    plain = make(name, model.parameters())
+    keys = set(plain.param_groups[0])
+    optimizer = put_on(plain, model, mode)
+
+    def assert_one_key_more():
+        [group] = optimizer.param_groups
+        assert set(group) == keys | {"gradbalance"}
+        assert group["gradbalance"] == ()
+
+    assert_one_key_more()
+    for step in range(2):
+        train(model, optimizer, [step])
+        assert_one_key_more()
+        state = optimizer.state_dict()
+        (remembered,) = state["param_groups"][0]["gradbalance"]
+        assert isinstance(remembered, dict)
+        assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+        assert_one_key_more()
+        optimizer.load_state_dict(state)
+        assert_one_key_more()
+        del state["param_groups"][0]["gradbalance"]  # of a plain optimizer
+        optimizer.load_state_dict(state)
+        assert_one_key_more()
+    optimizer.remove()
+    assert set(optimizer.param_groups[0]) == keys
+
+
+@each_representative
+def test_a_checkpoint_that_the_optimizer_refuses_changes_nothing(name, mode):
+    smaller = Toy()
+    other = put_on(make(name, list(smaller.parameters())[:-1]), smaller, mode, "own")
+    train(smaller, other, range(3))
+    [state] = saved(other)
+    model, untouched = Toy(), Toy()
+    optimizer, alone = (put_on(make(name, m.parameters()), m, mode, "own") for m in (model, untouched))
+    train(model, optimizer, range(2))
+    train(untouched, alone, range(2))
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(state)
+    assert train(model, optimizer, range(2, 5)) == train(untouched, alone, range(2, 5))
+    assert_same_parameters(model, untouched, tolerance=0)
+
+
 def test_the_contract_covers_every_class_of_torch_optim():
     classes = {n for n in torch.optim.__all__ if inspect.isclass(getattr(torch.optim, n))}
     assert classes - {"Optimizer", "LBFGS", "SparseAdam"} == {case.name.split("-")[0] for case in TORCH}
 
 
-@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
+@each_representative
 def test_a_step_that_raised_leaves_no_trace(name, mode):
     base = getattr(torch.optim, name)
 
@@ -78,7 +131,7 @@ def test_a_step_that_raised_leaves_no_trace(name, mode):
     assert_same_parameters(model, twin.model)
 
 
-@pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
+@each_representative
 def test_a_step_that_calls_the_step_of_its_base_class_counts_once(name, mode):
     base = getattr(torch.optim, name)
 

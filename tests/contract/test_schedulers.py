@@ -43,6 +43,7 @@ MAKE = {
 }
 BASES = {
     "update": lambda params: torch.optim.AdamW(params, lr=0.02),
+    "displacement": lambda params: torch.optim.Adam(params, lr=0.02),
     "gradient": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
 }
 
@@ -80,9 +81,18 @@ def test_every_scheduler_of_torch_is_covered():
     assert named - {"LRScheduler"} == set(MAKE)
 
 
-@pytest.mark.parametrize("order", ["built before, on the plain one", "built after, on the wrapper", "attached"])
-@pytest.mark.parametrize("mode", BASES)
-@pytest.mark.parametrize("scheduler", MAKE)
+ORDERS = ["built before, on the plain one", "built after, on the wrapper", "attached"]
+# Every schedule by rate in every order, and one that sets rates and momenta, one with a memory, in the other modes.
+SCHEDULES = [(name, "update", order) for name in MAKE for order in ORDERS]
+SCHEDULES += [
+    (name, mode, order)
+    for name in ("OneCycleLR", "ReduceLROnPlateau")
+    for mode in ("displacement", "gradient")
+    for order in ORDERS
+]
+
+
+@pytest.mark.parametrize(("scheduler", "mode", "order"), SCHEDULES)
 def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, mode, order):
     model = Toy()
     plain = BASES[mode](model.parameters())
@@ -97,8 +107,7 @@ def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, mode, order):
     assert_same_parameters(model, twin.model)
 
 
-@pytest.mark.parametrize("mode", BASES)
-@pytest.mark.parametrize("scheduler", MAKE)
+@pytest.mark.parametrize(("scheduler", "mode"), dict.fromkeys((name, mode) for name, mode, _ in SCHEDULES))
 def test_a_schedule_goes_on_after_load_state_dict(scheduler, mode):
     def build():
         model = Toy()

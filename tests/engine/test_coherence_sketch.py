@@ -50,7 +50,9 @@ def cosine(one, other):
 
 @settings(max_examples=50)
 @given(data=st.data(), scale=st.sampled_from([1e-25, 1.0, 1e25]))
-def test_the_coherence_of_small_groups_is_the_cosine_with_the_last_gradient_that_they_had(data, scale):
+def test_the_coherence_of_small_groups_is_the_cosine_with_the_last_gradient_that_they_had(
+    data, scale
+):
     """Against the definition in float64, at scales whose squares float32 does not have."""
     sizes = data.draw(st.lists(st.integers(1, 40), min_size=3, max_size=5))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
@@ -61,7 +63,9 @@ def test_the_coherence_of_small_groups_is_the_cosine_with_the_last_gradient_that
         absent = data.draw(st.sampled_from([None, *groups]))
         for name, group in groups.items():
             for p in group:
-                p.grad = None if name == absent else scale * torch.randn(p.shape, generator=generator)
+                p.grad = (
+                    None if name == absent else scale * torch.randn(p.shape, generator=generator)
+                )
         optimizer.step()
         for m, (name, group) in enumerate(groups.items()):
             if name == absent:
@@ -111,19 +115,22 @@ def test_the_useful_part_is_the_cosine_times_the_share(model):
 
 
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**20])
-def test_the_scale_of_the_gradient_is_nothing_to_coherence_and_useful_part(scale):
-    def measured(scale):
+@pytest.mark.parametrize("clips", [False, True])
+def test_neither_scale_nor_clipping_changes_shares_coherences_and_useful_parts(scale, clips):
+    def measured(scale, clips):
         model = TwoBranches()
         optimizer = penalised(model, Watch(), lr=0.0, smoothing=0.5)
         for step in range(4):
             backward(model, step)
             for p in model.parameters():
                 p.grad *= scale
+            if clips:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-2 * scale)
             optimizer.step()
         balance = optimizer.balance
-        return [*balance.coherences, *balance.useful, *balance.useful_errors]
+        return [*balance.shares, *balance.coherences, *balance.useful, *balance.useful_errors]
 
-    assert measured(scale) == pytest.approx(measured(1.0), rel=1e-6)
+    assert measured(scale, clips) == pytest.approx(measured(1.0, False), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -168,7 +175,7 @@ def test_a_parameter_without_a_gradient_counts_as_zeros():
 
 def noisy_gradients(groups, generator, common=0.0):
     for p in (p for group in groups.values() for p in group):
-        p.grad = common + torch.randn(p.shape, generator=generator)
+        p.grad = (common + torch.randn(p.shape, generator=generator)).to(p.dtype)
 
 
 def test_the_sketch_of_a_large_group_is_close_to_its_gradient():
@@ -230,27 +237,19 @@ def test_a_tensor_that_has_a_gradient_later_is_read_from_then_on():
 @pytest.mark.parametrize("size", [5, 3000], ids=["whole", "sketched"])
 def test_a_checkpoint_holds_the_last_entries_exactly_and_no_more_bytes_than_they_need(dtype, size):
     groups = {name: [zeros(size, 11, dtype=dtype)] for name in ("one", "two")}
-    optimizer = watched(groups)
-    resumed = watched(copy.deepcopy(groups))
-    generator = torch.Generator().manual_seed(0)
-    noisy_gradients(groups, generator)
-    for p in (p for group in groups.values() for p in group):
-        p.grad = p.grad.to(dtype)
+    twins = copy.deepcopy(groups)
+    optimizer, resumed = watched(groups), watched(twins)
+    noisy_gradients(groups, torch.Generator().manual_seed(0))
     optimizer.step()
     state = optimizer.state_dict()
-    entries = min(size * 11, ENTRIES)
-    assert len(repr(state)) < 2 * entries * dtype.itemsize * (3 if dtype == torch.bfloat16 else 1.5) + 2000
+    stored = min(2 * size * 11, ENTRIES) * max(dtype.itemsize, 4)  # half precision as float32
+    assert len(repr(state)) < 1.4 * stored + 2000
     resumed.load_state_dict(state)
-    for other in (optimizer, resumed):
-        for group in other.param_groups:
-            for p, q in zip(group["params"], optimizer.param_groups[0]["params"], strict=True):
-                p.grad = q.grad.flip(0).clone()
-    optimizer.step()
-    for p, q in zip(resumed.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True):
-        p.grad = q.grad.clone()
-    resumed.step()
-    assert resumed.balance.coherences.tolist() == optimizer.balance.coherences.tolist()
+    for other, penalty in ((groups, optimizer), (twins, resumed)):
+        noisy_gradients(other, torch.Generator().manual_seed(0), common=1.0)
+        penalty.step()
     assert np.isfinite(resumed.balance.coherences).all()
+    assert resumed.balance.coherences.tolist() == optimizer.balance.coherences.tolist()
 
 
 # Which entries those are. There is no public sight of them.
@@ -333,7 +332,7 @@ def test_the_tensors_are_spread_over_those_that_are_large_enough_or_are_the_larg
     enough = ENTRIES // 2 // 8  # of two groups, with eight tensors of each
     small = [(enough // 2 + i,) for i in range(9)]
     large = [(enough + i,) for i in range(16)]
-    groups, _, rows = entries_of([[*small[:2], *large], small])
+    _, _, rows = entries_of([[*small[:2], *large], small])
     every_second = [min(size, enough) for (size,) in large[::2]]
     assert len(rows[0]) == pytest.approx(sum(every_second), rel=0.6)
     assert len(rows[1]) == sum(size for (size,) in small[1:])

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from examples import mistakes
 from gradbalance import PAPER, ConflictAwarePenalty, Recorder, attach, groups_by_name, rules
 
-TEMPLATE = re.compile(r"(`[^`]+`|The optimizer) must [^`]*?\. Got .+?\. [A-Z`].+[.?]$", re.DOTALL)
+TEMPLATE = re.compile(r"(`[^`]+`|The optimizer) must .+?\. Got .+?\. [A-Z`].+[.?]$", re.DOTALL)
 
 
 class Model(nn.Module):
@@ -21,7 +22,9 @@ class Model(nn.Module):
 def make(groups=None, optimizer=None, **options):
     model = Model()
     groups = {"text": model.text, "audio": model.audio} if groups is None else groups(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer(model)
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer(model)
+    )
     return ConflictAwarePenalty(optimizer, groups, **options)
 
 
@@ -32,6 +35,31 @@ def tie(model):
 
 def of_another_model(model):
     return {"text": model.text, "audio": [*Model().audio.parameters()]}
+
+
+def partly_of_another_model(model):
+    return {"text": model.text, "audio": [*model.audio.parameters(), *Model().head.parameters()]}
+
+
+def an_optimizer_each(model):
+    return [torch.optim.SGD(branch.parameters(), lr=0.1) for branch in (model.text, model.audio)]
+
+
+def by_name(model):
+    return {f"optimizer {i}": each for i, each in enumerate(an_optimizer_each(model))}
+
+
+class TwoOptimizers:
+    def __init__(self, model):
+        self.first, self.second = an_optimizer_each(model)
+
+
+def one_of_two(model):
+    return an_optimizer_each(model)[0]
+
+
+def scheduler(model):
+    return torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
 
 
 def consumed(model):
@@ -98,11 +126,8 @@ class Copying(Fixed):
 
 
 class Untried(Fixed):
-    def __deepcopy__(self, memo):
-        raise RuntimeError("no toys")
-
     def step(self, closure=None):
-        raise RuntimeError("no toys")
+        raise RuntimeError("no trial")
 
 
 class Hookless(torch.optim.Optimizer):
@@ -142,8 +167,57 @@ AT_CONSTRUCTION = {
     "parameters of another model": (
         lambda: make(of_another_model),
         ValueError,
-        "`groups['audio']` must hold parameters of the optimizer. Got 2 of 2 that it does not have, the first at index "
-        "0 with shape (3, 4). Build the optimizer from the same model",
+        "`groups['audio']` must hold parameters of the optimizer. Got 2 of 2 that it does not have, "
+        "the first being audio[0] with shape (3, 4). If another optimizer trains it, put all branches into "
+        "param_groups of one optimizer; if the model was moved or copied, build the optimizer after that.",
+    ),
+    "parameters some of which are of another model": (
+        lambda: make(partly_of_another_model),
+        ValueError,
+        "`groups['audio']` must hold parameters of the optimizer. Got 2 of 4 that it does not have, "
+        "the first being audio[2] with shape (1, 3). Add them to the optimizer, or freeze them.",
+    ),
+    "one optimizer of two": (
+        lambda: make(optimizer=one_of_two),
+        ValueError,
+        "`groups['audio']` must hold parameters of the optimizer. Got 2 of 2 that it does not have, "
+        "the first being audio.weight with shape (3, 4). If another optimizer trains it, put all branches into",
+    ),
+    "a list of optimizers": (
+        lambda: make(optimizer=an_optimizer_each),
+        TypeError,
+        "`optimizer` must be a torch.optim.Optimizer. Got list of 2 optimizers (SGD, SGD). "
+        "Put the branches into `param_groups` of one optimizer.",
+    ),
+    "a dict of optimizers": (
+        lambda: make(optimizer=by_name),
+        TypeError,
+        "`optimizer` must be a torch.optim.Optimizer. Got dict of 2 optimizers (SGD, SGD). Put the branches",
+    ),
+    "an object with two optimizers": (
+        lambda: make(optimizer=TwoOptimizers),
+        TypeError,
+        "`optimizer` must be a torch.optim.Optimizer. Got TwoOptimizers of 2 optimizers (SGD, SGD). Put the",
+    ),
+    "a scheduler": (
+        lambda: make(optimizer=scheduler),
+        TypeError,
+        "`optimizer` must be a torch.optim.Optimizer. Got StepLR, a scheduler. Pass the optimizer that it drives.",
+    ),
+    "the class of an optimizer": (
+        lambda: make(optimizer=lambda model: torch.optim.SGD),
+        TypeError,
+        "`optimizer` must be a torch.optim.Optimizer. Got the class SGD. Build it first",
+    ),
+    "a method without its brackets": (
+        lambda: make(lambda model: {"text": model.text.parameters, "audio": model.audio}),
+        TypeError,
+        "`groups['text']` must be a module or an iterable of parameters. Got <bound method Module.parameters of",
+    ),
+    "groups that are numbers": (
+        lambda: make(lambda model: {"text": 1, "audio": model.audio}),
+        TypeError,
+        "`groups['text']` must be a module or an iterable of parameters. Got int. Pass `module.parameters()`",
     ),
     "a single parameter": (
         lambda: make(lambda model: {"text": model.text.weight, "audio": model.audio}),
@@ -179,19 +253,26 @@ AT_CONSTRUCTION = {
         lambda: make(optimizer=lambda model: Mixing(model.parameters(), lr=0.1)),
         ValueError,
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        "learning rate or after the fact. Got Mixing, in which the steps of some parameters change those of others. ",
+        "learning rate or by rescaling the finished update. Got Mixing, in which the steps of some parameters change those of others. ",
     ),
     "a step that follows no learning rate and copies the parameters": (
         lambda: make(optimizer=lambda model: Copying(model.parameters())),
         ValueError,
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        "learning rate or after the fact. Got Copying, which does not follow it and keeps copies of the parameters.",
+        "learning rate or by rescaling the finished update. Got Copying, which does not follow it and keeps copies of the parameters.",
     ),
     "a step without a learning rate that cannot be tried": (
         lambda: make(optimizer=lambda model: Untried(model.parameters())),
         ValueError,
         '`apply_to="update"` must have an optimizer whose step can be scaled for some parameters alone, by the '
-        "learning rate or after the fact. Got Untried, which fails on a twin with small parameters: RuntimeError(",
+        "learning rate or by rescaling the finished update. Got Untried, which fails in a trial on small parameters: "
+        "RuntimeError('no trial'). Use `apply_to=\"learning_rate\"` if its steps are proportional",
+    ),
+    "a learning rate that is not there": (
+        lambda: make(optimizer=lambda model: Fixed(model.parameters()), apply_to="learning_rate"),
+        ValueError,
+        '`apply_to="learning_rate"` must have an `lr` in all `param_groups`. Got Fixed without. '
+        'Use `apply_to="displacement"`.',
     ),
     "an optimizer that runs no hooks": (
         lambda: make(optimizer=lambda model: Hookless(model.parameters()), rule=rules.Watch()),
@@ -209,9 +290,9 @@ AT_CONSTRUCTION = {
         "`optimizer` must hold parameters. Got empty `param_groups`. Build it from the parameters",
     ),
     "a rule that is a class": (
-        lambda: make(rule=rules.Coherence),
+        lambda: make(rule=rules.ConflictAware),
         TypeError,
-        "`rule` must be a callable from Measured to coefficients. Got <class 'gradbalance.rules.coherence.Coherence'>.",
+        "`rule` must be a callable from Measured to coefficients. Got <class 'gradbalance.rules.conflict_aware.ConflictAware'>.",
     ),
     "a rule by its name": (
         lambda: make(rule="coherence"),
@@ -221,7 +302,12 @@ AT_CONSTRUCTION = {
     "an option of a rule out of range": (
         lambda: rules.ConflictAware(eta=2),
         ValueError,
-        "`eta` must be in [0, 1]. Got 2. Choose a value",
+        "`eta` must be finite and in [0, 1]. Got 2. Choose a value",
+    ),
+    "factors of groups that there are not": (
+        lambda: make(rule=rules.ByHand(video=1)),
+        ValueError,
+        "`ByHand` must name groups. Got video. The groups are: text, audio.",
     ),
     "a factor that is none": (
         lambda: rules.ByHand(text=-1),
@@ -242,7 +328,22 @@ AT_CONSTRUCTION = {
     "a pattern that is a module": (
         lambda: groups_by_name(Model(), text=[Model().text]),
         TypeError,
-        "`text` must be a name, a glob or a list of them. Got Linear(",
+        "`text` must be a name, a glob or a list of them. Got Linear. Pass modules and parameters to the optimizer",
+    ),
+    "a pattern that is the module itself": (
+        lambda: groups_by_name(Model(), text=Model().text),
+        TypeError,
+        "`text` must be a name, a glob or a list of them. Got Linear. Pass modules and parameters to the optimizer",
+    ),
+    "a pattern that is a parameter": (
+        lambda: groups_by_name(Model(), text=Model().text.weight),
+        TypeError,
+        "`text` must be a name, a glob or a list of them. Got Parameter. Pass modules and parameters",
+    ),
+    "a pattern that is a number": (
+        lambda: groups_by_name(Model(), text=1),
+        TypeError,
+        "`text` must be a name, a glob or a list of them. Got int.",
     ),
     "a model that is none": (
         lambda: groups_by_name(Model().state_dict(), text="text"),
@@ -255,18 +356,33 @@ OUT_OF_RANGE = {
     "smoothing": (1, "`smoothing` must be in [0, 1). Got 1."),
     "noise": (float("inf"), "`noise` must be in [0, inf). Got inf."),
     "max_norm": (0, "`max_norm` must be in (0, inf). Got 0."),
-    "apply_to": ("updates", "`apply_to` must be one of 'update', 'gradient'. Got 'updates'."),
+    "apply_to": (
+        "updates",
+        "`apply_to` must be one of 'update', 'gradient', 'learning_rate', 'displacement'. Got 'updates'.",
+    ),
     "every": (0, "`every` must be a positive integer. Got 0."),
     "every ": (1.5, "`every` must be a positive integer. Got 1.5."),
-    "window": ((5, 5), "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (5, 5)."),
+    "window": (
+        (5, 5),
+        "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (5, 5).",
+    ),
     "window ": (5, "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got 5."),
-    "window  ": ((-1, 3), "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (-1, 3)."),
-    "window   ": ((0.5, 2), "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (0.5, 2)."),
+    "window  ": (
+        (-1, 3),
+        "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (-1, 3).",
+    ),
+    "window   ": (
+        (0.5, 2),
+        "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (0.5, 2).",
+    ),
     "smoothing ": (float("nan"), "`smoothing` must be in [0, 1). Got nan."),
     "smoothing  ": (-0.1, "`smoothing` must be in [0, 1). Got -0.1."),
     "noise ": (-1, "`noise` must be in [0, inf). Got -1."),
     "noise  ": ({"text": -1}, "`noise` must be in [0, inf). Got -1."),
-    "noise   ": ({"video": 1}, "`noise` must name groups. Got 'video'. The groups are text, audio."),
+    "noise   ": (
+        {"video": 1},
+        "`noise` must name groups. Got 'video'. The groups are text, audio.",
+    ),
 }
 
 OF_THE_WRONG_KIND = {
@@ -274,7 +390,8 @@ OF_THE_WRONG_KIND = {
     "noise": (True, "`noise` must be a number. Got True."),
     "max_norm": ("1", "`max_norm` must be a number. Got '1'."),
     "persist": (None, "`persist` must be a bool. Got None."),
-    "generator": (0, "`generator` must be a Generator. Got 0."),
+    "generator": (0, "`generator` must be a torch.Generator. Got 0."),
+    "late": (1, "`late` must be True, False or None. Got 1."),
 }
 
 OF_OBSERVE = {
@@ -283,7 +400,11 @@ OF_OBSERVE = {
         ValueError,
         "`observe` must name groups. Got 'video'. The groups",
     ),
-    "one group alone": ({"text": 1.0}, ValueError, "`observe` must get at least two groups in a call. Got text."),
+    "one group alone": (
+        {"text": 1.0},
+        ValueError,
+        "`observe` must get at least two groups in a call. Got text.",
+    ),
     "no group": ({}, ValueError, "`observe` must get at least two groups in a call. Got none."),
     "a score": (
         {"text": -0.5, "audio": 1.0},
@@ -295,7 +416,21 @@ OF_OBSERVE = {
         ValueError,
         "`text` must be a scalar. Got shape (3,). Reduce it",
     ),
-    "a word": ({"text": "low", "audio": 1.0}, TypeError, "`text` must be a number or a tensor. Got str."),
+    "a word": (
+        {"text": "low", "audio": 1.0},
+        TypeError,
+        "`text` must be a number or a tensor. Got str.",
+    ),
+    "a flag": (
+        {"text": True, "audio": 1.0},
+        TypeError,
+        "`text` must be a number or a tensor. Got bool.",
+    ),
+    "a list": (
+        {"text": [1.0], "audio": 1.0},
+        TypeError,
+        "`text` must be a number or a tensor. Got list.",
+    ),
     "a complex number": (
         {"text": torch.tensor(1j), "audio": 1.0},
         TypeError,
@@ -318,13 +453,17 @@ def test_a_mistake_at_construction_is_named_with_its_remedy(call, kind, start):
     assert_raises(call, kind, start)
 
 
-@pytest.mark.parametrize(("name", "value", "start"), [(k, *v) for k, v in OUT_OF_RANGE.items()], ids=OUT_OF_RANGE)
+@pytest.mark.parametrize(
+    ("name", "value", "start"), [(k, *v) for k, v in OUT_OF_RANGE.items()], ids=OUT_OF_RANGE
+)
 def test_an_option_out_of_range_is_a_value_error(name, value, start):
     assert_raises(lambda: make(**{name.strip(): value}), ValueError, start)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "start"), [(k, *v) for k, v in OF_THE_WRONG_KIND.items()], ids=OF_THE_WRONG_KIND
+    ("name", "value", "start"),
+    [(k, *v) for k, v in OF_THE_WRONG_KIND.items()],
+    ids=OF_THE_WRONG_KIND,
 )
 def test_an_option_of_the_wrong_kind_is_a_type_error(name, value, start):
     assert_raises(lambda: make(**{name: value}), TypeError, start)
@@ -338,7 +477,7 @@ def test_a_mistake_in_observe_is_named_and_changes_nothing(errors, kind, start):
         for p in group["params"]:
             p.grad = torch.ones_like(p)
     optimizer.step()
-    assert optimizer.balance.errors.isnan().all()
+    assert np.isnan(optimizer.balance.errors).all()
 
 
 @pytest.mark.parametrize("option", ["etta", "eta", "alpha", "norm", "max_coefficient", "agreement"])
@@ -349,7 +488,12 @@ def test_an_unknown_option_is_a_type_error_that_names_it(option):
 
 def test_the_ends_of_the_ranges_are_inside_them():
     make(smoothing=0, noise=0, every=1, window=(0, 1), max_norm=1e-9)
-    make(smoothing=0.999, window=(0, None), generator=torch.Generator(), rule=lambda m: m.coefficients)
+    make(
+        smoothing=0.999,
+        window=(0, None),
+        generator=torch.Generator(),
+        rule=lambda m: m.coefficients,
+    )
 
 
 def test_a_score_in_place_of_an_error_is_refused_where_norms_come_from_elsewhere():
@@ -363,25 +507,10 @@ def test_a_score_in_place_of_an_error_is_refused_where_norms_come_from_elsewhere
 
 def test_a_rule_that_needs_coherence_is_refused_where_norms_come_from_elsewhere():
     assert_raises(
-        lambda: make().coefficients_for({"text": 1.0, "audio": 1.0}),
+        lambda: make(rule=rules.Watch()).coefficients_for({"text": 1.0, "audio": 1.0}),
         RuntimeError,
-        "`coefficients_for` must have a rule that decides by norms and errors. Got Coherence(",
+        "`coefficients_for` must have a rule that decides by norms and errors. Got Watch()",
     )
-
-
-def test_a_wrong_answer_of_a_rule_is_named():
-    def wrong(measured):
-        return -measured.norms
-
-    for rule, kind, start in (
-        (wrong, ValueError, "`test_a_wrong_answer_of_a_rule_is_named.<locals>.wrong` must give finite coefficients"),
-        (lambda m: m.norms.tolist(), TypeError, "`test_a_wrong_answer_of_a_rule_is_named.<locals>.<lambda>` must give"),
-        (rules.ByHand(video=1), ValueError, "`ByHand` must name groups. Got video. The groups are: text, audio."),
-    ):
-        optimizer = make(rule=rule)
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.ones_like(p)
-        assert_raises(optimizer.step, kind, start)
 
 
 @pytest.mark.parametrize("put_on", [ConflictAwarePenalty, attach])
@@ -390,7 +519,9 @@ def test_a_factor_that_the_optimizer_cancels_is_a_warning_at_the_user_s_line(put
     model = Model()
     groups = {"text": model.text, "audio": model.audio}
     name = make_one.__name__
-    with pytest.warns(UserWarning, match=f'^`apply_to="gradient"` does nothing lasting under {name}') as warned:
+    with pytest.warns(
+        UserWarning, match=f'^`apply_to="gradient"` does nothing lasting under {name}'
+    ) as warned:
         put_on(make_one(model.parameters()), groups, **PAPER)
     assert [warning.filename for warning in warned] == [__file__]
 
@@ -406,9 +537,9 @@ def test_the_settings_of_the_paper_run_under_sgd_without_a_warning():
 
 
 def test_the_way_out_that_a_message_names_is_there():
-    from gradbalance._engine.groups import FLATTENED
-
-    (method,) = re.findall(r"call `(\w+)`", FLATTENED)
+    with pytest.raises(RuntimeError) as caught:
+        make(flattened)
+    (method,) = re.findall(r"call `(\w+)`", str(caught.value))
     assert callable(getattr(make(), method))
     assert callable(getattr(make().penalty, method))
 
@@ -422,54 +553,35 @@ def test_norms_of_other_groups_are_refused():
     )
 
 
-@pytest.mark.parametrize("swap", ["other parameters", "fewer parameters", "none"])
-def test_a_step_without_the_parameters_of_the_groups_raises(swap):
-    optimizer = make()
-    flat = nn.Parameter(torch.zeros(10))
-    flat.grad = torch.ones(10)
-    replaced = {"other parameters": [flat] * 6, "fewer parameters": [flat], "none": []}[swap]
-    optimizer.param_groups[0]["params"] = replaced
-    before = flat.clone()
-    assert_raises(
-        optimizer.step,
-        RuntimeError,
-        "The optimizer must hold the parameters of the groups at every step. Got other parameters than at "
-        "construction. DeepSpeed ZeRO and FSDP1",
-    )
-    assert torch.equal(flat, before)
-
-
-def test_a_step_that_finds_none_of_the_parameters_raises():
-    def in_two(model):
-        branches = [*model.text.parameters(), *model.audio.parameters()]
-        return torch.optim.SGD([{"params": model.head.parameters()}, {"params": branches}], lr=0.1)
-
-    optimizer = make(optimizer=in_two)
-    del optimizer.param_groups[1]
-    assert_raises(
-        optimizer.step,
-        RuntimeError,
-        "The optimizer must hold the parameters of the groups. Got none of them any more. DeepSpeed ZeRO and FSDP1",
-    )
-
-
 @pytest.mark.parametrize("put_on", [ConflictAwarePenalty, attach])
 def test_a_frozen_group_is_a_warning_at_the_user_s_line(put_on):
     model = Model()
     model.audio.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    message = r"^No parameter of group `audio` requires a gradient: the group is frozen and takes no part"
+    message = (
+        r"^No parameter of group `audio` requires a gradient: the group is frozen and takes no part"
+    )
     with pytest.warns(UserWarning, match=message) as warned:
         put_on(optimizer, {"text": model.text, "audio": model.audio})
     assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_a_checkpoint_of_other_groups_is_refused():
-    state = make(lambda model: {"text": model.text, "audio": model.audio, "head": model.head}).state_dict()
+    state = make(lambda model: dict(model.named_children())).state_dict()
     assert_raises(
         lambda: make().load_state_dict(state),
         ValueError,
         "`state_dict` must hold the state of the groups text, audio. Got text, audio, head.",
+    )
+
+
+def test_a_checkpoint_of_another_version_is_refused():
+    state = make().state_dict()
+    state["param_groups"][0]["gradbalance"] = ({"step": 3},)
+    assert_raises(
+        lambda: make().load_state_dict(state),
+        ValueError,
+        "`state_dict` must hold what the penalty saved under 'gradbalance' in its first param_group. Got ",
     )
 
 
@@ -484,7 +596,11 @@ def test_a_recorder_of_a_plain_optimizer_is_refused():
 def test_the_script_of_mistakes_shows_what_the_user_sees(capsys):
     mistakes.main()
     shown = capsys.readouterr().out
-    assert [block.partition(". ")[0] for block in shown.strip().split("\n\n")] == [str(n) for n in range(1, 11)]
-    messages = [line.partition(": ")[2] for line in shown.splitlines() if re.match(r"\w+Error: ", line)]
+    assert [block.partition(". ")[0] for block in shown.strip().split("\n\n")] == [
+        str(n) for n in range(1, 11)
+    ]
+    messages = [
+        line.partition(": ")[2] for line in shown.splitlines() if re.match(r"\w+Error: ", line)
+    ]
     assert len(messages) == 5
     assert all(TEMPLATE.match(message) for message in messages)

@@ -1,3 +1,5 @@
+"""Groups by name: what a pattern takes, and what the overview shows."""
+
 import copy
 import pickle
 
@@ -22,15 +24,27 @@ def names_of(model, parameters):
 def test_a_module_name_takes_all_of_the_module_and_nothing_of_its_namesakes():
     model = make_model()
     groups = groups_by_name(model, text="text", layer="audio.2")
-    assert names_of(model, groups["text"]) == ["text.0.weight", "text.0.bias", "text.2.weight", "text.2.bias"]
+    assert names_of(model, groups["text"]) == [
+        "text.0.weight",
+        "text.0.bias",
+        "text.2.weight",
+        "text.2.bias",
+    ]
     assert names_of(model, groups["layer"]) == ["audio.2.weight", "audio.2.bias"]
 
 
 def test_a_parameter_name_a_glob_and_a_list_choose_what_they_say():
     model = make_model()
-    groups = groups_by_name(model, one="text.0.bias", some="*.[02].weight", both=["text.0", "*.bias"])
+    groups = groups_by_name(
+        model, one="text.0.bias", some="*.[02].weight", both=["text.0", "*.bias"]
+    )
     assert names_of(model, groups["one"]) == ["text.0.bias"]
-    assert names_of(model, groups["some"]) == ["text.0.weight", "text.2.weight", "audio.0.weight", "audio.2.weight"]
+    assert names_of(model, groups["some"]) == [
+        "text.0.weight",
+        "text.2.weight",
+        "audio.0.weight",
+        "audio.2.weight",
+    ]
     biases = ["text.2.bias", "text_head.bias", "audio.0.bias", "audio.2.bias"]
     assert names_of(model, groups["both"]) == ["text.0.weight", "text.0.bias", *biases]
 
@@ -47,7 +61,12 @@ def test_a_tied_parameter_is_found_under_each_of_its_names():
     groups = groups_by_name(model, text="embedding", head="head", all="*")
     assert [len(parameters) for parameters in groups.values()] == [1, 1, 1]
     assert groups["head"][0] is groups["text"][0]
-    assert str(groups_by_name(model, text="embedding")).splitlines()[0].split() == ["text", "15", "embedding,", "head"]
+    assert str(groups_by_name(model, text="embedding")).splitlines()[0].split() == [
+        "text",
+        "15",
+        "embedding,",
+        "head",
+    ]
 
 
 def test_the_overview_shows_modules_where_they_are_whole_and_what_is_in_no_group():
@@ -60,8 +79,30 @@ def test_the_overview_shows_modules_where_they_are_whole_and_what_is_in_no_group
     assert str(groups_by_name(make_model(), all="*")).splitlines()[1] == "(no group)   0  nothing"
 
 
-def test_the_groups_can_be_copied_and_pickled():
-    groups = groups_by_name(make_model(), text="text", audio="audio")
-    for other in (copy.deepcopy(groups), pickle.loads(pickle.dumps(groups))):
-        assert str(other) == str(groups)
+def test_the_groups_can_be_copied_and_pickled_with_their_model():
+    model = make_model()
+    groups = groups_by_name(model, text="text", audio=["audio.0", "audio.2.bias"])
+    for copied, other in (
+        copy.deepcopy((model, groups)),
+        pickle.loads(pickle.dumps((model, groups))),
+    ):
         assert list(other) == ["text", "audio"]
+        for name, parameters in other.items():
+            assert names_of(copied, parameters) == names_of(model, groups[name])
+
+
+def test_groups_may_have_the_names_of_arguments():
+    model = make_model()
+    groups = groups_by_name(model, model="text", self="audio", patterns="text_head")
+    assert list(groups) == ["model", "self", "patterns"]
+    assert names_of(model, groups["patterns"]) == ["text_head.weight", "text_head.bias"]
+
+
+def test_patterns_may_be_any_iterable_of_strings():
+    model = make_model()
+    for patterns in (
+        ("text", "audio"),
+        {"text": 1, "audio": 2},
+        (name for name in ("text", "audio")),
+    ):
+        assert len(groups_by_name(model, both=patterns)["both"]) == 8

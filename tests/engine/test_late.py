@@ -77,7 +77,9 @@ def test_late_the_parameters_move_by_the_coefficients_that_are_shown(model, make
         train(plain, reference, [step], fixed_gradients)
         c = optimizer.coefficients()["text"]
         assert c == [1.0, 0.5, 0.25, 0.125][step]
-        ends = zip(model.text.parameters(), start, plain.text.parameters(), reference_start, strict=True)
+        ends = zip(
+            model.text.parameters(), start, plain.text.parameters(), reference_start, strict=True
+        )
         for p, before, q, reference_before in ends:
             moved, expected = p.detach() - before, c * (q.detach() - reference_before)
             torch.testing.assert_close(moved, expected, rtol=0.02, atol=1e-6)
@@ -122,7 +124,9 @@ def test_late_the_measurements_shown_are_those_of_the_step_before(model, make_ru
 @each_rule
 @each_way
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_checkpoint_in_the_middle_of_a_late_run_resumes_bitwise(model, make_rule, make, mode, every):
+def test_a_checkpoint_in_the_middle_of_a_late_run_resumes_bitwise(
+    model, make_rule, make, mode, every
+):
     options = {"apply_to": mode, "every": every, "late": True}
     optimizer = penalised(model, make_rule(), make, **options)
     train(model, optimizer, range(5))
@@ -172,7 +176,9 @@ def test_late_a_wrong_answer_is_an_error_at_the_next_step(model):
     run(model, optimizer, [0])
     fixed_gradients(model, 1)
     before, given = parameters(model), gradients(model)
-    with pytest.raises(ValueError, match=r"must return finite coefficients >= 0 .*Got \[-1.0, 1.0\]"):
+    with pytest.raises(
+        ValueError, match=r"must return finite coefficients >= 0 .*Got \[-1.0, 1.0\]"
+    ):
         optimizer.step()
     assert equal(parameters(model), before)
     assert equal(gradients(model), given)

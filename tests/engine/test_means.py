@@ -53,7 +53,9 @@ def test_means_and_standard_errors_are_those_of_the_equations(data, smoothing, e
         is_measured = step % every == 0
         counts = len(now) >= 2 if is_measured else bool(now)
         if is_measured:
-            known = [math.cos(now[m] - last[m]) if m in now and m in last else None for m in range(n)]
+            known = [
+                math.cos(now[m] - last[m]) if m in now and m in last else None for m in range(n)
+            ]
             slow.step(norms, mean_of_each(told, n), known)
             told = []
         # The last gradient is one of those that are read: of a measured step, or of that before.
@@ -116,7 +118,9 @@ def test_without_smoothing_the_means_are_those_of_this_step_exactly():
     for big in (1.0, 1e-30, 1e30, 3.0):
         asked.step([big, 1.0])
         assert asked.penalty.balance.shares.tolist() == [big / (big + 1), 1 / (big + 1)]
-    assert asked.penalty.balance.coherence_errors.tolist() == [math.inf] * 2, "one value has no error"
+    assert asked.penalty.balance.coherence_errors.tolist() == [math.inf] * 2, (
+        "one value has no error"
+    )
 
 
 @given(smoothing=SMOOTHINGS, every=st.integers(1, 4))

@@ -132,8 +132,11 @@ def test_a_layer_added_under_the_pattern_of_a_group_belongs_to_it():
 
 
 def test_parameters_that_are_added_and_belong_to_no_module_of_a_group_belong_to_none(model):
-    optimizer = penalised(model, ByHand(text=0.5, audio=0.5), groups={
-        "text": list(model.text.parameters()), "audio": model.audio})
+    optimizer = penalised(
+        model,
+        ByHand(text=0.5, audio=0.5),
+        groups={"text": list(model.text.parameters()), "audio": model.audio},
+    )
     stranger = nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": [stranger]})
     stranger.grad = torch.ones(3)
@@ -157,7 +160,9 @@ def test_new_tensors_have_the_group_of_those_in_whose_place_they_stand(model, ma
     optimizer.state.clear()
     start = [p.detach().clone() for p in others]
     optimizer.step()
-    assert [torch.equal(p, q) for p, q in zip(others, start, strict=True)] == [True] * 2 + [False] * 4
+    assert [torch.equal(p, q) for p, q in zip(others, start, strict=True)] == [True] * 2 + [
+        False
+    ] * 4
 
 
 @each_kind

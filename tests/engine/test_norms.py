@@ -200,7 +200,11 @@ def test_a_late_step_reads_no_number_inside_an_operator_and_adds_few(rule, mode,
         fixed_gradients(model, 3)
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             optimizer.step()
-        top = [e.name for e in trace.events() if e.cpu_parent is None or e.cpu_parent.name[:6] != "aten::"]
+        top = [
+            e.name
+            for e in trace.events()
+            if e.cpu_parent is None or e.cpu_parent.name[:6] != "aten::"
+        ]
         return [name for name in top if name.startswith("aten::")], {e.name for e in trace.events()}
 
     plain, every_plain = operators(False)
@@ -218,7 +222,9 @@ def test_gradient_mode_scales_the_gradients_of_each_group_in_place_and_no_others
     backward(model)
     given = {name: gradients(m) for name, m in model.named_children()}
     objects = [p.grad for p in model.parameters()]
-    versions = {name: [p.grad._version for p in m.parameters()] for name, m in model.named_children()}
+    versions = {
+        name: [p.grad._version for p in m.parameters()] for name, m in model.named_children()
+    }
     optimizer.step()
     assert all(p.grad is g for p, g in zip(model.parameters(), objects, strict=True))
     for name, module in model.named_children():

@@ -6,36 +6,31 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance.rules import ByHand, ConflictAware, Watch
-from tests.engine.models import PLAIN, TwoBranches, backward, conflict_aware, gradients, groups_of, slow_norm
+from gradbalance.rules import ByHand, ConflictAware
+from tests.engine.models import (
+    PLAIN,
+    TwoBranches,
+    backward,
+    conflict_aware,
+    equal,
+    groups_of,
+    parameters,
+    penalised,
+    slow_norm,
+    train,
+)
 from tests.reference import Reference, SlowConflictAware
 
 
-def test_gradient_mode_scales_the_gradients_of_each_group_in_place(model):
-    optimizer = ConflictAwarePenalty(
-        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to="gradient", **conflict_aware(eta=0.25)
-    )
-    backward(model)
-    before = {name: gradients(m) for name, m in model.named_children()}
-    optimizer.step()
-    c = optimizer.coefficients()
-    assert sorted(c.values()) == [0.25, 1.0]
-    for name, module in model.named_children():
-        factor = c.get(name, 1.0)
-        assert all(torch.equal(p.grad, factor * g) for p, g in zip(module.parameters(), before[name], strict=True))
-
-
-@pytest.mark.parametrize("mode", ["update", "gradient"])
+@pytest.mark.parametrize("mode", ["update", "gradient", "learning_rate", "displacement"])
 @pytest.mark.parametrize("observed", [False, True])
 def test_a_run_equals_plain_sgd_with_coefficients_by_hand(model, mode, observed):
     other, rule = copy.deepcopy(model), ConflictAware(eta=0.3, threshold=1.2)
-    optimizer = ConflictAwarePenalty(
-        torch.optim.SGD(model.parameters(), lr=0.05), groups_of(model), rule, apply_to=mode, smoothing=0.5
-    )
-    plain, slow = torch.optim.SGD(other.parameters(), lr=0.05), Reference(SlowConflictAware(rule), smoothing=0.5)
+    optimizer = penalised(model, rule, apply_to=mode, smoothing=0.5)
+    plain = torch.optim.SGD(other.parameters(), lr=0.05)
+    slow = Reference(SlowConflictAware(rule), smoothing=0.5)
     for step in range(10):
         errors = [0.5 + 0.1 * step, 1.0] if observed else None
         backward(model, step)
@@ -54,37 +49,22 @@ def test_a_run_equals_plain_sgd_with_coefficients_by_hand(model, mode, observed)
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["update", "gradient"])
-@pytest.mark.parametrize("layout", ["one param_group", "one per module", "interleaved"])
+@pytest.mark.parametrize("mode", ["update", "gradient", "displacement"])
+@pytest.mark.parametrize("layout", ["one per module", "interleaved"])
 def test_any_layout_of_param_groups_gives_the_same_run(model, mode, layout):
     def run(model, parameters):
-        optimizer = ConflictAwarePenalty(
-            torch.optim.SGD(parameters, lr=0.01, momentum=0.9), groups_of(model), apply_to=mode, **PLAIN
-        )
-        for step in range(5):
-            backward(model, step)
-            optimizer.step()
-        return [p.detach() for p in model.parameters()]
+        inner = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to=mode, **PLAIN)
+        train(model, optimizer, range(5))
 
     other = copy.deepcopy(model)
-    parameters = {
-        "one param_group": list(other.parameters()),
+    layouts = {
         "one per module": [{"params": m.parameters()} for m in other.children()],
         "interleaved": [{"params": list(other.parameters())[i::2]} for i in (0, 1)],
-    }[layout]
-    assert all(map(torch.equal, run(model, list(model.parameters())), run(other, parameters)))
-
-
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
-def test_the_balance_holds_no_graph_of_the_gradients(model):
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), max_norm=1.0)
-    for step in range(2):
-        model.zero_grad()
-        batch = torch.randn(16, 9, generator=torch.Generator().manual_seed(step))
-        model(batch).square().mean().backward(create_graph=True)
-        optimizer.step()
-    assert model.text.weight.grad.requires_grad
-    assert not any(part.requires_grad for part in optimizer.balance[:-1])
+    }
+    run(model, list(model.parameters()))
+    run(other, layouts[layout])
+    assert equal(parameters(model), parameters(other))
 
 
 def test_weight_decay_that_is_decoupled_is_scaled_in_update_mode(model):
@@ -97,173 +77,9 @@ def test_weight_decay_that_is_decoupled_is_scaled_in_update_mode(model):
     backward(model)
     optimizer.step()
     for name, c in optimizer.coefficients().items():
-        torch.testing.assert_close(getattr(model, name).weight.detach(), before[name] * (1 - c * 0.1 * 0.5))
-
-
-@pytest.mark.parametrize("mode", ["update", "gradient"])
-@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
-def test_max_norm_clips_as_clip_grad_norm_does_after_the_penalty(model, mode, max_norm):
-    clipped, by_hand = model, copy.deepcopy(model)
-    options = {"apply_to": mode, **conflict_aware(eta=0.5)}
-    sgd = torch.optim.SGD(clipped.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(sgd, groups_of(clipped), max_norm=max_norm, **options)
-    backward(clipped)
-    optimizer.step()
-    backward(by_hand)
-    if mode == "gradient":
-        for name, c in optimizer.coefficients().items():
-            for p in getattr(by_hand, name).parameters():
-                p.grad *= c
-    nn.utils.clip_grad_norm_(by_hand.parameters(), max_norm)
-    for p, q in zip(clipped.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("mode", ["update", "gradient"])
-@pytest.mark.usefixtures("host")
-def test_noise_by_name_falls_on_the_groups_that_are_named_alone(model, mode):
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(sgd, groups_of(model), Watch(), apply_to=mode, noise={"audio": 1.0})
-    backward(model)
-    before = {name: gradients(m) for name, m in model.named_children()}
-    optimizer.step()
-    for name, module in model.named_children():
-        same = all(map(torch.equal, gradients(module), before[name]))
-        assert same == (name != "audio")
-
-
-def test_noise_has_the_spread_of_each_gradient_and_is_repeatable():
-    wide, narrow, pair, single = parameters = [nn.Parameter(torch.zeros(n)) for n in (20000, 20000, 2, 1)]
-
-    def noisy(seed):
-        optimizer = ConflictAwarePenalty(
-            torch.optim.SGD(parameters, lr=0.0),
-            {"wide": [wide], "narrow": [narrow, pair, single]},
-            noise=0.5,
-            generator=torch.Generator().manual_seed(seed),
-            apply_to="gradient",
-            **conflict_aware(eta=0.5),
+        torch.testing.assert_close(
+            getattr(model, name).weight.detach(), before[name] * (1 - c * 0.1 * 0.5)
         )
-        generator = torch.Generator().manual_seed(1)
-        for p, spread in ((wide, 10.0), (narrow, 0.1)):
-            p.grad = 3 + spread * torch.randn(20000, generator=generator)
-        pair.grad, single.grad = torch.tensor([1.0, 3.0]), torch.ones(1)
-        clean = [p.grad.clone() for p in parameters]
-        optimizer.step()
-        c = [0.5, 1.0, 1.0, 1.0]
-        return [p.grad - f * g for p, f, g in zip(parameters, c, clean, strict=True)]
-
-    first = noisy(7)
-    assert first[0].std().item() == pytest.approx(0.5 * 10.0, rel=0.05)
-    assert first[1].std().item() == pytest.approx(0.5 * 0.1, rel=0.05)
-    assert (first[2] != 0).all()
-    assert first[3].item() == 0.0
-    assert all(map(torch.equal, first, noisy(7)))
-    assert not torch.equal(first[0], noisy(8)[0])
-
-
-@pytest.mark.parametrize("mode", ["update", "gradient"])
-def test_clipping_leaves_the_noise_in_proportion_to_the_gradient(model, mode):
-    def noisy(noise, max_norm):
-        other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-        options = {"apply_to": mode, "max_norm": max_norm, "noise": noise, "generator": generator}
-        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-        attach(optimizer, groups_of(other), **options, **conflict_aware())
-        backward(other)
-        optimizer.step()
-        return torch.cat([g.flatten() for g in gradients(other)])
-
-    for noise in (0.0, 1.0):
-        loose, clipped = noisy(noise, 1e9), noisy(noise, 1e-2)
-        clip = 1e-2 / noisy(0.0, 1e9).norm()
-        torch.testing.assert_close(clipped, loose * clip, rtol=1e-4, atol=1e-9)
-    assert not torch.equal(loose, noisy(0.0, 1e9))
-
-
-def test_a_second_step_on_the_same_gradients_does_not_compound(model):
-    optimizer = ConflictAwarePenalty(
-        torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), apply_to="gradient", **PLAIN
-    )
-    backward(model)
-    optimizer.step()
-    before = gradients(model)
-    optimizer.step()
-    assert all(map(torch.equal, gradients(model), before))
-    backward(model)
-    optimizer.step()
-    assert optimizer.balance.step == 2
-
-
-def test_gradients_that_the_step_itself_wrote_are_not_taken_for_new_ones(model):
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    inner.register_step_post_hook(lambda optimizer, *_: [p.grad.mul_(0.5) for p in model.parameters()])
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **PLAIN)
-    backward(model)
-    optimizer.step()
-    before = gradients(model)
-    optimizer.step()
-    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model), before, strict=True))
-    assert optimizer.balance.step == 1
-
-
-def test_a_step_that_failed_before_the_penalty_acted_is_made_good(model):
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **conflict_aware(eta=0.5))
-    backward(model)
-    optimizer.step()
-    backward(model, 1)
-    before, parameters = gradients(model), inner.param_groups[0]["params"]
-    inner.param_groups[0]["params"] = parameters[:1]
-    with pytest.raises(RuntimeError, match="Got other parameters"):
-        optimizer.step()
-    assert all(map(torch.equal, gradients(model), before))
-    inner.param_groups[0]["params"] = parameters
-    optimizer.step()
-    assert optimizer.coefficients()["text"] == 0.5
-    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model.text), before, strict=False))
-
-
-def test_learning_rates_are_restored_after_a_step_that_raised(model):
-    class Failing(torch.optim.SGD):
-        def step(self, closure=None):
-            self.shown = [group["lr"] for group in self.param_groups]
-            if self.fails:
-                raise MemoryError
-            return super().step(closure)
-
-    Failing.fails = False
-    inner = Failing(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), **conflict_aware(eta=0.1))
-    Failing.fails = True
-    param_groups = inner.param_groups
-    backward(model)
-    with pytest.raises(MemoryError):
-        optimizer.step()
-    assert sorted(inner.shown) == pytest.approx([0.01, 0.1, 0.1])
-    assert inner.param_groups is param_groups
-    assert [group["lr"] for group in param_groups] == [0.1]
-
-
-@pytest.mark.parametrize("where", ["a hook", "the closure"])
-def test_a_step_that_fails_before_its_gradients_are_used_leaves_them_new(model, where):
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), apply_to="gradient", **conflict_aware(eta=0.5))
-    backward(model)
-    optimizer.step()
-    backward(model, 1)
-    before = gradients(model)
-
-    def fail(*_):
-        raise MemoryError
-
-    handle = inner.register_step_pre_hook(fail) if where == "a hook" else None
-    with pytest.raises(MemoryError):
-        optimizer.step(*([] if handle else [fail]))
-    if handle:
-        handle.remove()
-    optimizer.step()
-    assert all(g.equal(0.5 * old) for g, old in zip(gradients(model.text), before, strict=False))
-    assert optimizer.balance.step == 2
 
 
 @pytest.mark.parametrize("first", ["text", "audio"])
@@ -338,8 +154,12 @@ def test_a_step_gets_all_that_it_is_given_beside_the_closure(model, by_name):
 def test_a_learning_rate_tensor_is_scaled_without_being_replaced(model):
     lr = torch.tensor(0.1)
     other = copy.deepcopy(model)
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=lr), groups_of(model), **PLAIN)
-    twin = ConflictAwarePenalty(torch.optim.SGD(other.parameters(), lr=0.1), groups_of(other), **PLAIN)
+    optimizer = ConflictAwarePenalty(
+        torch.optim.SGD(model.parameters(), lr=lr), groups_of(model), **PLAIN
+    )
+    twin = ConflictAwarePenalty(
+        torch.optim.SGD(other.parameters(), lr=0.1), groups_of(other), **PLAIN
+    )
     backward(model)
     optimizer.step()
     backward(other)
@@ -387,15 +207,23 @@ def uncollected():
     gc.enable()
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor], ids=["rate", "displacement"])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, torch.optim.Adafactor], ids=["rate", "displacement"]
+)
 @pytest.mark.parametrize("put_on", [ConflictAwarePenalty, attach])
-@pytest.mark.parametrize("case", ["alone", "with a schedule", "with a schedule from before", "a copy"])
+@pytest.mark.parametrize(
+    "case", ["alone", "with a schedule", "with a schedule from before", "a copy"]
+)
 @pytest.mark.usefixtures("uncollected")
 def test_an_optimizer_that_is_let_go_is_freed_at_once_with_what_it_trained(kind, put_on, case):
     def trained():
         model = TwoBranches()
         optimizer = inner = kind(model.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.StepLR(inner, 1) if case == "with a schedule from before" else None
+        schedule = (
+            torch.optim.lr_scheduler.StepLR(inner, 1)
+            if case == "with a schedule from before"
+            else None
+        )
         penalty = put_on(inner, groups_of(model))
         if put_on is ConflictAwarePenalty:
             optimizer = penalty
@@ -455,18 +283,23 @@ def test_the_wrapper_is_equal_to_what_it_wraps_and_to_no_other(model):
 
 
 def test_coefficients_for_applies_the_rule_to_norms_from_elsewhere(model):
-    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), **conflict_aware(eta=0.5))
-    assert penalty.coefficients_for({"audio": 1.0, "text": torch.tensor(2.0)}) == {"text": 0.5, "audio": 1.0}
-    assert penalty.coefficients_for({"audio": 1.0, "text": 2.0}, {"text": 2.0, "audio": 1.0})["text"] == 1.0
-    assert penalty.balance.step == 2
-    with pytest.raises(ValueError, match="`norms` must name exactly the groups"):
-        penalty.coefficients_for({"text": 1.0})
+    optimizer = penalised(model, **conflict_aware(eta=0.5))
+    norms = {"audio": 1.0, "text": torch.tensor(2.0)}
+    assert optimizer.coefficients_for(norms) == {"text": 0.5, "audio": 1.0}
+    ahead = optimizer.penalty.coefficients_for(norms, {"text": 2.0, "audio": 1.0})
+    assert ahead["text"] == 1.0
+    assert optimizer.balance.step == 2
+    assert optimizer.balance.norms.tolist() == [2.0, 1.0]
+    spoiled = {"audio": 1.0, "text": float("nan")}
+    assert optimizer.coefficients_for(spoiled) == {"text": 1.0, "audio": 1.0}
+    assert optimizer.balance.step == 2
 
 
 def test_the_representation_names_groups_sizes_and_changed_settings(model):
-    optimizer = ConflictAwarePenalty(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model), every=2)
+    optimizer = penalised(model, ConflictAware(), every=2)
     assert "text: 15, audio: 18" in repr(optimizer)
-    assert "rule=Coherence(" in repr(optimizer)
+    assert "rule=ConflictAware(" in repr(optimizer)
+    assert "on the update by learning rate" in repr(optimizer)
     assert "every=2" in repr(optimizer)
     assert "smoothing" not in repr(optimizer)
     assert "SGD" in repr(optimizer)
@@ -479,6 +312,9 @@ def test_the_innermost_of_optimizers_around_optimizers_is_hooked(model, back):
             self.optimizer = optimizer
             self.param_groups = optimizer.param_groups
 
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     outer = Around(Around(inner))
     if back is not None:  # some tell that nothing is inside, some know their wrapper
@@ -487,14 +323,3 @@ def test_the_innermost_of_optimizers_around_optimizers_is_hooked(model, back):
     backward(model)
     inner.step()
     assert penalty.balance.step == 1
-
-
-@pytest.mark.parametrize("options", [{"apply_to": "gradient"}, {"max_norm": 0.01}, {"noise": 1.0}])
-def test_gradients_that_cannot_be_written_are_named(model, options):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach(optimizer, groups_of(model), rule=ByHand(text=0.5), **options)
-    with torch.inference_mode():
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="Got inference tensors"):
-        optimizer.step()

@@ -194,6 +194,13 @@ class OneForAll(Descent):
         return self.common
 
 
+class SlightlyTogether(OneForAll):
+    """How far a parameter moves depends a little on where all of them are."""
+
+    def rate(self, group, p):
+        return 0.01 + 0.02 * self.common
+
+
 class InBackward(Descent):
     """As LOMO: `step` is there for the looks."""
 
@@ -513,6 +520,7 @@ def test_what_needs_a_closure_or_second_derivatives_is_tried_with_them(cls):
         (NonNegative, "steps of some parameters change those of others"),
         (Projected, "steps of some parameters change those of others"),
         (OneForAll, "steps of some parameters change those of others"),
+        (SlightlyTogether, "steps of some parameters change those of others"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused_by_its_name(cls, why):

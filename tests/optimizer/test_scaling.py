@@ -115,13 +115,24 @@ def test_a_learning_rate_in_a_tensor_stays_one_and_the_users_own_is_put_back():
     scaling = LearningRates(optimizer)
     scaling.divide({id(parameters[0]): 0})
     scaling.begin([0.5])
-    ungrouped, scaled = optimizer.param_groups
+    scaled, ungrouped = optimizer.param_groups
     assert ungrouped["lr"] is lr
     assert isinstance(scaled["lr"], torch.Tensor)
     assert scaled["lr"].device == lr.device
     assert scaled["lr"].item() == pytest.approx(0.05)
     scaling.end()
     assert optimizer.param_groups[0]["lr"] is lr
+
+
+def test_the_parameters_of_a_step_stay_in_order_so_that_each_draws_its_own_random_numbers():
+    parameters = three()
+    optimizer = SGD(parameters, lr=0.1)
+    scaling = LearningRates(optimizer)
+    scaling.divide({id(parameters[0]): 1, id(parameters[1]): 0})
+    scaling.begin([0.5, 2.0])
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(p is q for p, q in zip(stepped, parameters, strict=True))
+    scaling.end()
 
 
 class NeverRead(torch.Tensor):

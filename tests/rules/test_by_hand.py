@@ -19,9 +19,9 @@ def test_factors_by_hand_are_the_coefficients_whatever_is_measured(norms, factor
     asked = Asked(ByHand(**factors), len(norms))
     expected = [factors.get(name, 1.0) for name in asked.penalty.names]
     assert asked.step(norms).tolist() == expected
-    assert asked.penalty.balance.conflicts.tolist() == [[c < k for k in expected] for c in expected], (
-        "without conflicts of its own a rule damps whoever moves less for whoever moves more"
-    )
+    assert asked.penalty.balance.conflicts.tolist() == [
+        [c < k for k in expected] for c in expected
+    ], "without conflicts of its own a rule damps whoever moves less for whoever moves more"
 
 
 @pytest.mark.parametrize("factor", [-0.1, math.nan, math.inf])

@@ -41,7 +41,9 @@ def test_the_scale_of_the_loss_does_not_change_the_coefficients(norms, scale, da
     one, other = (Asked(RULE, len(norms), smoothing=0.5, scale_free=scale_free) for _ in range(2))
     for c in cosines:
         expected = one.step(norms, cosines=c).tolist()
-        assert other.step([scale * n for n in norms], cosines=c).tolist() == pytest.approx(expected, rel=1e-9)
+        assert other.step([scale * n for n in norms], cosines=c).tolist() == pytest.approx(
+            expected, rel=1e-9
+        )
 
 
 @given(measured=measurements(inactive=False), coherence=st.floats(-1, 1), norm=st.floats(1e-6, 1e6))
@@ -118,9 +120,13 @@ def test_a_branch_of_noise_moves_less_far_than_a_coherent_one():
 @given(measured=measurements(inactive=False), options=OPTIONS)
 def test_the_rule_equals_its_equations_with_one_for_a_group_of_unknown_coherence(measured, options):
     coherences = [None if math.isnan(a) else a for a in measured.coherences.tolist()]
-    expected = coherent_coefficients(coherences, measured.shares.tolist(), measured.scale_free, **options)
+    expected = coherent_coefficients(
+        coherences, measured.shares.tolist(), measured.scale_free, **options
+    )
     assert Coherence(**options)(measured).tolist() == pytest.approx(expected, rel=1e-9)
-    assert Coherence(**options)(measured._replace(coherences=None)).tolist() == [1.0] * len(measured.names)
+    assert Coherence(**options)(measured._replace(coherences=None)).tolist() == [1.0] * len(
+        measured.names
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ def some_errors(data, norms, partial=False):
 @given(data=st.data(), rule=conflict_aware_rules(), smoothing=SMOOTHINGS, window=WINDOWS)
 def test_the_fast_rule_equals_the_slow_loops_over_many_steps(data, rule, smoothing, window):
     n = data.draw(st.integers(2, 5))
-    fast, slow = Asked(rule, n, smoothing, window), Reference(SlowConflictAware(rule), smoothing, window)
+    fast, slow = (
+        Asked(rule, n, smoothing, window),
+        Reference(SlowConflictAware(rule), smoothing, window),
+    )
     for _ in range(data.draw(st.integers(1, 5))):
         norm = st.floats(0.125, 1e3) | st.sampled_from([0.0, math.nan, math.inf])
         norms = data.draw(st.lists(norm, min_size=n, max_size=n))
@@ -46,7 +49,11 @@ BEFORE = [
     ([0.7, 0.2, 1.3], [None, 0.45, 0.62], [1.0, 0.11954731989361522, 1.0]),
     ([0.7, 0.0, 1.3], [0.31, 0.9, 0.62], [0.03597242220324193, 1.0, 1.0]),
     ([4.0, 2.0, 1.0, 8.0], None, [0.6299605249474366, 0.7937005259840998, 1.0, 0.5]),
-    ([4.0, 2.0, 1.0, 8.0], [0.1, 0.0, 2.0, 0.4], [0.7937005259840998, 0.0, 1.0, 0.7937005259840998]),
+    (
+        [4.0, 2.0, 1.0, 8.0],
+        [0.1, 0.0, 2.0, 0.4],
+        [0.7937005259840998, 0.0, 1.0, 0.7937005259840998],
+    ),
 ]
 
 
@@ -68,7 +75,9 @@ def test_two_groups_give_the_formula_of_the_paper(norms, errors, alpha, eta):
     c = coefficients(norms, errors, alpha=alpha, eta=eta)
     assert c == pytest.approx(paper_coefficients(norms, errors, alpha, eta), rel=1e-12)
     modulated = coefficients(norms, errors, alpha=alpha, eta=1.0)
-    assert all(a == b or b < 1 for a, b in zip(c, modulated, strict=True)), "a penalty without a modulation"
+    assert all(a == b or b < 1 for a, b in zip(c, modulated, strict=True)), (
+        "a penalty without a modulation"
+    )
 
 
 @given(data=st.data(), norms=group_norms(inactive=True), rule=conflict_aware_rules())
@@ -77,7 +86,12 @@ def test_coefficients_lie_between_zero_and_one(data, norms, rule):
     assert ((c >= 0) & (c <= 1)).all()
 
 
-@given(n=st.integers(2, 6), norm=st.floats(1e-6, 1e6), error=st.none() | st.floats(0, 1e3), rule=conflict_aware_rules())
+@given(
+    n=st.integers(2, 6),
+    norm=st.floats(1e-6, 1e6),
+    error=st.none() | st.floats(0, 1e3),
+    rule=conflict_aware_rules(),
+)
 def test_equal_norms_and_equal_errors_give_exactly_one(n, norm, error, rule):
     errors = None if error is None else [error] * n
     assert Asked(rule, n).step([norm] * n, errors).tolist() == [1.0] * n
@@ -107,29 +121,45 @@ def test_permuting_the_groups_permutes_the_coefficients_and_the_conflicts(data, 
     order = data.draw(st.permutations(range(n)))
     plain, permuted = Asked(rule, n), Asked(rule, n)
     c = plain.step(norms, errors)
-    moved = permuted.step([norms[i] for i in order], None if errors is None else [errors[i] for i in order])
+    moved = permuted.step(
+        [norms[i] for i in order], None if errors is None else [errors[i] for i in order]
+    )
     assert moved.tolist() == pytest.approx(c[order].tolist(), rel=1e-9)
     expected = plain.penalty.balance.conflicts[order][:, order]
     assert permuted.penalty.balance.conflicts.tolist() == expected.tolist()
 
 
 @given(
-    data=st.data(), norms=group_norms(), rule=conflict_aware_rules(), scale=st.sampled_from([2.0**-20, 0.25, 2.0**20])
+    data=st.data(),
+    norms=group_norms(),
+    rule=conflict_aware_rules(),
+    scale=st.sampled_from([2.0**-20, 0.25, 2.0**20]),
 )
 def test_the_scale_of_the_loss_does_not_change_the_coefficients(data, norms, rule, scale):
     errors = some_errors(data, norms)
-    one, other = (Asked(rule, len(norms)).step([f * n for n in norms], errors) for f in (1.0, scale))
+    one, other = (
+        Asked(rule, len(norms)).step([f * n for n in norms], errors) for f in (1.0, scale)
+    )
     assert other.tolist() == pytest.approx(one.tolist(), rel=1e-12)
 
 
-@given(data=st.data(), norms=group_norms(), rule=conflict_aware_rules(), scale=st.sampled_from([0.25, 3.0, 17.0]))
+@given(
+    data=st.data(),
+    norms=group_norms(),
+    rule=conflict_aware_rules(),
+    scale=st.sampled_from([0.25, 3.0, 17.0]),
+)
 def test_the_unit_of_the_errors_does_not_change_the_coefficients(data, norms, rule, scale):
     errors = [1.0 + e for e in data.draw(group_errors(len(norms)))]  # beside these eps is nothing
-    one, other = (Asked(rule, len(norms)).step(norms, [f * e for e in errors]) for f in (1.0, scale))
+    one, other = (
+        Asked(rule, len(norms)).step(norms, [f * e for e in errors]) for f in (1.0, scale)
+    )
     assert other.tolist() == pytest.approx(one.tolist(), rel=1e-6, abs=1e-9)
 
 
-@given(data=st.data(), norms=group_norms(), factor=st.floats(1.0, 100.0), rule=conflict_aware_rules())
+@given(
+    data=st.data(), norms=group_norms(), factor=st.floats(1.0, 100.0), rule=conflict_aware_rules()
+)
 def test_a_larger_norm_lowers_only_its_own_coefficient(data, norms, factor, rule):
     errors, m = some_errors(data, norms), data.draw(st.integers(0, len(norms) - 1))
     raised = [n * factor if i == m else n for i, n in enumerate(norms)]
@@ -142,7 +172,10 @@ def test_a_larger_norm_lowers_only_its_own_coefficient(data, norms, factor, rule
 def test_a_lower_error_never_raises_the_own_coefficient(data, norms, rule):
     errors = data.draw(group_errors(len(norms)))
     m = data.draw(st.integers(0, len(norms) - 1))
-    lowered = [e * data.draw(st.sampled_from([0.0, 0.3, 0.9])) if i == m else e for i, e in enumerate(errors)]
+    lowered = [
+        e * data.draw(st.sampled_from([0.0, 0.3, 0.9])) if i == m else e
+        for i, e in enumerate(errors)
+    ]
     before, after = (Asked(rule, len(norms)).step(norms, v) for v in (errors, lowered))
     assert after[m] <= before[m] + 1e-12
 
@@ -172,8 +205,12 @@ def test_the_norms_decide_where_all_errors_fell_into_steps_that_did_not_count():
 
 def test_the_penalty_grows_with_the_fraction_of_the_peers_in_conflict():
     assert coefficients([4.0, 2.0, 1.0], eta=0.25) == [0.25, 0.5, 1.0]
-    assert coefficients([8.0, 0.0, 2.0, 2.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.125, 1, 1, 1, 1])
-    assert coefficients([8.0, 4.0, 4.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx([0.5, 0.5, 0.5, 1.0])
+    assert coefficients([8.0, 0.0, 2.0, 2.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx(
+        [0.125, 1, 1, 1, 1]
+    )
+    assert coefficients([8.0, 4.0, 4.0, 1.0], eta=0.125, threshold=3.0) == pytest.approx(
+        [0.5, 0.5, 0.5, 1.0]
+    )
 
 
 @pytest.mark.parametrize(("centred", "start"), [(True, 1.0), (False, 0.0)])
@@ -200,14 +237,21 @@ def test_an_error_of_zero_is_an_error():
 def test_a_conflict_is_shown_for_whose_sake_a_group_is_damped():
     asked = Asked(ConflictAware(eta=0.5, threshold=2.0), 3)
     asked.step([9.0, 6.0, 2.0])
-    assert asked.penalty.balance.conflicts.tolist() == [[False, False, True], [False, False, True], [False] * 3]
+    assert asked.penalty.balance.conflicts.tolist() == [
+        [False, False, True],
+        [False, False, True],
+        [False] * 3,
+    ]
 
 
 def test_neither_coherence_nor_the_optimizer_matters():
     rule, norms = ConflictAware(eta=0.5), [2.0, 1.0]
     for cosines in (None, [0.9, -0.9]):
         for scale_free in (True, False):
-            assert Asked(rule, 2, scale_free=scale_free).step(norms, None, cosines).tolist() == [0.5, 1.0]
+            assert Asked(rule, 2, scale_free=scale_free).step(norms, None, cosines).tolist() == [
+                0.5,
+                1.0,
+            ]
     assert rule.needs_coherence is False
 
 
@@ -231,7 +275,9 @@ def test_an_option_out_of_range_is_refused_by_name(option, interval):
 
 
 def test_an_option_that_is_no_number_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"`eta` must be a number. Got '0.5'\. Pass a Python number"):
+    with pytest.raises(
+        TypeError, match=r"`eta` must be a number. Got '0.5'\. Pass a Python number"
+    ):
         ConflictAware(eta="0.5")
 
 

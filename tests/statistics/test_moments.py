@@ -34,7 +34,10 @@ def test_moments_equal_their_definition(inputs, dim):
     x, mask = inputs
     found = moments(x, mask, dim=dim, order=4)
     expected = reference.moments(x, mask, dim)
-    assert_close(found.count.expand(expected[0].shape) if dim is None else found.count, count_of(expected[0], dim, x))
+    assert_close(
+        found.count.expand(expected[0].shape) if dim is None else found.count,
+        count_of(expected[0], dim, x),
+    )
     for value, definition in zip(found[1:], expected[1:], strict=True):
         assert_close(value, definition, rtol=1e-9, atol=1e-9)
 
@@ -43,7 +46,9 @@ def count_of(counts, dim, x):
     if dim is None:
         return counts.long()
     axes = [dim] if isinstance(dim, int) else dim
-    return counts.long() if x.dim() - 1 in [axis % x.dim() for axis in axes] else counts[..., 0].long()
+    return (
+        counts.long() if x.dim() - 1 in [axis % x.dim() for axis in axes] else counts[..., 0].long()
+    )
 
 
 @given(inputs=moment_inputs(), order=st.sampled_from(ORDERS))
@@ -58,7 +63,9 @@ def test_a_tensor_of_one_axis_holds_the_samples_of_one_feature(inputs, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_moments_beyond_the_order_are_none(order):
-    assert [value is None for value in moments(gamma(5, 2), order=order)[1:]] == [k > order for k in ORDERS]
+    assert [value is None for value in moments(gamma(5, 2), order=order)[1:]] == [
+        k > order for k in ORDERS
+    ]
 
 
 @given(inputs=moment_inputs(), padding=st.sampled_from([0.0, 1e30, float("nan"), float("inf")]))
@@ -112,16 +119,16 @@ def test_float32_stays_accurate_ten_thousand_deviations_from_the_origin(order, m
 @pytest.mark.parametrize("dim", [None, 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_first_samples_may_lie_far_from_the_others(dim, masked):
-    x = gamma(2, 20_000, 3)
-    x[:, :100] += 57.0
-    mask = torch.ones(2, 20_000, dtype=torch.bool) if masked else None
+    x = gamma(2, 4_000, 3)
+    x[:, :33] += 57.0
+    mask = torch.ones(2, 4_000, dtype=torch.bool) if masked else None
     found, exact = (moments(part, mask, dim=dim, order=4) for part in (x, x.double()))
     for value, expected in zip(found[1:], exact[1:], strict=True):
         assert ((value - expected) / expected).abs().max() <= 1e-6
 
 
 def test_the_gradient_stays_accurate_far_from_the_origin():
-    x = gamma(4000, 16, offset=1.4e4)
+    x = gamma(1000, 16, offset=1.4e4)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         leaf = x.to(dtype, copy=True).requires_grad_()
@@ -199,10 +206,13 @@ def test_first_and_second_derivatives_pass_gradcheck(order, dim, masked):
     assert gradgradcheck(run, x)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself does it
-@pytest.mark.parametrize("dim", [None, 1])
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch.compile itself does it
+@pytest.mark.parametrize("dim", [None, 1, (0, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_moments_compile_without_a_graph_break(dim, masked):
+    torch.compiler.reset()  # or the cases would count as recompilations of one function
     x = gamma(4, 6, 3).requires_grad_()
     mask = torch.arange(24).reshape(4, 6) % 3 > 0 if masked else None
 
@@ -211,7 +221,9 @@ def test_moments_compile_without_a_graph_break(dim, masked):
 
     found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
     assert_close(tuple(found), tuple(expected))
-    gradients = [torch.autograd.grad(sum(v.sum() for v in value[1:]), x)[0] for value in (found, expected)]
+    gradients = [
+        torch.autograd.grad(sum(v.sum() for v in value[1:]), x)[0] for value in (found, expected)
+    ]
     assert_close(*gradients)
 
 
@@ -230,32 +242,60 @@ def test_vmap_equals_a_loop(in_dims):
     for function in (run, gradient):
         found = torch.func.vmap(function, in_dims=in_dims)(x, mask)
         singles = [
-            function(*(t if d is None else t.select(d, i) for t, d in zip((x, mask), in_dims, strict=True)))
+            function(
+                *(
+                    t if d is None else t.select(d, i)
+                    for t, d in zip((x, mask), in_dims, strict=True)
+                )
+            )
             for i in range(3)
         ]
-        expected = torch.stack(singles) if function is gradient else tuple(map(torch.stack, zip(*singles, strict=True)))
+        expected = (
+            torch.stack(singles)
+            if function is gradient
+            else tuple(map(torch.stack, zip(*singles, strict=True)))
+        )
         assert_close(found, expected)
 
 
 def test_unmasked_vmap_equals_a_loop():
     x = gamma(3, 4, 2)
-    assert_close(torch.func.vmap(lambda x: moments(x).variance)(x), torch.stack([moments(part).variance for part in x]))
+    assert_close(
+        torch.func.vmap(lambda x: moments(x).variance)(x),
+        torch.stack([moments(part).variance for part in x]),
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda x: moments(x.long()), TypeError, r"`x` must be a floating-point tensor\. Got torch\.int64\."),
+        (
+            lambda x: moments(x.long()),
+            TypeError,
+            r"`x` must be a floating-point tensor\. Got torch\.int64\.",
+        ),
         (lambda x: moments([1.0]), TypeError, r"Got list\."),
         (
             lambda x: moments(jagged(x)),
             TypeError,
             r"`x` must be a dense tensor\. Got a nested one\. Pass x\.val",
         ),
-        (lambda x: moments(x.to_sparse()), TypeError, r"`x` must be a dense tensor\. Got torch\.sparse_coo\."),
+        (
+            lambda x: moments(x.to_sparse()),
+            TypeError,
+            r"`x` must be a dense tensor\. Got torch\.sparse_coo\.",
+        ),
         (lambda x: moments(x, [True]), TypeError, r"`mask` must be a boolean tensor\. Got list\."),
-        (lambda x: moments(x[0, 0], torch.ones(2) > 0), ValueError, r"\[3\] for samples of shape \[3\]\. Got \[2\]"),
-        (lambda x: moments(x, torch.ones(4, 5)), TypeError, r"`mask` must be a boolean tensor\. Got torch\.float32\."),
+        (
+            lambda x: moments(x[0, 0], torch.ones(2) > 0),
+            ValueError,
+            r"\[3\] for samples of shape \[3\]\. Got \[2\]",
+        ),
+        (
+            lambda x: moments(x, torch.ones(4, 5)),
+            TypeError,
+            r"`mask` must be a boolean tensor\. Got torch\.float32\.",
+        ),
         (
             lambda x: moments(x, torch.ones(5, 4) > 0),
             ValueError,
@@ -263,7 +303,11 @@ def test_unmasked_vmap_equals_a_loop():
         ),
         (lambda x: moments(x, order=5), ValueError, r"`order` must be 1, 2, 3 or 4\. Got 5\."),
         (lambda x: moments(x, order=0), ValueError, r"`order` must be 1, 2, 3 or 4\. Got 0\."),
-        (lambda x: moments(x, order=2.0), TypeError, r"`order` must be an integer.* Got 2\.0\. The"),
+        (
+            lambda x: moments(x, order=2.0),
+            TypeError,
+            r"`order` must be an integer.* Got 2\.0\. The",
+        ),
         (lambda x: moments(x, order=True), TypeError, r"`order` must be an integer.* Got True\."),
         (lambda x: moments(x, order="2"), TypeError, r"`order` must be an integer.* Got '2'\."),
         (lambda x: moments(x, order=None), TypeError, r"`order` must be an integer.* Got None\."),
@@ -271,7 +315,11 @@ def test_unmasked_vmap_equals_a_loop():
         (lambda x: moments(x, dim=True), TypeError, r"`dim` must be an axis, .* Got True\."),
         (lambda x: moments(x, dim="0"), TypeError, r"`dim` must be an axis, .* Got '0'\."),
         (lambda x: moments(x, dim=(0, None)), TypeError, r"`dim` must be .* Got \(0, None\)\."),
-        (lambda x: moments(x, dim=3), ValueError, r"`dim` must hold different axes from -3 to 2 .* Got 3\."),
+        (
+            lambda x: moments(x, dim=3),
+            ValueError,
+            r"`dim` must hold different axes from -3 to 2 .* Got 3\.",
+        ),
         (lambda x: moments(x, dim=(0, -3)), ValueError, r"Got \(0, -3\)\. Name each axis once"),
         (lambda x: moments(x[0, 0, 0]), ValueError, r"\[\.\.\., D\], D >= 1\. Got \[\]"),
         (lambda x: moments(x[..., :0]), ValueError, r"Got \[4, 5, 0\]"),
