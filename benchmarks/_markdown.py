@@ -21,7 +21,10 @@ def span(values: list[float]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a table; None is a cell without a value."""
-    lines = [["–" if value is None else str(value) for value in row] for row in (head, ["---"] * len(head), *rows)]
+    lines = [
+        ["–" if value is None else str(value) for value in row]
+        for row in (head, ["---"] * len(head), *rows)
+    ]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 

@@ -70,7 +70,9 @@ def ratios(times: dict[str, Tensor], unit: str) -> dict[str, list[float]]:
 
 
 def quartiles(values: Tensor) -> list[float]:
-    return torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return torch.quantile(
+        values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    ).tolist()
 
 
 def peak_memory(call: Call, device: str) -> int:
@@ -83,7 +85,9 @@ def peak_memory(call: Call, device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
     held = peak = 0
-    events = (event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = (
+        event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -96,5 +100,7 @@ def launches(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    on_gpu = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [
+        event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     return sum(not event.is_user_annotation for event in on_gpu)

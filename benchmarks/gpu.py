@@ -52,7 +52,9 @@ def steps(device: str) -> tuple[dict[str, Call], Call]:
     groups = overhead.with_gradients(3, 300, 1000, device)
     found = {name: overhead.penalty(groups, overhead.MODES[name]) for name in MODES}
     lr = torch.tensor(1e-5, device=device)
-    optimizer = torch.optim.AdamW([p for group in groups.values() for p in group], lr=lr, capturable=device != "cpu")
+    optimizer = torch.optim.AdamW(
+        [p for group in groups.values() for p in group], lr=lr, capturable=device != "cpu"
+    )
     overhead.balance(optimizer, groups, overhead.MODES["update"])
     found["update, AdamW with tensor lr"] = lambda: optimizer.step()
     renew = overhead.renewal(groups)
@@ -60,11 +62,16 @@ def steps(device: str) -> tuple[dict[str, Call], Call]:
     return found, renew
 
 
-def host_times(n_groups: int, n_tensors: int, device: str, rounds: int = 30) -> dict[str, list[float]]:
+def host_times(
+    n_groups: int, n_tensors: int, device: str, rounds: int = 30
+) -> dict[str, list[float]]:
     """How long the host takes to launch a step, against clipping, the GPU being idle at the start."""
     groups = overhead.with_gradients(n_groups, n_tensors, 64, device)
     calls = {overhead.CLIP: clipping(groups)[overhead.CLIP]}
-    calls |= {name: overhead.penalty(groups, overhead.MODES[name]) for name in (*MODES, "update, defaults")}
+    calls |= {
+        name: overhead.penalty(groups, overhead.MODES[name])
+        for name in (*MODES, "update, defaults")
+    }
 
     renew = overhead.renewal(groups)
 
@@ -73,7 +80,9 @@ def host_times(n_groups: int, n_tensors: int, device: str, rounds: int = 30) -> 
         if device != "cpu":
             torch.cuda.synchronize()
 
-    return ratios(interleaved(calls, rounds, "cpu", clock=perf_counter, prepare=prepare), overhead.CLIP)
+    return ratios(
+        interleaved(calls, rounds, "cpu", clock=perf_counter, prepare=prepare), overhead.CLIP
+    )
 
 
 def of_each_step(count: Callable[[Call], int], device: str) -> dict[str, object]:
@@ -90,7 +99,11 @@ def all_moments(device: str) -> dict:
         name: attempt(partial(moments.measure_size, shape, device, dtype, moments.ROUNDS))
         for name, (shape, dtype) in moments.sizes(device).items()
     }
-    return {"rounds": moments.ROUNDS, "sizes": found, "accuracy": attempt(partial(moments.accuracy, device))}
+    return {
+        "rounds": moments.ROUNDS,
+        "sizes": found,
+        "accuracy": attempt(partial(moments.accuracy, device)),
+    }
 
 
 def all_overhead(device: str) -> dict:
@@ -123,12 +136,19 @@ def measure(calls: dict[str, Callable[[], object]], path: Path, device: str = "c
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(parts())}; default all")
+    parser.add_argument(
+        "parts", nargs="*", help=f"measure these again: {', '.join(parts())}; default all"
+    )
     chosen = parser.parse_args().parts
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu must run where torch sees a CUDA device. Got none. Run it on a machine with a GPU.")
+        sys.exit(
+            "benchmarks.gpu must run where torch sees a CUDA device. Got none. Run it on a machine with a GPU."
+        )
     calls = parts()
     measure({name: calls[name] for name in chosen or calls}, GPU)
-    for path, report in ((moments_report.JSON, moments_report.report), (overhead_report.JSON, overhead_report.report)):
+    for path, report in (
+        (moments_report.JSON, moments_report.report),
+        (overhead_report.JSON, overhead_report.report),
+    ):
         path.with_suffix(".md").write_text(report(json.loads(path.read_text()), gpu_results()))
     print(GPU.read_text())

@@ -32,7 +32,9 @@ def main(steps: int = 100) -> dict[str, float]:
     model = Regression()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     groups = {"audio": model.audio, "visual": model.visual}
-    penalty = ConflictAwarePenalty(optimizer, groups, rules.ConflictAware())  # the rule that compares errors
+    penalty = ConflictAwarePenalty(
+        optimizer, groups, rules.ConflictAware()
+    )  # the rule that compares errors
     audio, visual = torch.randn(32 * steps, 20), torch.randn(32 * steps, 5)
     data = TensorDataset(audio, visual, audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True))
     model, optimizer, loader = accelerator.prepare(model, penalty, DataLoader(data, batch_size=16))
@@ -42,7 +44,9 @@ def main(steps: int = 100) -> dict[str, float]:
             accelerator.backward(mse_loss(heard + seen, target))
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            penalty.observe(audio=mse_loss(heard, target), visual=mse_loss(seen, target))  # averaged until the step
+            penalty.observe(
+                audio=mse_loss(heard, target), visual=mse_loss(seen, target)
+            )  # averaged until the step
             optimizer.step()
             optimizer.zero_grad()
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
+from deepspeed.utils import (
+    safe_get_full_grad,
+    safe_get_local_grad,
+    safe_set_full_grad,
+    safe_set_local_grad,
+)
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -19,7 +24,10 @@ Groups = Mapping[str, Sequence[Tensor]]
 
 def coefficients(penalty: Any, groups: Groups, **errors: Tensor) -> dict[str, float]:
     """The coefficient of each group: between backward and step, where the gradients are averaged over the ranks."""
-    norms = {name: torch.stack([safe_get_full_grad(p).norm() for p in ps]).norm() for name, ps in groups.items()}
+    norms = {
+        name: torch.stack([safe_get_full_grad(p).norm() for p in ps]).norm()
+        for name, ps in groups.items()
+    }
     return penalty.coefficients_for(norms, errors or None)
 
 
@@ -27,13 +35,17 @@ def scale_gradients(groups: Groups, factors: Mapping[str, float]) -> None:
     """What ``apply_to="gradient"`` does: for SGD, since most others cancel a constant factor."""
     for name, parameters in groups.items():
         for p in parameters:
-            if hasattr(p, "ds_id"):  # ZeRO 3 cannot set a full gradient whose size is no multiple of the ranks
+            if hasattr(
+                p, "ds_id"
+            ):  # ZeRO 3 cannot set a full gradient whose size is no multiple of the ranks
                 safe_set_local_grad(p, factors[name] * safe_get_local_grad(p))
             else:
                 safe_set_full_grad(p, factors[name] * safe_get_full_grad(p))
 
 
-def scale_learning_rates(optimizer: Any, groups: Groups, factors: Mapping[str, float], lr: float) -> None:
+def scale_learning_rates(
+    optimizer: Any, groups: Groups, factors: Mapping[str, float], lr: float
+) -> None:
     """What ``apply_to="update"`` does: for every optimizer whose first param_groups are ``groups``, in order."""
     for param_group, name in zip(optimizer.param_groups, groups, strict=False):
         param_group["lr"] = factors[name] * lr
@@ -50,7 +62,9 @@ def main(steps: int = 100, stage: int = 3, lr: float = 1e-2) -> dict[str, float]
     penalty = attach(torch.optim.AdamW(model.parameters()), groups, rule=rules.ConflictAware())
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=lr),
+        optimizer=torch.optim.AdamW(
+            [{"params": parameters} for parameters in groups.values()], lr=lr
+        ),
         config={
             "train_micro_batch_size_per_gpu": 16,
             "zero_optimization": {"stage": stage},
@@ -58,7 +72,10 @@ def main(steps: int = 100, stage: int = 3, lr: float = 1e-2) -> dict[str, float]
         },
     )
     for _ in range(steps):
-        audio, visual = torch.randn(16, 20, device=engine.device), torch.randn(16, 5, device=engine.device)
+        audio, visual = (
+            torch.randn(16, 20, device=engine.device),
+            torch.randn(16, 5, device=engine.device),
+        )
         target = audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True)
         heard, seen = model["audio"](audio), model["visual"](visual)
         engine.backward(mse_loss(heard + seen, target))

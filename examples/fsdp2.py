@@ -42,7 +42,9 @@ def main(steps: int = 100) -> dict[str, float]:
         heard, seen = model["audio"](audio), model["visual"](visual)
         optimizer.zero_grad()
         mse_loss(heard + seen, target).backward()
-        optimizer.observe(audio=mse_loss(heard, target), visual=mse_loss(seen, target))  # averaged over the ranks
+        optimizer.observe(
+            audio=mse_loss(heard, target), visual=mse_loss(seen, target)
+        )  # averaged over the ranks
         optimizer.step()
 
     with tempfile.TemporaryDirectory() as own:

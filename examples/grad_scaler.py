@@ -16,7 +16,9 @@ def main(steps: int = 100) -> dict[str, float]:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = nn.ModuleDict({"audio": nn.Linear(20, 1), "visual": nn.Linear(5, 1)}).to(device)
-    optimizer = ConflictAwarePenalty(torch.optim.AdamW(model.parameters(), lr=1e-2), dict(model.items()))
+    optimizer = ConflictAwarePenalty(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), dict(model.items())
+    )
     scaler = torch.amp.GradScaler(device)
     for _ in range(steps):
         audio, visual = torch.randn(16, 20, device=device), torch.randn(16, 5, device=device)

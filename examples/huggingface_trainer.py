@@ -8,7 +8,12 @@ import tempfile
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
 from gradbalance import ConflictAwarePenalty, Recorder
 
@@ -42,16 +47,29 @@ def train(folder: str, steps: int, resume: bool = False) -> dict[str, float]:
     torch.manual_seed(0)
     audio, visual = torch.randn(500, 20), torch.randn(500, 5)
     target = audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True)
-    data = [{"audio": a, "visual": v, "labels": y} for a, v, y in zip(audio, visual, target, strict=True)]
+    data = [
+        {"audio": a, "visual": v, "labels": y}
+        for a, v, y in zip(audio, visual, target, strict=True)
+    ]
     model = Regression()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     optimizer = ConflictAwarePenalty(optimizer, {"audio": model.audio, "visual": model.visual})
     arguments = TrainingArguments(
-        output_dir=folder, max_steps=steps, save_steps=max(1, steps // 2), max_grad_norm=1.0, report_to=[]
+        output_dir=folder,
+        max_steps=steps,
+        save_steps=max(1, steps // 2),
+        max_grad_norm=1.0,
+        report_to=[],
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1, num_training_steps=steps)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=1, num_training_steps=steps
+    )
     trainer = Trainer(
-        model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[RecordBalance()]
+        model,
+        arguments,
+        train_dataset=data,
+        optimizers=(optimizer, schedule),
+        callbacks=[RecordBalance()],
     )
     trainer.train(resume_from_checkpoint=resume)
     return optimizer.coefficients()

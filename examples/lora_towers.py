@@ -27,10 +27,17 @@ PATCHES, WORDS = 4, 6
 def model_with_lora(rank: int = 8) -> PeftModel:
     """A vision tower, a projector and a language model, all frozen, with LoRA on the linear layers of each."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32)
     text = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, max_position_embeddings=32)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1
+    )
     base = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     linear = ["q_proj", "v_proj", "linear_1", "linear_2"]
     return get_peft_model(base, LoraConfig(r=rank, target_modules=linear))
@@ -39,7 +46,10 @@ def model_with_lora(rank: int = 8) -> PeftModel:
 def towers(model: PeftModel) -> dict[str, list[torch.nn.Parameter]]:
     """The groups, by name. What is frozen in them does not count; print them to see what is where."""
     return groups_by_name(
-        model, vision="*.vision_tower.*", projector="*.multi_modal_projector.*", language="*.language_model.*"
+        model,
+        vision="*.vision_tower.*",
+        projector="*.multi_modal_projector.*",
+        language="*.language_model.*",
     )
 
 
@@ -52,12 +62,17 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
         image = torch.randn(3, 16, 16, generator=generator) + word / 30
         tokens = torch.tensor([IMAGE] * PATCHES + [word] * WORDS)
         labels = torch.where(tokens == IMAGE, -100, tokens)
-        rows.append({"input_ids": tokens, "pixel_values": image.to(torch.bfloat16), "labels": labels})
+        rows.append(
+            {"input_ids": tokens, "pixel_values": image.to(torch.bfloat16), "labels": labels}
+        )
     return rows
 
 
 def train(
-    model: PeftModel, optimizer: torch.optim.Optimizer, steps: int, callbacks: tuple[TrainerCallback, ...] = ()
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    callbacks: tuple[TrainerCallback, ...] = (),
 ) -> None:
     """Train with the Trainer in bf16."""
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +89,11 @@ def train(
         )
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         trainer = Trainer(
-            model, arguments, train_dataset=examples(32), optimizers=(optimizer, schedule), callbacks=list(callbacks)
+            model,
+            arguments,
+            train_dataset=examples(32),
+            optimizers=(optimizer, schedule),
+            callbacks=list(callbacks),
         )
         trainer.train()
 

@@ -22,13 +22,19 @@ class Model(nn.Module):
 def make() -> tuple[Model, torch.optim.Optimizer, dict[str, nn.Module]]:
     torch.manual_seed(0)
     model = Model()
-    return model, torch.optim.SGD(model.parameters(), lr=0.01), {"text": model.text, "audio": model.audio}
+    return (
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        {"text": model.text, "audio": model.audio},
+    )
 
 
 def a_generator_that_is_consumed() -> None:
     model, optimizer, _ = make()
     groups = {"text": model.text.parameters(), "audio": model.audio.parameters()}
-    print("sizes:", {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()})
+    print(
+        "sizes:", {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
+    )
     ConflictAwarePenalty(optimizer, groups)
 
 
@@ -58,8 +64,12 @@ def the_wrapper_to_unscale_and_the_inner_optimizer_to_step() -> None:
         scaler.scale(model()).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer if same else inner)
-        print(f"one object for both: {same}, so that a bias moved by {model.head.bias.item() - before:.6f}")
-    print("This is silent: GradScaler takes them for two optimizers and unscales twice. Use one object for both.")
+        print(
+            f"one object for both: {same}, so that a bias moved by {model.head.bias.item() - before:.6f}"
+        )
+    print(
+        "This is silent: GradScaler takes them for two optimizers and unscales twice. Use one object for both."
+    )
 
 
 def a_scheduler_of_a_stale_optimizer() -> None:
@@ -70,7 +80,9 @@ def a_scheduler_of_a_stale_optimizer() -> None:
     optimizer.step()
     scheduler.step()
     print(f"learning rate: {optimizer.param_groups[0]['lr']}, where 0.001 was meant")
-    print("Build the scheduler from the optimizer that you wrap, before or after: either way it works.")
+    print(
+        "Build the scheduler from the optimizer that you wrap, before or after: either way it works."
+    )
 
 
 def observe_forgotten() -> None:
@@ -80,7 +92,9 @@ def observe_forgotten() -> None:
         model().backward()
         optimizer.step()
     print(recorder.summary())
-    print(f"This is no error: without errors the gradients alone decide. Errors: {optimizer.balance.errors.tolist()}")
+    print(
+        f"This is no error: without errors the gradients alone decide. Errors: {optimizer.balance.errors.tolist()}"
+    )
 
 
 def an_engine_that_flattens_the_parameters() -> None:

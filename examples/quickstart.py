@@ -41,15 +41,21 @@ def train(title: str, rule: rules.Rule, epochs: int = 60) -> Recorder:
     inputs, labels = make_data()
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = ConflictAwarePenalty(optimizer, {"image": model.image, "sensor": model.sensor}, rule=rule)
+    optimizer = ConflictAwarePenalty(
+        optimizer, {"image": model.image, "sensor": model.sensor}, rule=rule
+    )
     with Recorder(optimizer) as recorder:
         for _ in range(epochs):
             for batch in torch.randperm(TRAIN).split(32):
                 optimizer.zero_grad()
-                cross_entropy(model({name: x[batch] for name, x in inputs.items()}), labels[batch]).backward()
+                cross_entropy(
+                    model({name: x[batch] for name, x in inputs.items()}), labels[batch]
+                ).backward()
                 optimizer.step()
     predicted = model({name: x[TRAIN:] for name, x in inputs.items()}).argmax(1)
-    print(f"{title}: accuracy {(predicted == labels[TRAIN:]).float().mean():.3f}\n{recorder.summary()}\n")
+    print(
+        f"{title}: accuracy {(predicted == labels[TRAIN:]).float().mean():.3f}\n{recorder.summary()}\n"
+    )
     return recorder
 
 

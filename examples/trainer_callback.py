@@ -16,11 +16,21 @@ class LogBalance(TrainerCallback):
         every: Optimizer steps between two entries.
     """
 
-    def __init__(self, optimizer: ConflictAwarePenalty, log: Callable[[dict], None], every: int = 50) -> None:
+    def __init__(
+        self, optimizer: ConflictAwarePenalty, log: Callable[[dict], None], every: int = 50
+    ) -> None:
         self.optimizer, self.log, self.every = optimizer, log, every
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
             balance = self.optimizer.balance
-            named = [(q, getattr(balance, q).tolist()) for q in ("norms", "coherences", "coefficients")]
-            self.log({f"{q}/{name}": v for q, vs in named for name, v in zip(balance.names, vs, strict=True)})
+            named = [
+                (q, getattr(balance, q).tolist()) for q in ("norms", "coherences", "coefficients")
+            ]
+            self.log(
+                {
+                    f"{q}/{name}": v
+                    for q, vs in named
+                    for name, v in zip(balance.names, vs, strict=True)
+                }
+            )

@@ -11,7 +11,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # torch's first call of a kind takes hundreds of milliseconds: a deadline would only measure that.
-settings.register_profile("torch", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile(
+    "torch", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 settings.load_profile("torch")
 torch.set_num_threads(1)
 

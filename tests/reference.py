@@ -44,7 +44,9 @@ class Mean:
         if len(self.values) < 3 or n <= 1:
             return math.inf
         mean = self.mean()
-        variance = math.fsum(w * (x - mean) ** 2 for w, x in zip(self.weights(), self.values, strict=True))
+        variance = math.fsum(
+            w * (x - mean) ** 2 for w, x in zip(self.weights(), self.values, strict=True)
+        )
         return math.sqrt(variance / (n - 1))
 
 
@@ -65,7 +67,9 @@ class Reference:
     observed: bool = False  # whether errors ever were, if only in a step that did not count
     steps: int = 0
 
-    def step(self, norms: Sequence[float], errors: Floats | None = None, cosines: Floats | None = None) -> list[float]:
+    def step(
+        self, norms: Sequence[float], errors: Floats | None = None, cosines: Floats | None = None
+    ) -> list[float]:
         """The coefficients of one step; the errors are those since the last one, None for a group without."""
         n = len(norms)
         self.observed = self.observed or errors is not None
@@ -126,7 +130,8 @@ class SlowConflictAware:
 
     def penalty(self, m: int, peers: list[int], shares: Floats, errors: dict[int, float]) -> float:
         conflicts = [
-            shares[m] > self.rule.threshold * shares[k] and (not errors or errors[m] < errors[k]) for k in peers
+            shares[m] > self.rule.threshold * shares[k] and (not errors or errors[m] < errors[k])
+            for k in peers
         ]
         return self.rule.eta ** (sum(conflicts) / len(peers))
 
@@ -176,7 +181,9 @@ def coherent_coefficients(
                 ratios.append(min(clearer(m, k), most))
             else:
                 longer = max(1.0, shares[k] / shares[m])
-                ratios.append(min(clearer(m, k), longer, most) * longer ** min(1.0, math.log2(clearer(m, k))))
+                ratios.append(
+                    min(clearer(m, k), longer, most) * longer ** min(1.0, math.log2(clearer(m, k)))
+                )
         return max(ratios)
 
     p = {m: 1.0 if scale_free else shares[m] for m in known}

@@ -17,9 +17,15 @@ def samples(draw, shape, dtype=torch.float64):
     """A tensor of the given shape, at an offset from the origin that may be large beside its spread."""
     size = int(torch.Size(shape).numel())
     values = draw(
-        st.lists(draw(st.sampled_from([_EIGHTHS, st.sampled_from([0.0, 1.0])])), min_size=size, max_size=size)
+        st.lists(
+            draw(st.sampled_from([_EIGHTHS, st.sampled_from([0.0, 1.0])])),
+            min_size=size,
+            max_size=size,
+        )
     )
-    return torch.tensor(values, dtype=dtype).reshape(shape) + draw(st.sampled_from([0.0, -3.0, 1e4]))
+    return torch.tensor(values, dtype=dtype).reshape(shape) + draw(
+        st.sampled_from([0.0, -3.0, 1e4])
+    )
 
 
 @st.composite
@@ -34,7 +40,9 @@ def moment_inputs(draw, dtype=torch.float64):
 # Thresholds that no ratio of the norms below meets exactly: at a tie the last bit of a sum would decide.
 THRESHOLDS = st.sampled_from([1.0, 3.0**0.5, 11.0**0.5])
 _NORM = st.one_of(
-    st.sampled_from([0.5, 1.0, 2.0]), st.integers(1, 10**6).map(lambda n: n / 64), st.sampled_from([1e-30, 1e-12, 1e30])
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.integers(1, 10**6).map(lambda n: n / 64),
+    st.sampled_from([1e-30, 1e-12, 1e30]),
 )
 _ERROR = st.integers(0, 400).map(lambda n: n / 64)
 
@@ -49,7 +57,9 @@ def group_norms(draw, min_groups=2, inactive=False):
 def group_errors(n, partial=False):
     """A list of ``n`` errors >= 0, with None for at most n - 2 groups if ``partial``."""
     error = _ERROR | st.none() if partial else _ERROR
-    return st.lists(error, min_size=n, max_size=n).filter(lambda errors: sum(e is not None for e in errors) >= 2)
+    return st.lists(error, min_size=n, max_size=n).filter(
+        lambda errors: sum(e is not None for e in errors) >= 2
+    )
 
 
 def group_cosines(n):

@@ -47,7 +47,9 @@ class Cells:
         self._cells: dict[tuple[str, str, str, float], dict[int, Found]] = {}
         for run, found in runs.items():
             if run.seed not in TUNING:
-                self._cells.setdefault((run.bed, run.rule, run.optimizer, run.lr), {})[run.seed] = found
+                self._cells.setdefault((run.bed, run.rule, run.optimizer, run.lr), {})[run.seed] = (
+                    found
+                )
         self._rates: dict[tuple[str, str, str], float] = {}
 
     def rate(self, bed: str, optimizer: str, rule: str = "none") -> float:
@@ -65,7 +67,9 @@ class Cells:
         )
         return Change.of(cell[s]["test"] - others[s]["test"] for s in sorted(cell) if s in others)
 
-    def cell(self, bed: str, rule: str, optimizer: str = "AdamW", lr: float | None = None) -> dict[int, Found]:
+    def cell(
+        self, bed: str, rule: str, optimizer: str = "AdamW", lr: float | None = None
+    ) -> dict[int, Found]:
         """The runs by seed, at the best rate if ``lr`` is None."""
         return self._cells.get((bed, rule, optimizer, lr or self.rate(bed, optimizer)), {})
 
@@ -101,16 +105,25 @@ class Cells:
     ) -> list[Change | None]:
         """The change of ``probes`` or ``missing``, for each branch."""
         names = range(len(BEDS[bed].branches))
-        return [self.change(bed, rule, optimizer, lr, value=lambda found, m=m: found[key][m]) for m in names]
+        return [
+            self.change(bed, rule, optimizer, lr, value=lambda found, m=m: found[key][m])
+            for m in names
+        ]
 
-    def headroom(self, bed: str, optimizer: str = "AdamW") -> tuple[Change | None, list[Change | None]]:
+    def headroom(
+        self, bed: str, optimizer: str = "AdamW"
+    ) -> tuple[Change | None, list[Change | None]]:
         """What encoders trained alone have more than jointly.
 
         Returns:
             That of their outputs added up, or of the best alone if that is more; and that of the probe on each.
         """
         joint, apart = self.cell(bed, "none", optimizer), self.cell(bed, APART, optimizer)
-        whole = (max(apart[s]["test"], *apart[s]["alone"]) - joint[s]["test"] for s in sorted(apart) if s in joint)
+        whole = (
+            max(apart[s]["test"], *apart[s]["alone"]) - joint[s]["test"]
+            for s in sorted(apart)
+            if s in joint
+        )
         return Change.of(whole), self.branches(bed, APART, "probes", optimizer)
 
     def slowdown(self, rule: str, optimizers: Sequence[str] = ("AdamW",)) -> float | None:

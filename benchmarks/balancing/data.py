@@ -36,7 +36,12 @@ Parts = Callable[["Bed", int], dict[str, Part]]
 def log_mel(signal: np.ndarray, rate: int = 8000, bands: int = 20, frames: int = 4) -> Tensor:
     """The logarithm of a mel spectrogram, brought to a fixed number of frames, flat, one band after the other."""
     window = torch.hann_window(256)
-    power = torch.stft(torch.tensor(signal / 32768.0).float(), 256, 80, window=window, return_complex=True).abs() ** 2
+    power = (
+        torch.stft(
+            torch.tensor(signal / 32768.0).float(), 256, 80, window=window, return_complex=True
+        ).abs()
+        ** 2
+    )
     mel = 2595 * torch.log10(1 + torch.linspace(0, rate / 2, 129) / 700)
     low, high = (2595 * np.log10(1 + f / 700) for f in (50, rate / 2))
     edges = torch.linspace(low, high, bands + 2)
@@ -62,7 +67,10 @@ def recordings(frames: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         ends = [*spoken["offset"][1:count], len(spoken["signal"])]
         signal = spoken["signal"]
         audio = torch.stack(
-            [log_mel(signal[a:b], frames=frames) for a, b in zip(spoken["offset"][:count], ends, strict=True)]
+            [
+                log_mel(signal[a:b], frames=frames)
+                for a, b in zip(spoken["offset"][:count], ends, strict=True)
+            ]
         )
         take, digit = torch.tensor(spoken["take"]), torch.tensor(spoken["digit"]).long()
     train = take >= 8
@@ -103,13 +111,19 @@ def digits(bed: "Bed", seed: int, frames: int = 4) -> dict[str, Part]:
             if branch.name == "high" and spoken is not None:
                 chosen = spoken  # the other half of the same recording
             else:
-                classes = torch.randint(10, (count,), generator=generator) if branch.name == "unrelated" else target
+                classes = (
+                    torch.randint(10, (count,), generator=generator)
+                    if branch.name == "unrelated"
+                    else target
+                )
                 chosen = _drawn(classes, pool, digit, generator)
             x, spoken = x[chosen], chosen
             if branch.name in ("low", "high"):
                 x = x[:, : 10 * frames] if branch.name == "low" else x[:, 10 * frames :]
             noise = torch.randn(count, x.shape[1], generator=generator)
-            inputs.append(branch.scale * (noise if branch.name == "noise" else x + branch.noise * noise))
+            inputs.append(
+                branch.scale * (noise if branch.name == "noise" else x + branch.noise * noise)
+            )
         parts[name] = Part(inputs, target)
     return parts
 
@@ -130,8 +144,12 @@ def sensor(bed: "Bed", seed: int, dim: int = 256) -> dict[str, Part]:
     order = torch.randperm(len(label), generator=generator).split([600, 400, 797])
     parts = {}
     for name, rows in zip(("train", "valid", "test"), order, strict=True):
-        noisy = image[rows] + bed.branches[0].noise * torch.randn(len(rows), 64, generator=generator)
-        parts[name] = Part([noisy, torch.randn(len(rows), dim, generator=generator)], label[rows].long())
+        noisy = image[rows] + bed.branches[0].noise * torch.randn(
+            len(rows), 64, generator=generator
+        )
+        parts[name] = Part(
+            [noisy, torch.randn(len(rows), dim, generator=generator)], label[rows].long()
+        )
     return parts
 
 
@@ -184,7 +202,10 @@ def pom(bed: "Bed", seed: int) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     with np.load(_file("pom.npz")) as file:
         raw = {
-            name: ([torch.tensor(file[f"{b.name}_{name}"]) for b in bed.branches], torch.tensor(file[f"y_{name}"]))
+            name: (
+                [torch.tensor(file[f"{b.name}_{name}"]) for b in bed.branches],
+                torch.tensor(file[f"y_{name}"]),
+            )
             for name in ("train", "valid", "test")
         }
     (sequences, ratings) = raw["train"]
@@ -203,7 +224,9 @@ def beside_noise(parts_of: Parts, dim: int) -> Parts:
         inner: Sequence = bed.branches[:-1]
         generator = torch.Generator().manual_seed(seed + 7777)
         return {
-            name: Part([*part.inputs, torch.randn(len(part.target), dim, generator=generator)], part.target)
+            name: Part(
+                [*part.inputs, torch.randn(len(part.target), dim, generator=generator)], part.target
+            )
             for name, part in parts_of(replace(bed, branches=tuple(inner)), seed).items()
         }
 

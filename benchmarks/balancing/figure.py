@@ -33,16 +33,21 @@ def dots(cells: Cells, optimizer: str) -> dict[str, tuple[float, float]]:
     lr = DEFAULT if optimizer == "AdamW" else None
 
     def gains(rule: str) -> dict[str, float]:
-        return {bed: change.mean for bed in BEDS if (change := cells.change(bed, rule, optimizer, lr))}
+        return {
+            bed: change.mean for bed in BEDS if (change := cells.change(bed, rule, optimizer, lr))
+        }
 
     found = {rule: gains(rule) for rule in ("Coherence", *RIVALS[optimizer])}
     found = {rule: beds for rule, beds in found.items() if beds}
     common = set.intersection(*map(set, found.values())) if found else set()
-    wrong = {bed for bed in common if (BEDS[bed].starved if optimizer == "SGD" else BEDS[bed].wrong)}
+    wrong = {
+        bed for bed in common if (BEDS[bed].starved if optimizer == "SGD" else BEDS[bed].wrong)
+    }
     if not wrong or wrong == common:
         return {}
     return {
-        rule: (fmean(beds[b] for b in common - wrong), fmean(beds[b] for b in wrong)) for rule, beds in found.items()
+        rule: (fmean(beds[b] for b in common - wrong), fmean(beds[b] for b in wrong))
+        for rule, beds in found.items()
     }
 
 
@@ -57,7 +62,9 @@ def draw(cells: Cells, path: Path) -> None:
         low = -float("inf")
         for rule, (x, y) in found:
             ours = rule == "Coherence"
-            panel.scatter(x, y, s=70 if ours else 28, color=OURS if ours else GREY, zorder=3 if ours else 2)
+            panel.scatter(
+                x, y, s=70 if ours else 28, color=OURS if ours else GREY, zorder=3 if ours else 2
+            )
             low = max(y, low + gap)  # names do not overlap
             panel.annotate(
                 NAMES.get(rule, rule),

@@ -32,18 +32,31 @@ def goals(cells: Cells) -> list[Goal]:
         change = cells.change(bed, "Coherence", "AdamW", lr)
         if change:
             rate = f"at {lr or cells.rate(bed, 'AdamW'):g}"
-            others = {r: cells.change(bed, "Coherence", "AdamW", r) for r in (1e-3, 3e-3) if lr is None}
+            others = {
+                r: cells.change(bed, "Coherence", "AdamW", r) for r in (1e-3, 3e-3) if lr is None
+            }
             room = cells.headroom(bed)[0] if lr is None else None
-            shown = [f"{c} at {r:g}" for r, c in others.items() if c and r != cells.rate(bed, "AdamW")]
+            shown = [
+                f"{c} at {r:g}" for r, c in others.items() if c and r != cells.rate(bed, "AdamW")
+            ]
             shown += [f"headroom {room}"] if room else []
             reached = "; ".join([str(change), *shown])
-            found.append(Goal(f"AdamW, {BEDS[bed].title} {rate}: at least +{least}", reached, change.mean >= least))
+            found.append(
+                Goal(
+                    f"AdamW, {BEDS[bed].title} {rate}: at least +{least}",
+                    reached,
+                    change.mean >= least,
+                )
+            )
     for optimizer, lr in (("AdamW", None), ("AdamW", DEFAULT), ("Adam", None), ("Muon", None)):
         changes = {bed: cells.change(bed, "Coherence", optimizer, lr) for bed in BEDS}
         known = {bed: change for bed, change in changes.items() if change}
         harmed = {bed: change for bed, change in known.items() if change.worse(-MOST_HARM)}
         if known:
-            shown = ", ".join(f"{bed} {change}" for bed, change in harmed.items()) or f"none of {len(known)}"
+            shown = (
+                ", ".join(f"{bed} {change}" for bed, change in harmed.items())
+                or f"none of {len(known)}"
+            )
             at = f"at {lr:g}" if lr else "at the best rate"
             what = f"{optimizer} {at}: nowhere significantly worse by more than {MOST_HARM}"
             found.append(Goal(what, shown, not harmed))
@@ -56,7 +69,13 @@ def goals(cells: Cells) -> list[Goal]:
             if against:
                 found.append(Goal(what, _both(change, against), against.mean >= least))
         elif change:
-            found.append(Goal(f"SGD, {BEDS[bed].title}: at least −{MOST_HARM}", str(change), change.mean >= -MOST_HARM))
+            found.append(
+                Goal(
+                    f"SGD, {BEDS[bed].title}: at least −{MOST_HARM}",
+                    str(change),
+                    change.mean >= -MOST_HARM,
+                )
+            )
     for rule in ("every 4", "every 16"):
         for bed in BEDS:
             change = cells.change(bed, rule, lr=DEFAULT, base="Coherence")

@@ -12,7 +12,9 @@ from benchmarks.balancing.testbeds import BEDS
 
 SEEDS = range(200, 210)
 FEW = SEEDS[:4]  # enough for the headroom
-LANDED = range(100, 110)  # those of the rule that Coherence replaces, whose runs are kept as its record
+LANDED = range(
+    100, 110
+)  # those of the rule that Coherence replaces, whose runs are kept as its record
 TUNING = range(90, 93)
 
 
@@ -34,7 +36,21 @@ class Part(NamedTuple):
 ALL = tuple(BEDS)
 FIRST = ("C0", "V2", "VC", "C2", "POMN", "S2", "D", "S1", "C1", "B", "Y3", "YB", "POM")
 OTHERS = tuple(bed for bed in ALL if bed not in (*FIRST, "S3", "Y6"))
-OLD = ("S1", "S2", "S3", "V2", "Y3", "Y6", "C1", "C2", "VC", "C0", "B", "YB", "POM")  # run with the rule replaced
+OLD = (
+    "S1",
+    "S2",
+    "S3",
+    "V2",
+    "Y3",
+    "Y6",
+    "C1",
+    "C2",
+    "VC",
+    "C0",
+    "B",
+    "YB",
+    "POM",
+)  # run with the rule replaced
 BASE = ("none", "Coherence")
 FORMULA = (
     "raise only",
@@ -114,4 +130,6 @@ def measure(results: Results, part: Part, carry_out: Callable[..., Iterable[Foun
         found = [tries(bed, rule) for rule in part.rules]
         results.complete(chain.from_iterable(t for t in found if len(t) > 1), carry_out)
         chosen = [results.best(t) if len(t) > 1 else t[0] for t in found]
-        results.complete((run._replace(seed=seed) for seed in part.seeds for run in chosen), carry_out)
+        results.complete(
+            (run._replace(seed=seed) for seed in part.seeds for run in chosen), carry_out
+        )

@@ -18,7 +18,9 @@ class Tokens(nn.Module):
         super().__init__()
         self.bands = bands
         self.embed = nn.Linear(bands, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +53,10 @@ class Model(nn.Module):
     def __init__(self, bed: "Bed", dims: list[int], outputs: int) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(
-            {branch.name: encoder(branch, dim, bed.width) for branch, dim in zip(bed.branches, dims, strict=True)}
+            {
+                branch.name: encoder(branch, dim, bed.width)
+                for branch, dim in zip(bed.branches, dims, strict=True)
+            }
         )
         self.joint = nn.Linear(bed.width * len(dims), outputs)
         self.heads = nn.ModuleList(nn.Linear(bed.width, outputs) for _ in dims)
@@ -65,12 +70,17 @@ class Model(nn.Module):
     def contributions(self, features: list[Tensor]) -> list[Tensor]:
         """What each branch adds to the joint output: its part of the matrix, and of the bias in equal shares."""
         weights = self.joint.weight.split([f.shape[1] for f in features], 1)
-        return [F.linear(f, w, self.joint.bias / len(features)) for f, w in zip(features, weights, strict=True)]
+        return [
+            F.linear(f, w, self.joint.bias / len(features))
+            for f, w in zip(features, weights, strict=True)
+        ]
 
     def without(self, features: list[Tensor], known: list[Tensor]) -> list[Tensor]:
         """The joint output with each branch missing in turn: its features are their mean over ``known``."""
         means = [k.mean(0).expand_as(f) for k, f in zip(known, features, strict=True)]
-        return [self.output([*features[:m], means[m], *features[m + 1 :]]) for m in range(len(features))]
+        return [
+            self.output([*features[:m], means[m], *features[m + 1 :]]) for m in range(len(features))
+        ]
 
 
 def losses(output: Tensor, target: Tensor) -> Tensor:
@@ -94,4 +104,6 @@ def probe(train: Tensor, target: Tensor, test: Tensor, ridge: float = 1e-2) -> T
     train, test = (train - mean) / std, (test - mean) / std
     labels = target if target.is_floating_point() else F.one_hot(target).to(train)
     gram = train.T @ train / len(train) + ridge * torch.eye(train.shape[1])
-    return test @ torch.linalg.solve(gram, train.T @ (labels - labels.mean(0)) / len(train)) + labels.mean(0)
+    return test @ torch.linalg.solve(
+        gram, train.T @ (labels - labels.mean(0)) / len(train)
+    ) + labels.mean(0)

@@ -28,8 +28,14 @@ def headroom(cells: Cells) -> list[str]:
         if joint is None or added is None:
             continue
         room = cells.headroom(name)[1]
-        probes = [cells.mean(name, "none", value=lambda f, m=m: f["probes"][m]) for m in range(len(bed.branches))]
-        missing = [cells.mean(name, "none", value=lambda f, m=m: f["missing"][m]) for m in range(len(bed.branches))]
+        probes = [
+            cells.mean(name, "none", value=lambda f, m=m: f["probes"][m])
+            for m in range(len(bed.branches))
+        ]
+        missing = [
+            cells.mean(name, "none", value=lambda f, m=m: f["missing"][m])
+            for m in range(len(bed.branches))
+        ]
         branches = (
             f"{b.name} {points(p + r.mean)} / {points(p)}"
             for b, p, r in zip(bed.branches, probes, room, strict=True)
@@ -37,10 +43,25 @@ def headroom(cells: Cells) -> list[str]:
         )
         without = (f"{b.name} {points(v)}" for b, v in zip(bed.branches, missing, strict=True))
         rows.append(
-            [bed.title, f"{cells.rate(name, 'AdamW'):g}", points(joint), added, shown(branches), shown(without)]
+            [
+                bed.title,
+                f"{cells.rate(name, 'AdamW'):g}",
+                points(joint),
+                added,
+                shown(branches),
+                shown(without),
+            ]
         )
     return table(
-        ["AdamW", "rate", "joint", "alone, best or added up", "probe alone / jointly", "joint score without"], rows
+        [
+            "AdamW",
+            "rate",
+            "joint",
+            "alone, best or added up",
+            "probe alone / jointly",
+            "joint score without",
+        ],
+        rows,
     )
 
 
@@ -52,12 +73,23 @@ def changes(cells: Cells, optimizer: str, lr: float | None = None) -> list[str]:
             continue
         names = [branch.name for branch in bed.branches]
         columns = [
-            shown(f"{n} {c}" for n, c in zip(names, cells.branches(name, "Coherence", key, optimizer, lr), strict=True))
+            shown(
+                f"{n} {c}"
+                for n, c in zip(
+                    names, cells.branches(name, "Coherence", key, optimizer, lr), strict=True
+                )
+            )
             for key in ("probes", "missing")
         ]
-        score, rate = points(cells.mean(name, "none", optimizer, lr)), lr or cells.rate(name, optimizer)
+        score, rate = (
+            points(cells.mean(name, "none", optimizer, lr)),
+            lr or cells.rate(name, optimizer),
+        )
         rows.append([bed.title, f"{rate:g}", score, change, *columns])
-    return table([optimizer, "rate", "none", "Coherence", "probe of a branch", "score without a branch"], rows)
+    return table(
+        [optimizer, "rate", "none", "Coherence", "probe of a branch", "score without a branch"],
+        rows,
+    )
 
 
 def descent(cells: Cells) -> list[str]:
@@ -74,9 +106,14 @@ def descent(cells: Cells) -> list[str]:
 def compared(cells: Cells, rules: Iterable[str]) -> list[str]:
     """Rules under AdamW at its default rate, where they were run."""
     rules = [rule for rule in rules if any(cells.change(bed, rule, lr=DEFAULT) for bed in BEDS)]
-    beds = [bed for bed in BEDS if any(cells.change(bed, r, lr=DEFAULT) for r in rules if r != "Coherence")]
+    beds = [
+        bed
+        for bed in BEDS
+        if any(cells.change(bed, r, lr=DEFAULT) for r in rules if r != "Coherence")
+    ]
     rows = [
-        [rule, *(cells.change(bed, rule, lr=DEFAULT) for bed in beds), _times(cells.slowdown(rule))] for rule in rules
+        [rule, *(cells.change(bed, rule, lr=DEFAULT) for bed in beds), _times(cells.slowdown(rule))]
+        for rule in rules
     ]
     return table([f"AdamW at {DEFAULT:g}", *(BEDS[bed].title for bed in beds), "time"], rows)
 
@@ -93,7 +130,10 @@ def rates(cells: Cells, optimizer: str) -> list[str]:
         if sum(change is not None for change in tried.values()) > 1:
             scores = (cells.mean(bed, "none", optimizer, lr) for lr in tried)
             marks = ("best: " if lr == cells.rate(bed, optimizer) else "" for lr in tried)
-            shown = [f"{m}{s:.1f}, {c}" if c else None for m, s, c in zip(marks, scores, tried.values(), strict=True)]
+            shown = [
+                f"{m}{s:.1f}, {c}" if c else None
+                for m, s, c in zip(marks, scores, tried.values(), strict=True)
+            ]
             rows.append([BEDS[bed].title, *shown])
     return table([f"{optimizer}: none, Coherence", *(f"{lr:g}" for lr in RATES[optimizer])], rows)
 
@@ -118,7 +158,9 @@ def describe(runs: Mapping[Run, Found]) -> str:
     cells = Cells(runs)
     spent = sum(found["seconds"] for run, found in runs.items() if run.rule != "landed")
     missed = sum(not goal.met for goal in goals(cells))
-    rows = [[goal.what, goal.reached, "met" if goal.met else "**not met**"] for goal in goals(cells)]
+    rows = [
+        [goal.what, goal.reached, "met" if goal.met else "**not met**"] for goal in goals(cells)
+    ]
     parts = [
         f"`python -m benchmarks.balancing` on {platform.machine()}, one thread, torch {torch.__version__}: "
         f"{len(runs)} runs, {spent / 60:.0f} minutes of processor time. Changes are in points of accuracy, of POM "
@@ -131,7 +173,11 @@ def describe(runs: Mapping[Run, Found]) -> str:
         *table(["goal", "reached", ""], rows),
         "## Headroom under AdamW\n",
         *headroom(cells),
-        *(line for o in SCALE_FREE for line in (f"## Coherence under {o}, at its best rate\n", *changes(cells, o))),
+        *(
+            line
+            for o in SCALE_FREE
+            for line in (f"## Coherence under {o}, at its best rate\n", *changes(cells, o))
+        ),
         f"## Coherence under AdamW at its default rate, {DEFAULT:g}\n",
         *changes(cells, "AdamW", DEFAULT),
         "## At every rate\n",

@@ -12,7 +12,15 @@ from torch.optim import Optimizer
 
 from benchmarks.balancing.data import Part
 from benchmarks.balancing.model import Model, losses, score
-from benchmarks.balancing.rules import OGM, ClipGroups, Epochwise, SignalToNoise, Threshold, in_proportion, ones
+from benchmarks.balancing.rules import (
+    OGM,
+    ClipGroups,
+    Epochwise,
+    SignalToNoise,
+    Threshold,
+    in_proportion,
+    ones,
+)
 from gradbalance import PAPER, ConflictAwarePenalty
 from gradbalance._step import sketch
 from gradbalance.rules import ByHand, Coherence, Rule
@@ -77,7 +85,9 @@ class Rival:
             return Step(model, optimizer, self.weight)
         names = tuple(model.encoders)
         rule = self.rule(names, optimizer, knob)
-        wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule, **self.options)
+        wrapped = ConflictAwarePenalty(
+            optimizer, dict(model.encoders.items()), rule, **self.options
+        )
         entries, small = self.entries or sketch.ENTRIES, -1 if self.entries else sketch.SMALL
         with patch.multiple(sketch, ENTRIES=entries, SMALL=small):
             wrapped.penalty._engine._current_layout()  # makes the sketch
@@ -92,11 +102,17 @@ class Rival:
             features = model.features(valid.inputs)
             whole = max(score(model.output(features), valid.target), 1e-3)
             kept = [score(o, valid.target) / whole for o in model.without(features, features)]
-            wrapped.observe(**{name: min(max(k, 0.0), 1.0) for name, k in zip(names, kept, strict=True)})
+            wrapped.observe(
+                **{name: min(max(k, 0.0), 1.0) for name, k in zip(names, kept, strict=True)}
+            )
 
         keeps = self.observe == "keeps"
         return Step(
-            model, wrapped, self.weight, None if keeps or not self.observe else tell, after_epoch if keeps else None
+            model,
+            wrapped,
+            self.weight,
+            None if keeps or not self.observe else tell,
+            after_epoch if keeps else None,
         )
 
 
@@ -106,7 +122,9 @@ def _by(rule: Rule, **options: Any) -> Rival:
 
 def _first(names: tuple[str, ...], optimizer: Optimizer, factor: float) -> Rule:
     """The ratio of the first branch to all others, as factors around 1."""
-    return ByHand(**{name: math.sqrt(factor if m == 0 else 1 / factor) for m, name in enumerate(names)})
+    return ByHand(
+        **{name: math.sqrt(factor if m == 0 else 1 / factor) for m, name in enumerate(names)}
+    )
 
 
 def _signal(rule: Rule) -> Rival:
@@ -127,7 +145,10 @@ RIVALS = {
     "own heads": Rival(weight=1.0),
     "own heads and Coherence": Rival(lambda names, optimizer, knob: Coherence(), weight=1.0),
     "OGM-GE": Rival(
-        lambda names, optimizer, alpha: OGM(alpha), (0.1, 0.3, 1.0), _AS_OGM | {"noise": 1.0}, observe="missed"
+        lambda names, optimizer, alpha: OGM(alpha),
+        (0.1, 0.3, 1.0),
+        _AS_OGM | {"noise": 1.0},
+        observe="missed",
     ),
     "noise alone": _by(ones, noise=1.0),
     "clip groups": Rival(lambda names, optimizer, most: ClipGroups(most), (0.1, 0.3, 1.0), _AS_OGM),
@@ -135,7 +156,9 @@ RIVALS = {
         lambda names, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"
     ),
     "paper, on the update": Rival(
-        lambda names, optimizer, knob: PAPER["rule"], options=_PAPER | {"apply_to": "update"}, observe="loss"
+        lambda names, optimizer, knob: PAPER["rule"],
+        options=_PAPER | {"apply_to": "update"},
+        observe="loss",
     ),
     "Adam's signal to noise": _signal(Coherence()),
     "update times signal to noise": _signal(in_proportion(1.0)),

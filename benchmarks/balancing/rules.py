@@ -76,10 +76,14 @@ class SignalToNoise:
         self.groups, self.state, self.rule = groups, state, rule
 
     def __call__(self, measured: Measured) -> np.ndarray:
-        moments = [[self.state[p] for p in group["params"] if p in self.state] for group in self.groups]
+        moments = [
+            [self.state[p] for p in group["params"] if p in self.state] for group in self.groups
+        ]
         if not all(moments):  # before the first step
             return np.ones(len(measured.names))
-        first = np.array([sum(float(m["exp_avg"].square().sum()) for m in group) for group in moments])
+        first = np.array(
+            [sum(float(m["exp_avg"].square().sum()) for m in group) for group in moments]
+        )
         second = np.array([sum(float(m["exp_avg_sq"].sum()) for m in group) for group in moments])
         chance = 0.1 / 1.9  # of pure noise, (1 - β)/(1 + β)
         return self.rule(measured._replace(coherences=first / second - chance))

@@ -50,7 +50,9 @@ def optimizer_for(name: str, model: Model, lr: float) -> torch.optim.Optimizer:
     return getattr(torch.optim, name)(groups, lr=lr, **options)
 
 
-def fit(bed: Bed, parts: dict[str, Part], run: Run, build: Callable[[Model, Any], Step]) -> tuple[Model, float]:
+def fit(
+    bed: Bed, parts: dict[str, Part], run: Run, build: Callable[[Model, Any], Step]
+) -> tuple[Model, float]:
     """A trained model, and the processor time of its steps."""
     known = parts["train"]
     torch.manual_seed(run.seed)
@@ -83,11 +85,21 @@ def train(run: Run) -> Found:
     found: Found = run._asdict()
     if run.rule == APART:
         results = [_alone(bed, m, parts, run) for m in range(len(bed.branches))]
-        added = sum(r.output if known.target.is_floating_point() else r.output.log_softmax(1) for r in results)
-        alone = {"probes": [r.probe for r in results], "alone": [score(r.output, test.target) for r in results]}
+        added = sum(
+            r.output if known.target.is_floating_point() else r.output.log_softmax(1)
+            for r in results
+        )
+        alone = {
+            "probes": [r.probe for r in results],
+            "alone": [score(r.output, test.target) for r in results],
+        }
         return (
             found
-            | {"test": score(added, test.target), "valid": None, "seconds": sum(r.seconds for r in results)}
+            | {
+                "test": score(added, test.target),
+                "valid": None,
+                "seconds": sum(r.seconds for r in results),
+            }
             | alone
         )
     step: list[Step] = []
@@ -99,11 +111,15 @@ def train(run: Run) -> Found:
     model, found["seconds"] = fit(bed, parts, run, build)
     with torch.no_grad():
         train_features, features = model.features(known.inputs), model.features(test.inputs)
-        found["valid"] = score(model.output(model.features(parts["valid"].inputs)), parts["valid"].target)
+        found["valid"] = score(
+            model.output(model.features(parts["valid"].inputs)), parts["valid"].target
+        )
         found["test"] = score(model.output(features), test.target)
         pairs = zip(train_features, features, strict=True)
         found["probes"] = [score(probe(k, known.target, f), test.target) for k, f in pairs]
-        found["missing"] = [score(output, test.target) for output in model.without(features, train_features)]
+        found["missing"] = [
+            score(output, test.target) for output in model.without(features, train_features)
+        ]
     found["coefficients"] = [round(c, 3) for c in step[0].coefficients()]
     found["seconds"] = round(found["seconds"], 3)
     return found
@@ -136,14 +152,18 @@ class Results(dict[Run, Found]):
     def __init__(self, path: Path, record: Path | None = None) -> None:
         self.path = path
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
+        whole = [
+            line for line in lines if line.endswith("\n")
+        ]  # the last one may have been cut off
         if len(whole) < len(lines):
             path.write_text("".join(whole))
         kept = record.read_text().splitlines() if record else []
         for found in map(json.loads, [*kept, *whole]):
             self[Run(*(found[field] for field in Run._fields))] = found
 
-    def complete(self, runs: Iterable[Run], carry_out: Callable[..., Iterable[Found]] = map) -> None:
+    def complete(
+        self, runs: Iterable[Run], carry_out: Callable[..., Iterable[Found]] = map
+    ) -> None:
         """Train what is missing with a ``map`` and write each line as it comes."""
         missing = [run for run in dict.fromkeys(runs) if run not in self]
         with self.path.open("a") as file:

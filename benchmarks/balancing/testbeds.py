@@ -7,7 +7,16 @@ recordings of the same class, but POM, which has real audio and video of the sam
 from dataclasses import dataclass, replace
 from functools import partial
 
-from benchmarks.balancing.data import Part, Parts, beside_noise, digits, gaussians, interpolating, pom, sensor
+from benchmarks.balancing.data import (
+    Part,
+    Parts,
+    beside_noise,
+    digits,
+    gaussians,
+    interpolating,
+    pom,
+    sensor,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,9 @@ class Bed:
     width: int = 128
     batch: int = 64
     wrong: bool = False  # whether under AdamW a branch is noise or worse than another: meant so, headroom is measured
-    starved: bool = False  # whether under SGD a branch that could add much is starved by a worse one
+    starved: bool = (
+        False  # whether under SGD a branch that could add much is starved by a worse one
+    )
 
     @property
     def title(self) -> str:
@@ -44,7 +55,10 @@ class Bed:
 
         def parts(_: Bed, seed: int) -> dict[str, Part]:
             m = self.branches.index(branch)
-            return {name: Part([part.inputs[m]], part.target) for name, part in self.parts(self, seed).items()}
+            return {
+                name: Part([part.inputs[m]], part.target)
+                for name, part in self.parts(self, seed).items()
+            }
 
         return replace(self, branches=(branch,), parts=parts)
 
@@ -52,7 +66,11 @@ class Bed:
 _AUDIO, _VISUAL = Branch("audio", 2, 1.0), Branch("visual", 4, 0.8, 0.5)
 _CLEAN, _DEEP = replace(_AUDIO, noise=0.0), replace(_VISUAL, depth=5)
 _SHALLOW = Branch("visual", 2, 1.5, 2.0)
-_FAST, _SLOW, _EVEN = Branch("fast", 1, 1.5, 2.0), Branch("slow", 4, 0.6, 0.4), Branch("even", 2, 1.0)
+_FAST, _SLOW, _EVEN = (
+    Branch("fast", 1, 1.5, 2.0),
+    Branch("slow", 4, 0.6, 0.4),
+    Branch("even", 2, 1.0),
+)
 _WIDE, _NARROW = Branch("wide", 1), Branch("narrow", 3)
 _PICTURE = {"kind": "convolutional", "rows": 20}
 _FRAMES = {"kind": "transformer", "rows": 20}
@@ -62,16 +80,30 @@ def _several(branch: Branch, count: int) -> tuple[Branch, ...]:
     return tuple(replace(branch, name=f"{branch.name}{i}") for i in range(count))
 
 
-_S1 = Bed("S1", "noisy speech over a deep, faint image", (_AUDIO, _DEEP), digits, 2000, 30, starved=True)
+_S1 = Bed(
+    "S1", "noisy speech over a deep, faint image", (_AUDIO, _DEEP), digits, 2000, 30, starved=True
+)
 _S2 = Bed("S2", "noisy speech over a faint image", (_AUDIO, _VISUAL), digits, starved=True)
 _C1 = Bed("C1", "clean speech beside a faint image", (_CLEAN, _VISUAL), digits)
-_Y3 = Bed("Y3", "Gaussians, one fast and noisy, two slow", (_FAST, *_several(_SLOW, 2)), gaussians, 1000, 30, 64)
+_Y3 = Bed(
+    "Y3",
+    "Gaussians, one fast and noisy, two slow",
+    (_FAST, *_several(_SLOW, 2)),
+    gaussians,
+    1000,
+    30,
+    64,
+)
 _POM = Bed("POM", "real audio and video", (Branch("audio", 2), Branch("video", 2)), pom, epochs=20)
 _W = Bed("W", "a wide branch beside a narrow, deep one", (_WIDE, _NARROW), interpolating, 2000, 30)
 
 _BEDS = [
     replace(
-        _C1, name="C0", about="speech beside noise", branches=(_CLEAN, Branch("visual", 4, 20.0, 0.05)), wrong=True
+        _C1,
+        name="C0",
+        about="speech beside noise",
+        branches=(_CLEAN, Branch("visual", 4, 20.0, 0.05)),
+        wrong=True,
     ),
     Bed(
         "V2",
@@ -82,10 +114,18 @@ _BEDS = [
         starved=True,
     ),
     Bed(
-        "VC", "a clean image over noisy speech", (Branch("visual", 2), Branch("audio", 4, 1.5, 0.5)), digits, wrong=True
+        "VC",
+        "a clean image over noisy speech",
+        (Branch("visual", 2), Branch("audio", 4, 1.5, 0.5)),
+        digits,
+        wrong=True,
     ),
     replace(
-        _C1, name="C2", about="clean speech, a noisy image", branches=(_CLEAN, replace(_VISUAL, noise=1.5)), wrong=True
+        _C1,
+        name="C2",
+        about="clean speech, a noisy image",
+        branches=(_CLEAN, replace(_VISUAL, noise=1.5)),
+        wrong=True,
     ),
     replace(
         _POM,
@@ -98,7 +138,14 @@ _BEDS = [
     _S1,
     _S2,
     _C1,
-    Bed("B", "speech and image, alike", (Branch("audio", 2, 0.3), Branch("visual", 2, 0.3)), digits, 2000, 30),
+    Bed(
+        "B",
+        "speech and image, alike",
+        (Branch("audio", 2, 0.3), Branch("visual", 2, 0.3)),
+        digits,
+        2000,
+        30,
+    ),
     replace(_Y3, starved=True),
     replace(
         _Y3,
@@ -127,7 +174,11 @@ _BEDS = [
         starved=False,
     ),
     replace(
-        _C1, name="U", about="speech beside unrelated images", branches=(_CLEAN, Branch("unrelated", 2)), wrong=True
+        _C1,
+        name="U",
+        about="speech beside unrelated images",
+        branches=(_CLEAN, Branch("unrelated", 2)),
+        wrong=True,
     ),
     replace(
         _C1,
@@ -137,8 +188,18 @@ _BEDS = [
         wrong=True,
     ),
     _W,
-    replace(_W, name="WU", about="W with a useless narrow branch", parts=partial(interpolating, amplitude=0.0)),
-    replace(_W, name="WW", about="W with a worse narrow branch", parts=partial(interpolating, amplitude=0.6)),
+    replace(
+        _W,
+        name="WU",
+        about="W with a useless narrow branch",
+        parts=partial(interpolating, amplitude=0.0),
+    ),
+    replace(
+        _W,
+        name="WW",
+        about="W with a worse narrow branch",
+        parts=partial(interpolating, amplitude=0.6),
+    ),
     Bed(
         "K",
         "convolutions, the image noisy",
@@ -158,7 +219,12 @@ _BEDS = [
         20,
         32,
     ),
-    replace(_S2, name="S3", about="noisy, wide speech over a faint image", parts=partial(digits, frames=12)),
+    replace(
+        _S2,
+        name="S3",
+        about="noisy, wide speech over a faint image",
+        parts=partial(digits, frames=12),
+    ),
     replace(
         _Y3,
         name="Y6",

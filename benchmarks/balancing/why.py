@@ -28,7 +28,10 @@ def trace(name: str, lr: float) -> dict[str, list]:
     torch.manual_seed(SEED)
     model = Model(bed, [x.shape[1] for x in part.inputs], 10)
     step = RIVALS["Coherence"].step(model, optimizer_for("AdamW", model, lr), None)
-    batches, found = torch.Generator().manual_seed(SEED), {"step": [], "coherence": [], "coefficient": [], "loss": []}
+    batches, found = (
+        torch.Generator().manual_seed(SEED),
+        {"step": [], "coherence": [], "coefficient": [], "loss": []},
+    )
     count = 0
     while count < LAST:
         for batch in torch.randperm(len(part.target), generator=batches).split(bed.batch):
@@ -53,11 +56,20 @@ def draw(path: Path) -> None:
         found, names = trace(name, lr), [branch.name for branch in BEDS[name].branches]
         names = ["speech", "noise"] if name == "C0" else names
         for panel, key in zip(column, ("coherence", "coefficient"), strict=True):
-            for line, label, colour in zip(zip(*found[key], strict=True), names, COLOURS, strict=False):
+            for line, label, colour in zip(
+                zip(*found[key], strict=True), names, COLOURS, strict=False
+            ):
                 panel.plot(found["step"], line, label=label, color=colour, linewidth=1.6)
             panel.spines[["top", "right"]].set_visible(False)
         losses = [loss / 5 for loss in found["loss"]]
-        column[0].plot(found["step"], losses, label="training loss / 5", color="#bbbbbb", linewidth=0.9, zorder=0)
+        column[0].plot(
+            found["step"],
+            losses,
+            label="training loss / 5",
+            color="#bbbbbb",
+            linewidth=0.9,
+            zorder=0,
+        )
         column[0].axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
         column[0].set_title(BEDS[name].title, fontsize=10)
         column[0].legend(frameon=False, fontsize=9)

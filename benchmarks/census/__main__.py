@@ -39,7 +39,11 @@ def tried(make: Make, limit: float) -> Verdict:
     process.start()
     its.close()
     try:
-        return mine.recv() if mine.poll(limit) else Verdict("plain run fails", note=f"more than {limit:.0f} s")
+        return (
+            mine.recv()
+            if mine.poll(limit)
+            else Verdict("plain run fails", note=f"more than {limit:.0f} s")
+        )
     except EOFError:
         return Verdict("plain run fails", note="the process died")
     finally:
@@ -49,9 +53,13 @@ def tried(make: Make, limit: float) -> Verdict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="of packages or optimizers, as timm or timm/lamb; default: all")
+    parser.add_argument(
+        "names", nargs="*", help="of packages or optimizers, as timm or timm/lamb; default: all"
+    )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for one optimizer")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the table, written when all are tried")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the table, written when all are tried"
+    )
     arguments = parser.parse_args()
     rows: list[tuple[str, str, Verdict]] = []
     warnings.simplefilter("ignore")

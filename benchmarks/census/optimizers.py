@@ -33,12 +33,18 @@ NEEDED: dict[str, dict[str, Any]] = {
     "lbfgs": {"lr": 1.0},
     "sara": {"lr": RATE},
 }
-LOOKAHEADS = ("lookahead_adamw", "lookahead_lamb", "lookahead_sgd")  # a prefix of timm's for any of its names
+LOOKAHEADS = (
+    "lookahead_adamw",
+    "lookahead_lamb",
+    "lookahead_sgd",
+)  # a prefix of timm's for any of its names
 
 
 def listed(package: str) -> Iterator[tuple[str, Make]]:
     """The optimizers of a package: the name of each, and how it is built from a model."""
-    yield from {"pytorch_optimizer": _pytorch_optimizer, "timm": _timm}.get(package, partial(_classes, package))()
+    yield from {"pytorch_optimizer": _pytorch_optimizer, "timm": _timm}.get(
+        package, partial(_classes, package)
+    )()
 
 
 def _classes(package: str) -> Iterator[tuple[str, Make]]:
@@ -51,7 +57,9 @@ def _classes(package: str) -> Iterator[tuple[str, Make]]:
                 yield name, partial(_split, module)
             case "CPUOffloadOptimizer":
                 yield name, lambda model, cls=cls: cls(model.parameters(), torch.optim.AdamW)
-            case _ if "defaults" not in inspect.signature(cls).parameters:  # else it is the base of others
+            case _ if (
+                "defaults" not in inspect.signature(cls).parameters
+            ):  # else it is the base of others
                 yield name, partial(_plain, cls, {})
 
 
@@ -67,11 +75,21 @@ def _pytorch_optimizer() -> Iterator[tuple[str, Make]]:
             decay = {"weight_decay": 0.0} if name == "adammini" else {}
             yield name, lambda model, cls=cls, decay=decay: cls(model, **decay)
         elif name == "magma":
-            yield name, lambda model, cls=cls: cls(torch.optim.AdamW(model.parameters(), weight_decay=0.0))
+            yield (
+                name,
+                lambda model, cls=cls: cls(torch.optim.AdamW(model.parameters(), weight_decay=0.0)),
+            )
         else:
             yield name, partial(_plain, cls, NEEDED.get(name, {}))
     adamw = partial(torch.optim.AdamW, weight_decay=0.0)
-    for name in ("Lookahead", "OrthoGrad", "PCGrad", "SafeFP16Optimizer", "ScheduleFreeWrapper", "TRAC"):
+    for name in (
+        "Lookahead",
+        "OrthoGrad",
+        "PCGrad",
+        "SafeFP16Optimizer",
+        "ScheduleFreeWrapper",
+        "TRAC",
+    ):
         yield name, partial(_around, getattr(module, name), adamw)
     for name in ("FriendlySAM", "GSAM", "LookSAM", "SAM", "WSAM"):
         yield name, partial(_sharp, getattr(module, name))
@@ -80,7 +98,12 @@ def _pytorch_optimizer() -> Iterator[tuple[str, Make]]:
 def _timm() -> Iterator[tuple[str, Make]]:
     module = _imported("timm.optim")
     for name in (*module.list_optimizers(), *LOOKAHEADS):
-        yield name, lambda model, name=name: module.create_optimizer_v2(model, opt=name, lr=RATE, weight_decay=0.0)
+        yield (
+            name,
+            lambda model, name=name: module.create_optimizer_v2(
+                model, opt=name, lr=RATE, weight_decay=0.0
+            ),
+        )
 
 
 def _imported(package: str) -> ModuleType:
@@ -93,7 +116,9 @@ def _imported(package: str) -> ModuleType:
 def _plain(cls: type[Optimizer], needed: dict[str, Any], model: nn.Module) -> Optimizer:
     options = dict(needed)
     parameters = inspect.signature(cls.args[0] if isinstance(cls, partial) else cls).parameters
-    options |= {name: 0.0 for name in ("weight_decay", "weight_decouple_rate") if name in parameters}
+    options |= {
+        name: 0.0 for name in ("weight_decay", "weight_decouple_rate") if name in parameters
+    }
     if "lr" in parameters and parameters["lr"].default is inspect.Parameter.empty:
         options.setdefault("lr", RATE)
     return cls(model.parameters(), **options)
@@ -101,7 +126,9 @@ def _plain(cls: type[Optimizer], needed: dict[str, Any], model: nn.Module) -> Op
 
 def _alone(cls: type[Optimizer], *args: Any, **options: Any) -> Optimizer:
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     return cls(*args, **options)
 
 
@@ -115,7 +142,10 @@ def _split(module: ModuleType, model: nn.Module) -> Optimizer:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return module.SplitOpt(
-        [{"params": matrices, "optimizer": module.Muon}, {"params": vectors, "optimizer": module.AdamW}]
+        [
+            {"params": matrices, "optimizer": module.Muon},
+            {"params": vectors, "optimizer": module.AdamW},
+        ]
     )
 
 
@@ -127,7 +157,10 @@ def _sharp(cls: type[Optimizer], model: nn.Module) -> Optimizer:
     if cls.__name__ == "GSAM":
         inner = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
         return cls(
-            model.parameters(), base_optimizer=inner, model=model, rho_scheduler=SimpleNamespace(step=lambda: 0.05)
+            model.parameters(),
+            base_optimizer=inner,
+            model=model,
+            rho_scheduler=SimpleNamespace(step=lambda: 0.05),
         )
     if cls.__name__ == "WSAM":
         return cls(model, model.parameters(), torch.optim.AdamW, lr=RATE, weight_decay=0.0)

@@ -5,7 +5,10 @@ from importlib.metadata import version
 
 from benchmarks.census.run import OUTCOMES, Verdict
 
-DISTRIBUTIONS = {"torch.optim": "torch", "torchao.optim": "torchao"}  # where they differ from the name
+DISTRIBUTIONS = {
+    "torch.optim": "torch",
+    "torchao.optim": "torchao",
+}  # where they differ from the name
 
 
 def versions(packages: Sequence[str]) -> str:
@@ -17,12 +20,23 @@ def versions(packages: Sequence[str]) -> str:
 def table(rows: Sequence[tuple[str, str, Verdict]]) -> str:
     """Counts by package, then each optimizer with its figures."""
     packages = list(dict.fromkeys(package for package, *_ in rows))
-    lines = [f"| package | listed | {' | '.join(OUTCOMES)} |", "|---|" + "--:|" * (len(OUTCOMES) + 1)]
+    lines = [
+        f"| package | listed | {' | '.join(OUTCOMES)} |",
+        "|---|" + "--:|" * (len(OUTCOMES) + 1),
+    ]
     for package in (*packages, "all"):
         own = [found.outcome for of, _, found in rows if package in (of, "all")]
-        lines.append(f"| {package} | {len(own)} | {' | '.join(str(own.count(outcome)) for outcome in OUTCOMES)} |")
+        lines.append(
+            f"| {package} | {len(own)} | {' | '.join(str(own.count(outcome)) for outcome in OUTCOMES)} |"
+        )
     for package in packages:
-        lines += ["", f"## {package}", "", "| optimizer | | slowed branch | the others | |", "|---|---|--:|--:|---|"]
+        lines += [
+            "",
+            f"## {package}",
+            "",
+            "| optimizer | | slowed branch | the others | |",
+            "|---|---|--:|--:|---|",
+        ]
         for of, name, (outcome, worst, note) in rows:
             if of == package:
                 figures = ["", ""] if worst is None else [f"{ratio:.3f}" for ratio in worst]

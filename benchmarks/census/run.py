@@ -52,10 +52,14 @@ OUTCOMES = (
 def model(bias: bool) -> nn.ModuleDict:
     """Two branches and a head, of matrices, and vectors if asked to."""
     torch.manual_seed(0)
-    branches = {name: nn.Sequential(nn.Linear(12, 16, bias), nn.Linear(16, 10, bias)) for name in ("a", "b")}
+    branches = {
+        name: nn.Sequential(nn.Linear(12, 16, bias), nn.Linear(16, 10, bias)) for name in ("a", "b")
+    }
     net = nn.ModuleDict({**branches, "head": nn.Linear(10, 4, bias)})
     for p in net.parameters():
-        nn.init.normal_(p)  # large beside the steps, as some of these go by the size of the parameters
+        nn.init.normal_(
+            p
+        )  # large beside the steps, as some of these go by the size of the parameters
     return net
 
 
@@ -70,13 +74,17 @@ def verdict(make: Make) -> Verdict:
             continue
         largest = max(d.abs().max() for d in plain.values())
         if largest < RESOLVED:
-            errors.append("nothing moves" if largest == 0 else f"nothing moves by more than {largest:.0e}")
+            errors.append(
+                "nothing moves" if largest == 0 else f"nothing moves by more than {largest:.0e}"
+            )
             continue
         if not all(d.isfinite().all() for d in plain.values()):
             errors.append("moves to NaN")
             continue
         return _compared(plain, make, bias, feed)
-    return Verdict("plain run fails", note=next((e for e in errors if "losure" not in e), errors[0]))
+    return Verdict(
+        "plain run fails", note=next((e for e in errors if "losure" not in e), errors[0])
+    )
 
 
 def _compared(plain: dict[str, Tensor], make: Make, bias: bool, feed: Feed) -> Verdict:
@@ -138,7 +146,10 @@ def _displacements(
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     for step in range(STEPS):
         _seed(step)
-        targets = {name: torch.randn(p.shape) * (0.1 + step % 3) + 0.5 for name, p in net.named_parameters()}
+        targets = {
+            name: torch.randn(p.shape) * (0.1 + step % 3) + 0.5
+            for name, p in net.named_parameters()
+        }
         feed(net, optimizer, targets)
     return {name: p.detach() - start[name] for name, p in net.named_parameters()}, scaling
 

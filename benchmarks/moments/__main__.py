@@ -19,9 +19,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     measured = {**environment("cpu"), "rounds": rounds, "sizes": {}, "accuracy": accuracy("cpu")}
     # A process for each size: a heap that another size has grown is faster, for what allocates most the most.
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1
+    ) as pool:
         for name, (shape, dtype) in sizes("cpu").items():
-            measured["sizes"][name] = pool.submit(measure_size, shape, "cpu", dtype, rounds).result()
+            measured["sizes"][name] = pool.submit(
+                measure_size, shape, "cpu", dtype, rounds
+            ).result()
     shown = report(measured, gpu_results())
     JSON.write_text(json.dumps(measured, indent=1) + "\n")
     JSON.with_suffix(".md").write_text(shown)

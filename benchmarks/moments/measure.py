@@ -21,7 +21,14 @@ MORE_ROUNDS = 100  # for each, where a call takes a fraction of a millisecond
 OFFSETS = [0.0, 1e3, 1e4, 1e6]
 # What is timed in turn.
 RIVALS = [
-    ("naive, masked", "moments, masked", "naive, masked, compiled", "moments, masked, compiled", "var_mean", "moments"),
+    (
+        "naive, masked",
+        "moments, masked",
+        "naive, masked, compiled",
+        "moments, masked, compiled",
+        "var_mean",
+        "moments",
+    ),
     ("three calls of CMD", "moment loss of three pairs"),
     ("Deep CORAL", "covariance loss"),
 ]
@@ -42,7 +49,9 @@ def cmd(a: Tensor, b: Tensor, orders: int = 5) -> Tensor:
 
     means = a.mean(0), b.mean(0)
     centred = a - means[0], b - means[1]
-    higher = (distance(centred[0].pow(k).mean(0), centred[1].pow(k).mean(0)) for k in range(2, orders + 1))
+    higher = (
+        distance(centred[0].pow(k).mean(0), centred[1].pow(k).mean(0)) for k in range(2, orders + 1)
+    )
     return distance(*means) + sum(higher)
 
 
@@ -50,7 +59,9 @@ def three_pairs(branches: list[Tensor]) -> Tensor:
     """Squared differences of four moments between every two branches, whose moments are taken once each."""
     found = [moments(x, order=4)[1:] for x in branches]
     pairs = ((0, 1), (0, 2), (1, 2))
-    return sum((p - q).square().mean() for i, j in pairs for p, q in zip(found[i], found[j], strict=True))
+    return sum(
+        (p - q).square().mean() for i, j in pairs for p, q in zip(found[i], found[j], strict=True)
+    )
 
 
 def coral(a: Tensor, b: Tensor) -> Tensor:
@@ -58,15 +69,22 @@ def coral(a: Tensor, b: Tensor) -> Tensor:
     return (a.mT.cov() - b.mT.cov()).square().sum() / (4 * a.shape[1] ** 2)
 
 
-def cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
+def cases(
+    shape: tuple[int, ...], device: str, dtype: torch.dtype
+) -> dict[str, tuple[Callable, list[Tensor]]]:
     """Name -> (function of the inputs, inputs); each function returns the tensors to differentiate."""
     generator = torch.Generator().manual_seed(0)
-    branches = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    branches = [
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)
+    ]
     mask = (torch.rand(shape[:-1], generator=generator) > 0.3).to(device)
     x, dims = branches[0], tuple(range(len(shape) - 1))
     flat = [branch.detach().flatten(0, -2).requires_grad_() for branch in branches]
     torch.compiler.reset()
-    fused, fused_naive = torch.compile(moments, fullgraph=True), torch.compile(naive, fullgraph=True)
+    fused, fused_naive = (
+        torch.compile(moments, fullgraph=True),
+        torch.compile(naive, fullgraph=True),
+    )
     return {
         "naive, masked": (lambda x: naive(x, mask), [x]),
         "naive, masked, compiled": (lambda x: fused_naive(x, mask), [x]),
@@ -77,15 +95,21 @@ def cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> dict[str, 
         "three calls of CMD": (lambda a, b, c: [cmd(a, b) + cmd(a, c) + cmd(b, c)], flat),
         "moment loss of three pairs": (lambda *flat: [three_pairs(list(flat))], flat),
         "Deep CORAL": (lambda a: [coral(a, flat[1].detach())], flat[:1]),
-        "covariance loss": (lambda a: [statistical_loss(a, flat[1], moments=["covariance"])], flat[:1]),
+        "covariance loss": (
+            lambda a: [statistical_loss(a, flat[1], moments=["covariance"])],
+            flat[:1],
+        ),
     }
 
 
-def runs(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+def runs(
+    function: Callable, inputs: list[Tensor]
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward without a graph, and forward with backward."""
     plain = [x.detach() for x in inputs]
     gradients = [
-        torch.linspace(-1, 1, max(1, out.numel()), device=out.device).reshape(out.shape) for out in function(*plain)
+        torch.linspace(-1, 1, max(1, out.numel()), device=out.device).reshape(out.shape)
+        for out in function(*plain)
     ]
 
     def forward() -> object:
@@ -93,7 +117,9 @@ def runs(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], object]
 
     def both() -> object:
         out = function(*inputs)
-        return torch.autograd.grad(out, inputs, [g.to(o.dtype) for g, o in zip(gradients, out, strict=True)])
+        return torch.autograd.grad(
+            out, inputs, [g.to(o.dtype) for g, o in zip(gradients, out, strict=True)]
+        )
 
     return forward, both
 
@@ -122,7 +148,9 @@ def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds
         kernels = tuple(map(in_triton, chosen["moments, masked"]))
         try:
             kernels[1]()
-        except Exception as error:  # they have never run there, and the others are to be measured all the same
+        except (
+            Exception
+        ) as error:  # they have never run there, and the others are to be measured all the same
             found["cases"][TRITON] = {"error": f"{type(error).__name__}: {error}"}
         else:
             chosen[TRITON], rivals[0] = kernels, (*RIVALS[0], TRITON)
@@ -155,7 +183,9 @@ def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds
 
 def accuracy(device: str) -> dict:
     """Largest relative error over 64 skewed float32 features of standard deviation 1, against float64."""
-    noise = torch.randn(2, 3200, 64, generator=torch.Generator().manual_seed(0)).square().sum(0).div(2)
+    noise = (
+        torch.randn(2, 3200, 64, generator=torch.Generator().manual_seed(0)).square().sum(0).div(2)
+    )
     found = {}
     for offset in OFFSETS:
         x = (noise + offset).to(device)
@@ -165,12 +195,19 @@ def accuracy(device: str) -> dict:
         two_pass = centred.square().mean(0), centred.pow(3).mean(0), centred.pow(4).mean(0)
         rows = {
             "gradbalance": moments(x, order=4)[2:],
-            "two passes": (two_pass[0], two_pass[1] / two_pass[0] ** 1.5, two_pass[2] / two_pass[0] ** 2),
+            "two passes": (
+                two_pass[0],
+                two_pass[1] / two_pass[0] ** 1.5,
+                two_pass[2] / two_pass[0] ** 2,
+            ),
             "torch.var_mean": (torch.var_mean(x, 0, correction=0)[0],),
             "raw sums": (raw,),
         }
         found[f"{offset:g}"] = {
-            name: [float(((value - best) / best).abs().max()) for value, best in zip(values, exact[2:], strict=False)]
+            name: [
+                float(((value - best) / best).abs().max())
+                for value, best in zip(values, exact[2:], strict=False)
+            ]
             for name, values in rows.items()
         }
     return found

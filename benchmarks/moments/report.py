@@ -45,17 +45,25 @@ def report(found: dict, gpu: dict) -> str:
         pair = f"{name} / {rival}"
         allowed = ["none" if target is None else target for target in targets]
         on_gpu = cell(gpu, ("moments", "sizes"), partial(_medians, pair))
-        cells = [text(size["ratios"][pair]) if pair in size["ratios"] else None for size in sizes.values()]
+        cells = [
+            text(size["ratios"][pair]) if pair in size["ratios"] else None
+            for size in sizes.values()
+        ]
         rows.append([pair, allowed[0], *cells, allowed[1], on_gpu])
     for title, key, on_gpu_allowed in (
         ("forward", "peak_forward", "0.10"),
         ("forward + backward", "peak_both", "1.10"),
     ):
         for name in ("moments, masked", "moments, masked, compiled", TRITON):
-            cells = [f"{size['cases'][name][key]:.2f}" if name in size["cases"] else None for size in sizes.values()]
+            cells = [
+                f"{size['cases'][name][key]:.2f}" if name in size["cases"] else None
+                for size in sizes.values()
+            ]
             on_gpu = cell(gpu, ("moments", "sizes", LARGEST, "cases", name, key), "{:.2f}".format)
             label = f"peak memory / input, {title}: {name}"
-            rows.append([label, "none", *cells, on_gpu_allowed if name == TRITON else "none", on_gpu])
+            rows.append(
+                [label, "none", *cells, on_gpu_allowed if name == TRITON else "none", on_gpu]
+            )
     blank, at = [""] * (len(sizes) + 1), ("moments", "sizes", LARGEST)
     rows += [
         [
@@ -64,18 +72,35 @@ def report(found: dict, gpu: dict) -> str:
             "2 / 1",
             cell(gpu, (*at, "cases", TRITON), _launches),
         ],
-        ["bandwidth / device copy, Triton", *blank, "≥ 0.80", cell(gpu, (*at, "bandwidth / copy"), "{:.2f}".format)],
+        [
+            "bandwidth / device copy, Triton",
+            *blank,
+            "≥ 0.80",
+            cell(gpu, (*at, "bandwidth / copy"), "{:.2f}".format),
+        ],
     ]
     lines += table(["", "CPU target", *sizes, "GPU target", "GPU"], rows)
-    lines += ["Milliseconds, median, forward / forward + backward (peak extra memory in units of the input):", ""]
+    lines += [
+        "Milliseconds, median, forward / forward + backward (peak extra memory in units of the input):",
+        "",
+    ]
     names = next(iter(sizes.values()))["cases"]
-    lines += table(["", *sizes], [[name, *(_times(size["cases"][name]) for size in sizes.values())] for name in names])
+    lines += table(
+        ["", *sizes],
+        [[name, *(_times(size["cases"][name]) for size in sizes.values())] for name in names],
+    )
     lines += [
         "Largest relative error in float32 (variance, skewness, kurtosis) at an offset of so many standard deviations:",
         "",
     ]
     rows = [
-        [name, *(", ".join(f"{error:.0e}" for error in errors[name]) for errors in found["accuracy"].values())]
+        [
+            name,
+            *(
+                ", ".join(f"{error:.0e}" for error in errors[name])
+                for errors in found["accuracy"].values()
+            ),
+        ]
         for name in found["accuracy"]["0"]
     ]
     return "\n".join(lines + table(["", *found["accuracy"]], rows))
@@ -102,7 +127,9 @@ def plot(found: dict, names: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found["sizes"]), figsize=(11, 3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(found["sizes"]), figsize=(11, 3), sharey=True, layout="constrained"
+    )
     for axis, (shape, size) in zip(axes, found["sizes"].items(), strict=True):
         unit = size["cases"]["naive, masked"]["both_ms"][1]
         for position, name in enumerate(names):

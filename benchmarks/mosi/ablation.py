@@ -64,16 +64,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.ablation", description=__doc__)
     parser.add_argument("--data", default="auto", help="as for python -m examples.mosi")
     parser.add_argument("--split", default="standard", choices=("standard", "poria"))
-    parser.add_argument("--text", default="frozen", choices=STUDIES, help="which study: see STUDIES in this file")
-    parser.add_argument("--text-encoder", default=argparse.SUPPRESS, help="another encoder than that of the study")
+    parser.add_argument(
+        "--text", default="frozen", choices=STUDIES, help="which study: see STUDIES in this file"
+    )
+    parser.add_argument(
+        "--text-encoder", default=argparse.SUPPRESS, help="another encoder than that of the study"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rows", nargs="+", default=[], help="names of rows, such as A0 A6; default: all")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], help="names of rows, such as A0 A6; default: all"
+    )
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to this, this left out")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--out", type=Path, help="where the lines are appended (default: in results)")
-    parser.add_argument("--settings", type=Path, help="the record of --search (default: results/search-<text>.json)")
-    parser.add_argument("--search", type=int, metavar="TRIALS", help="tune baseline and full model, then end")
-    parser.add_argument("--smoke", action="store_true", help="2 rows, 2 seeds, simulated data, nothing left behind")
+    parser.add_argument(
+        "--out", type=Path, help="where the lines are appended (default: in results)"
+    )
+    parser.add_argument(
+        "--settings", type=Path, help="the record of --search (default: results/search-<text>.json)"
+    )
+    parser.add_argument(
+        "--search", type=int, metavar="TRIALS", help="tune baseline and full model, then end"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="2 rows, 2 seeds, simulated data, nothing left behind"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.smoke:
@@ -81,7 +95,9 @@ def main() -> None:
             smoke(Path(folder) / "lines.jsonl", options.workers)
         return
     record = options.settings or RESULTS / f"search-{options.text}.json"
-    common = STUDIES[options.text] | {name: getattr(options, name) for name in ("data", "split", "device")}
+    common = STUDIES[options.text] | {
+        name: getattr(options, name) for name in ("data", "split", "device")
+    }
     common |= {"text_encoder": options.text_encoder} if "text_encoder" in options else {}
     dataset = prepare(Config(**common))  # also fills the cache of states before any worker reads it
     print(dataset.corpus.banner)
@@ -90,11 +106,15 @@ def main() -> None:
         search(rows, partial(train, dataset=dataset), record, options.search, common)
         return
     if unknown := set(options.rows) - rows.keys():
-        raise SystemExit(f"`rows` must be among {list(rows)}. Got {sorted(unknown)}. Choose others.")
+        raise SystemExit(
+            f"`rows` must be among {list(rows)}. Got {sorted(unknown)}. Choose others."
+        )
     tuned = json.loads(record.read_text())["best"] if record.is_file() else {}
     names = options.rows or list(rows)
     jobs = [
-        Job(name, config(rows[name], tuned, **common, seed=seed)) for seed in range(options.seeds) for name in names
+        Job(name, config(rows[name], tuned, **common, seed=seed))
+        for seed in range(options.seeds)
+        for name in names
     ]
     name = f"{options.split}-{Path(jobs[0].config.text_encoder).name}-{options.text}.jsonl"
     out = options.out or RESULTS / name
@@ -106,10 +126,16 @@ def smoke(out: Path, workers: int) -> None:
     data = "simulated:8"
     rows = study(tuple(load(data).features))
     common = {"data": data, "epochs": 2, "text": "frozen"}
-    jobs = [Job(name, config(rows[name], {}, **common, seed=seed)) for seed in (0, 1) for name in ("A0", "A6")]
+    jobs = [
+        Job(name, config(rows[name], {}, **common, seed=seed))
+        for seed in (0, 1)
+        for name in ("A0", "A6")
+    ]
     run(jobs, out, workers)
     for line in read(out):
-        print(f"{line['row']} seed {line['seed']}: {line['data']} data, MAE {line['mae']:.3f}, {line['seconds']:.1f} s")
+        print(
+            f"{line['row']} seed {line['seed']}: {line['data']} data, MAE {line['mae']:.3f}, {line['seconds']:.1f} s"
+        )
 
 
 def run(jobs: list[Job], out: Path, workers: int) -> None:
@@ -164,12 +190,18 @@ def work(job: Job) -> dict[str, Any]:
     started = time.perf_counter(), time.process_time()
     own = job.config
     text = [getattr(own, name) for name in TEXT]
-    result = train(own, dataset_of(own.data, own.split, "noise" in own.modalities, *text), also=diagnostics)
+    result = train(
+        own, dataset_of(own.data, own.split, "noise" in own.modalities, *text), also=diagnostics
+    )
     history = [
-        {"valid_mae": line["valid"]["mae"], "train_task": line["train"]["task"]} | line.get("balance", {})
+        {"valid_mae": line["valid"]["mae"], "train_task": line["train"]["task"]}
+        | line.get("balance", {})
         for line in result.pop("history")
     ]
-    seconds = {"seconds": time.perf_counter() - started[0], "cpu_seconds": time.process_time() - started[1]}
+    seconds = {
+        "seconds": time.perf_counter() - started[0],
+        "cpu_seconds": time.process_time() - started[1],
+    }
     encoder = {name: getattr(own, name) for name in (*TEXT[:3], "precision")} | {
         "text_encoder": Path(own.text_encoder).name
     }
@@ -218,7 +250,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The whole lines; one that is being written is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [
+        json.loads(line)
+        for line in path.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,15 @@ from benchmarks._statistics import interval as student
 Line = dict[str, Any]
 Runs = dict[str, dict[int, Line]]  # row -> seed -> line
 BASELINE, FULL, TEXT = "A0", "A6", "T"
-LOSSES, DEFAULT, NOISE, NOISE_DEFAULT = "C2", "L", "NC2", "N"  # AME+SL, without and with the default rule
-IMBALANCED = 2.0  # times the mean of the other norms: from here on the verdict calls norms imbalanced
+LOSSES, DEFAULT, NOISE, NOISE_DEFAULT = (
+    "C2",
+    "L",
+    "NC2",
+    "N",
+)  # AME+SL, without and with the default rule
+IMBALANCED = (
+    2.0  # times the mean of the other norms: from here on the verdict calls norms imbalanced
+)
 
 
 class Difference(NamedTuple):
@@ -49,7 +56,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return (mean - half, mean + half) if np.isfinite(half) else (-np.inf, np.inf)
 
 
-def difference(one: dict[int, Line], other: dict[int, Line], value: Callable[[Line], float]) -> Difference:
+def difference(
+    one: dict[int, Line], other: dict[int, Line], value: Callable[[Line], float]
+) -> Difference:
     """`one` minus `other` over the seeds that both have."""
     from scipy.stats import wilcoxon
 
@@ -99,10 +108,20 @@ def modalities(runs: Runs) -> dict[str, str]:
 def verdict(runs: Runs, constant_mae: float) -> list[str]:
     """The answers to the questions of the study, from the numbers alone; one that lacks its rows says so."""
     if BASELINE in runs and FULL in runs:
-        answers = [balance_verdict(runs[BASELINE], runs[FULL]), accuracy_verdict(runs[BASELINE], runs[FULL])]
+        answers = [
+            balance_verdict(runs[BASELINE], runs[FULL]),
+            accuracy_verdict(runs[BASELINE], runs[FULL]),
+        ]
     else:
-        answers = [f"Of norms and of full against baseline: no verdict, it needs rows {BASELINE} and {FULL}."]
-    return [*answers, collapse_verdict(runs, constant_mae), *rest_verdict(runs), *pairs_verdict(runs)]
+        answers = [
+            f"Of norms and of full against baseline: no verdict, it needs rows {BASELINE} and {FULL}."
+        ]
+    return [
+        *answers,
+        collapse_verdict(runs, constant_mae),
+        *rest_verdict(runs),
+        *pairs_verdict(runs),
+    ]
 
 
 def balance_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
@@ -131,12 +150,16 @@ def accuracy_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
         f"Is the final accuracy distinguishable from the baseline's? Full minus baseline over {seeds} paired seeds: "
         + "; ".join(parts)
         + "."
-        + f" So few seeds cannot bring p below {2 / 2**seeds:.3g}: an effect is not ruled out." * (seeds < 6)
+        + f" So few seeds cannot bring p below {2 / 2**seeds:.3g}: an effect is not ruled out."
+        * (seeds < 6)
     )
 
 
 def collapse_verdict(runs: Runs, constant_mae: float) -> str:
-    falls = {row: sum(collapsed(line, constant_mae) for line in own.values()) for row, own in runs.items()}
+    falls = {
+        row: sum(collapsed(line, constant_mae) for line in own.values())
+        for row, own in runs.items()
+    }
     fallen = [f"{row} ({count} of {len(runs[row])})" for row, count in falls.items() if count]
     return f"Does a row collapse? Runs that did: {', '.join(fallen) or 'none in any row'}."
 
@@ -147,9 +170,17 @@ def rest_verdict(runs: Runs) -> list[str]:
     for reference, title in ((TEXT, "text alone"), (BASELINE, "the baseline")):
         if reference not in runs:
             continue
-        others = {row: difference(own, runs[reference], metric("mae")) for row, own in runs.items() if row != reference}
+        others = {
+            row: difference(own, runs[reference], metric("mae"))
+            for row, own in runs.items()
+            if row != reference
+        }
         better, worse = (
-            [f"{row} ({gap.mean:+.3f})" for row, gap in others.items() if gap.distinguishable and sign * gap.mean < 0]
+            [
+                f"{row} ({gap.mean:+.3f})"
+                for row, gap in others.items()
+                if gap.distinguishable and sign * gap.mean < 0
+            ]
             for sign in (1, -1)
         )
         answers.append(

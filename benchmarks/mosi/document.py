@@ -80,7 +80,9 @@ def _html(block: Block) -> str:
             return f"<p>{_inline(text)}</p>"
         case Table(head, rows):
             body = "\n".join(_row(row, "td") for row in rows)
-            return f"<table>\n<thead>{_row(head, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+            return (
+                f"<table>\n<thead>{_row(head, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+            )
         case Image(path, caption):
             data = base64.b64encode(path.read_bytes()).decode()
             alt = html.escape(caption)

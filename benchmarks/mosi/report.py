@@ -12,7 +12,16 @@ from benchmarks.mosi.compare import BASELINE, TEXT, by_row, verdict
 from benchmarks.mosi.document import Block, Heading, Image, Paragraph, Table, markdown, page
 from benchmarks.mosi.figures import draw
 from benchmarks.mosi.rows import study
-from benchmarks.mosi.tables import at_mean, beside, differences, gradients, potentials, published, results, trained
+from benchmarks.mosi.tables import (
+    at_mean,
+    beside,
+    differences,
+    gradients,
+    potentials,
+    published,
+    results,
+    trained,
+)
 from examples.mosi.data import Corpus, load
 from examples.mosi.run import write_text
 
@@ -22,13 +31,19 @@ DEFAULT = RESULTS / "standard-all-mpnet-base-v2-top.jsonl"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mosi.report", description=__doc__)
     parser.add_argument("lines", type=Path, nargs="?", default=DEFAULT, help="those of the study")
-    parser.add_argument("--data", default="auto", help="for the statistics of the data, where none are kept beside")
+    parser.add_argument(
+        "--data", default="auto", help="for the statistics of the data, where none are kept beside"
+    )
     options = parser.parse_args()
     lines = read(options.lines)
     if not lines:
-        raise SystemExit(f"`lines` must hold runs. Got none in {options.lines}. Run python -m benchmarks.mosi.ablation")
+        raise SystemExit(
+            f"`lines` must hold runs. Got none in {options.lines}. Run python -m benchmarks.mosi.ablation"
+        )
     if len(banners := {line["banner"] for line in lines}) > 1:
-        raise SystemExit(f"`lines` must be of one data set and split. Got {sorted(banners)}. Give one study's file.")
+        raise SystemExit(
+            f"`lines` must be of one data set and split. Got {sorted(banners)}. Give one study's file."
+        )
     facts = statistics(options.lines.with_suffix(".data.json"), options.data, lines[0])
     blocks = report(lines, facts, options.lines)
     for suffix, text in ((".md", markdown(blocks)), (".html", page(blocks[0].text, blocks))):
@@ -41,7 +56,9 @@ def statistics(path: Path, data: str, line: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         corpus = load(data, line["settings"]["split"])
         if corpus.banner != line["banner"]:
-            raise SystemExit(f"`data` must be that of the lines: {line['banner']} Got {corpus.banner} Give its place.")
+            raise SystemExit(
+                f"`data` must be that of the lines: {line['banner']} Got {corpus.banner} Give its place."
+            )
         write_text(path, json.dumps(counted(corpus), indent=1) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -62,7 +79,9 @@ def counted(corpus: Corpus) -> dict[str, Any]:
             "words (most)": max(words),
         }
     test = corpus.labels[corpus.split["test"]]
-    features = {name: [feature.rows.shape[1], feature.per] for name, feature in corpus.features.items()}
+    features = {
+        name: [feature.rows.shape[1], feature.per] for name, feature in corpus.features.items()
+    }
     return {"parts": parts, "features": features, "constant_mae": float((test - mean).abs().mean())}
 
 
@@ -85,10 +104,13 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Heading("Verdict"),
         *map(Paragraph, verdict(runs, facts["constant_mae"])),
         Heading("Results"),
-        Paragraph("Mean ± standard deviation over the seeds, and the 95 % interval of the mean MAE."),
+        Paragraph(
+            "Mean ± standard deviation over the seeds, and the 95 % interval of the mean MAE."
+        ),
         results(runs, rows),
         Image(
-            images["rows"], "Every seed (grey), mean and 95 % interval of each row; a modality alone may lie outside."
+            images["rows"],
+            "Every seed (grey), mean and 95 % interval of each row; a modality alone may lie outside.",
         ),
         *(
             block
@@ -106,7 +128,9 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         ),
         *at_mean(runs, rows),
         Heading("The paper's rows beside ours"),
-        Paragraph("The paper's are one run each, with another encoder and other features: only the signs compare."),
+        Paragraph(
+            "The paper's are one run each, with another encoder and other features: only the signs compare."
+        ),
         beside(runs, rows),
         Heading("Published results beside ours"),
         published(runs, lines[0]["settings"]["text_encoder"], singles),
@@ -118,7 +142,10 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         gradients(runs, rows),
         Image(images["norms"], "Gradient norm of each encoder, mean over an epoch."),
         Image(images["dominance"], "Largest norm over the mean of the others, median of an epoch."),
-        Image(images["conflicts"], "Share of the steps in which a modality was in conflict with another."),
+        Image(
+            images["conflicts"],
+            "Share of the steps in which a modality was in conflict with another.",
+        ),
         Image(images["coefficients"], "Coefficients over all steps and seeds."),
         Heading("What joint training leaves of each encoder"),
         Paragraph(
@@ -131,13 +158,22 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Table(
             ["part", *next(iter(facts["parts"].values()))],
             [
-                [part, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values.values())]
+                [
+                    part,
+                    *(
+                        f"{value:.3g}" if isinstance(value, float) else str(value)
+                        for value in values.values()
+                    ),
+                ]
                 for part, values in facts["parts"].items()
             ],
         ),
         Paragraph(
             "Features: "
-            + "; ".join(f"{n} {width} (one vector for each {per})" for n, (width, per) in facts["features"].items())
+            + "; ".join(
+                f"{n} {width} (one vector for each {per})"
+                for n, (width, per) in facts["features"].items()
+            )
             + "."
         ),
     ]

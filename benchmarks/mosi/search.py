@@ -12,7 +12,13 @@ SEARCH = {"epochs": 10}
 MODELS = {"baseline": "A0", "full": "A6"}
 
 
-def search(rows: dict[str, Row], train: Callable[..., dict], path: Path, trials: int, common: dict[str, Any]) -> None:
+def search(
+    rows: dict[str, Row],
+    train: Callable[..., dict],
+    path: Path,
+    trials: int,
+    common: dict[str, Any],
+) -> None:
     """Writes to `path` every trial and, of each model, the settings with the best validation MAE (seed 0).
 
     The first trial of each model is that of the settings before any tuning; test metrics are not looked at.
@@ -29,9 +35,19 @@ def search(rows: dict[str, Row], train: Callable[..., dict], path: Path, trials:
             print(f"{row.title}: validation MAE {value:.3f} with {trial.params}", flush=True)
             return value
 
-        tries = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=trials))
+        tries = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=trials)
+        )
         tries.enqueue_trial(
-            {"lr": 2e-3, "dropout": 0.3, "beta": 1.0, "uni": 0.1, "recon": 0.1, "div": 0.01, "stat": 0.1}
+            {
+                "lr": 2e-3,
+                "dropout": 0.3,
+                "beta": 1.0,
+                "uni": 0.1,
+                "recon": 0.1,
+                "div": 0.01,
+                "stat": 0.1,
+            }
         )
         tries.optimize(objective, trials)
         record["best"][model] = tries.best_params

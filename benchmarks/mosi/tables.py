@@ -48,8 +48,12 @@ def results(runs: Runs, rows: dict) -> Table:
     for name, own in runs.items():
         values = {key: np.array([line[key] for line in own.values()]) for key in METRICS}
         low, high = interval(values["mae"])
-        cells = [f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.values()]
-        lines.append([name, rows[name].title, str(len(own)), cells[0], bounds(low, high), *cells[1:]])
+        cells = [
+            f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.values()
+        ]
+        lines.append(
+            [name, rows[name].title, str(len(own)), cells[0], bounds(low, high), *cells[1:]]
+        )
     return Table(["row", "", "seeds", "MAE", "95 % interval", *list(METRICS.values())[1:]], lines)
 
 
@@ -76,7 +80,9 @@ def at_mean(runs: Runs, rows: dict) -> list[Block]:
         "AME trains on noisy latents. The same models, evaluated at the mean latent, as this study once was, and by "
         "the mean of their predictions over draws of the noise."
     )
-    return [Heading("What the evaluation does"), Paragraph(told), Table(head, lines)] if lines else []
+    return (
+        [Heading("What the evaluation does"), Paragraph(told), Table(head, lines)] if lines else []
+    )
 
 
 def differences(runs: Runs, rows: dict, constant: float, reference: str) -> Table:
@@ -87,7 +93,14 @@ def differences(runs: Runs, rows: dict, constant: float, reference: str) -> Tabl
         for key in ("mae", "corr", "acc2_nonzero"):
             gap = difference(own, runs[reference], metric(key))
             cells += [gap.told(), f"{gap.p:.3f}"]
-        lines.append([name, rows[name].title, *(["–"] * 6 if name == reference else cells), f"{falls} of {len(own)}"])
+        lines.append(
+            [
+                name,
+                rows[name].title,
+                *(["–"] * 6 if name == reference else cells),
+                f"{falls} of {len(own)}",
+            ]
+        )
     return Table(["row", "", "MAE", "p", "Corr", "p", "Acc-2", "p", "collapsed"], lines)
 
 
@@ -96,9 +109,19 @@ def beside(runs: Runs, rows: dict) -> Table:
     for name, row in rows.items():
         if row.published and name in runs:
             acc, f1, mae, corr = row.published
-            ours = [mean_over(runs[name], metric(key)) for key in ("acc2_nonzero", "f1_nonzero", "mae", "corr")]
-            cells = [f"{100 * ours[0]:.2f}", f"{100 * ours[1]:.2f}", f"{ours[2]:.4f}", f"{ours[3]:.4f}"]
-            lines.append([name, row.title, f"{acc:.2f}", f"{f1:.2f}", f"{mae:.4f}", f"{corr:.4f}", *cells])
+            ours = [
+                mean_over(runs[name], metric(key))
+                for key in ("acc2_nonzero", "f1_nonzero", "mae", "corr")
+            ]
+            cells = [
+                f"{100 * ours[0]:.2f}",
+                f"{100 * ours[1]:.2f}",
+                f"{ours[2]:.4f}",
+                f"{ours[3]:.4f}",
+            ]
+            lines.append(
+                [name, row.title, f"{acc:.2f}", f"{f1:.2f}", f"{mae:.4f}", f"{corr:.4f}", *cells]
+            )
     ours = [f"our {title}" for title in ("Acc-2", "F1", "MAE", "Corr")]
     return Table(["row", "", "paper Acc-2", "F1", "MAE", "Corr", *ours], lines)
 
@@ -110,7 +133,9 @@ def published(runs: Runs, encoder: str, singles: tuple[str, ...]) -> Table:
     ]
     for name in (TEXT, BASELINE, FULL, LOSSES, DEFAULT):
         if name in runs:
-            acc, mae, corr = (mean_over(runs[name], metric(key)) for key in ("acc2_nonzero", "mae", "corr"))
+            acc, mae, corr = (
+                mean_over(runs[name], metric(key)) for key in ("acc2_nonzero", "mae", "corr")
+            )
             cells = [f"{100 * acc:.2f}", f"{mae:.3f}", f"{corr:.3f}"]
             how = trained(next(iter(runs[name].values()))["settings"])
             lines.append([f"ours, {name}", f"{encoder}, {how}", ", ".join(singles), *cells])
@@ -118,16 +143,37 @@ def published(runs: Runs, encoder: str, singles: tuple[str, ...]) -> Table:
 
 
 def gradients(runs: Runs, rows: dict) -> Table:
-    balanced = {name: own for name, own in runs.items() if "norms" in next(iter(own.values()))["history"][0]}
+    balanced = {
+        name: own for name, own in runs.items() if "norms" in next(iter(own.values()))["history"][0]
+    }
     firsts = [next(iter(own.values()))["history"][0]["norms"] for own in balanced.values()]
     names = list(dict.fromkeys(name for norms in firsts for name in norms))
-    keys = {"norms": "norm", "coherences": "coherence", "coefficients": "coefficient", "conflicts": "in conflict"}
+    keys = {
+        "norms": "norm",
+        "coherences": "coherence",
+        "coefficients": "coefficient",
+        "conflicts": "in conflict",
+    }
     paths = [(key, name) for key in keys for name in names] + [("dominance",), ("dominance_after",)]
-    head = ["row", "", *(f"{title}: {name}" for title in keys.values() for name in names), "dominance before", "after"]
+    head = [
+        "row",
+        "",
+        *(f"{title}: {name}" for title in keys.values() for name in names),
+        "dominance before",
+        "after",
+    ]
     lines = []
     for row, own in balanced.items():
-        values = [mean_over(own, lambda line, path=path: over_epochs(line, *path)) for path in paths]
-        lines.append([row, rows[row].title, *("–" if np.isnan(value) else f"{value:.3g}" for value in values)])
+        values = [
+            mean_over(own, lambda line, path=path: over_epochs(line, *path)) for path in paths
+        ]
+        lines.append(
+            [
+                row,
+                rows[row].title,
+                *("–" if np.isnan(value) else f"{value:.3g}" for value in values),
+            ]
+        )
     return Table(head, lines)
 
 
@@ -135,7 +181,12 @@ def potentials(runs: Runs) -> Table:
     lines = []
     for name, single in modalities(runs).items():
         three = (single, BASELINE, FULL)
-        cells = [f"{mean_over(runs[row], probe(name)):.3f}" if row in runs else "–" for row in three]
-        gaps = [difference(runs[BASELINE], runs.get(other, {}), probe(name)).told() for other in (single, FULL)]
+        cells = [
+            f"{mean_over(runs[row], probe(name)):.3f}" if row in runs else "–" for row in three
+        ]
+        gaps = [
+            difference(runs[BASELINE], runs.get(other, {}), probe(name)).told()
+            for other in (single, FULL)
+        ]
         lines.append([name, *cells, *gaps])
     return Table(["encoder", "alone", BASELINE, FULL, "lost", "given back"], lines)

@@ -12,12 +12,19 @@ from benchmarks.overhead.report import JSON, plot, report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"measure these again: {', '.join(measurements())}; default all")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing written")
+    parser.add_argument(
+        "parts", nargs="*", help=f"measure these again: {', '.join(measurements())}; default all"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, few rounds, nothing written"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     calls = measurements("cpu", arguments.quick)
-    measured = {"environment": environment("cpu"), **{part: calls[part]() for part in arguments.parts or calls}}
+    measured = {
+        "environment": environment("cpu"),
+        **{part: calls[part]() for part in arguments.parts or calls},
+    }
     if arguments.parts:
         measured = {**json.loads(JSON.read_text()), **measured}
     shown = report(measured, gpu_results())

@@ -26,7 +26,10 @@ def measure_fsdp2(rounds: int = 15) -> dict:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        workers = [context.Process(target=_work, args=(rank, folder, rounds, sender)) for rank in range(RANKS)]
+        workers = [
+            context.Process(target=_work, args=(rank, folder, rounds, sender))
+            for rank in range(RANKS)
+        ]
         for worker in workers:
             worker.start()
         sender.close()  # else a worker that fails would leave this end waiting
@@ -51,7 +54,9 @@ def _work(rank: int, folder: str, rounds: int, sender: Any) -> None:
 
     def step(optimizer: torch.optim.Optimizer, clip: bool = False) -> None:
         first = next(model.parameters())
-        first.grad = first.grad.detach()  # else a second step with the same gradients would do nothing
+        first.grad = (
+            first.grad.detach()
+        )  # else a second step with the same gradients would do nothing
         if clip:
             clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
@@ -66,7 +71,9 @@ def _work(rank: int, folder: str, rounds: int, sender: Any) -> None:
         for max_norm in (None, MAX_NORM):
             balanced = adamw()
             attach(balanced, model.groups(), apply_to=mode, max_norm=max_norm)
-            calls[f"{mode} + max_norm" if max_norm else mode] = lambda optimizer=balanced: step(optimizer)
+            calls[f"{mode} + max_norm" if max_norm else mode] = lambda optimizer=balanced: step(
+                optimizer
+            )
     counts = {}
     for name, call in calls.items():
         call()

@@ -16,7 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._timing import Call, interleaved, peak_memory, quartiles, ratios
 from benchmarks.overhead.fsdp2 import measure_fsdp2
-from benchmarks.overhead.rivals import MAX_NORM, Branches, Groups, NoStep, clipping, with_own_backward
+from benchmarks.overhead.rivals import (
+    MAX_NORM,
+    Branches,
+    Groups,
+    NoStep,
+    clipping,
+    with_own_backward,
+)
 from benchmarks.overhead.small import measure_small
 from gradbalance import attach
 from gradbalance.rules import Measured
@@ -91,14 +98,23 @@ def renewal(groups: Groups) -> Call:
     return renew
 
 
-def measure_operations(n_groups: int, n_tensors: int, numel: int, device: str, rounds: int, rivals: bool) -> dict:
+def measure_operations(
+    n_groups: int, n_tensors: int, numel: int, device: str, rounds: int, rivals: bool
+) -> dict:
     """The penalty alone beside clipping, and beside the time in which the same bytes can be read and written."""
     groups = with_gradients(n_groups, n_tensors, numel, device)
     others = clipping(groups)
-    calls = {CLIP: others[CLIP], **{name: penalty(groups, options) for name, options in MODES.items()}}
+    calls = {
+        CLIP: others[CLIP],
+        **{name: penalty(groups, options) for name, options in MODES.items()},
+    }
     calls |= others if rivals else {}
     source = torch.randn(n_tensors * numel, device=device) if rivals else torch.empty(0)
-    calls |= {"copy": partial(torch.empty_like(source).copy_, source), IN_PLACE: source.neg_} if rivals else {}
+    calls |= (
+        {"copy": partial(torch.empty_like(source).copy_, source), IN_PLACE: source.neg_}
+        if rivals
+        else {}
+    )
     renew = renewal(groups)
     times = interleaved(calls, rounds, device, prepare=renew)
     found: dict = {
@@ -113,8 +129,12 @@ def measure_operations(n_groups: int, n_tensors: int, numel: int, device: str, r
         scaled = (n_groups - 1) / n_groups if device == "cpu" else 1.0
         floors = {CLIP: 1.5, "update": 0.5, "gradient": 0.5 + scaled}
         floors |= {"update + max_norm": 1.5, "gradient + max_norm": 1.5}
-        found["gb_per_s"] = {name: 8e-9 * len(source) / float(times[name].median()) for name in ("copy", IN_PLACE)}
-        found["over_floor"] = {name: quartiles(times[name] / times[IN_PLACE] / f) for name, f in floors.items()}
+        found["gb_per_s"] = {
+            name: 8e-9 * len(source) / float(times[name].median()) for name in ("copy", IN_PLACE)
+        }
+        found["over_floor"] = {
+            name: quartiles(times[name] / times[IN_PLACE] / f) for name, f in floors.items()
+        }
         found["peak_bytes"] = {}
         for name in (CLIP, *MODES):
             renew()
@@ -122,7 +142,9 @@ def measure_operations(n_groups: int, n_tensors: int, numel: int, device: str, r
     return found
 
 
-def measure_step(kind: str, size: int, optimizer: str, device: str, rounds: int, rivals: bool) -> dict:
+def measure_step(
+    kind: str, size: int, optimizer: str, device: str, rounds: int, rivals: bool
+) -> dict:
     """A whole training step: forward, backward, balance, update. All share the model and the optimizer's state."""
     torch.manual_seed(0)
     model = Branches(kind, size).move(device)
@@ -133,7 +155,9 @@ def measure_step(kind: str, size: int, optimizer: str, device: str, rounds: int,
         other.state = plain.state
         return other
 
-    def whole(optimizer: torch.optim.Optimizer, act: Call | None = None, backward: Call | None = None) -> None:
+    def whole(
+        optimizer: torch.optim.Optimizer, act: Call | None = None, backward: Call | None = None
+    ) -> None:
         optimizer.zero_grad()
         if backward is None:
             model().backward()
@@ -187,13 +211,22 @@ def measure_profile(device: str, steps: int = 100) -> list[dict]:
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             step()
         for event in trace.events():
-            durations.setdefault(event.name.removeprefix("aten::"), []).append(event.self_cpu_time_total)
+            durations.setdefault(event.name.removeprefix("aten::"), []).append(
+                event.self_cpu_time_total
+            )
     rows = [
         # The median, since what else runs on the machine interrupts a few.
-        {"operator": name, "calls": len(us) / steps, "us": float(torch.tensor(us).median()) * len(us) / steps}
+        {
+            "operator": name,
+            "calls": len(us) / steps,
+            "us": float(torch.tensor(us).median()) * len(us) / steps,
+        }
         for name, us in durations.items()
     ]
-    return [{"operator": "whole", "calls": 1, "us": 1e6 * float(whole)}, *sorted(rows, key=lambda r: -r["us"])]
+    return [
+        {"operator": "whole", "calls": 1, "us": 1e6 * float(whole)},
+        *sorted(rows, key=lambda r: -r["us"]),
+    ]
 
 
 def curves(largest: int) -> dict[str, list[tuple[int, int, int]]]:

@@ -68,17 +68,37 @@ def report(found: dict, gpu: dict) -> str:
     rows = []
     for name, ratio in operations["ratios"].items():
         over, peak = operations["over_floor"].get(name), operations["peak_bytes"].get(name)
-        rows.append([name, text(ratio), text(over) if over else "", f"{peak / 1e3:.0f} kB" if peak is not None else ""])
+        rows.append(
+            [
+                name,
+                text(ratio),
+                text(over) if over else "",
+                f"{peak / 1e3:.0f} kB" if peak is not None else "",
+            ]
+        )
     lines += table(["", "× `clip_grad_norm_`", "× floor", "peak extra memory"], rows)
     lines += ["## Scaling", "", "Time of a step against `clip_grad_norm_` on the same tensors.", ""]
-    names = [name for name in operations["ratios"] if name in found["curves"]["tensors"][0]["ratios"] and name != CLIP]
+    names = [
+        name
+        for name in operations["ratios"]
+        if name in found["curves"]["tensors"][0]["ratios"] and name != CLIP
+    ]
     for title, points in found["curves"].items():
         rows = [
-            [f"{p['parameters']:,}", f"{p['tensors']:,}", str(p["groups"]), f"{p['clip_ms'][1]:.3g}"]
+            [
+                f"{p['parameters']:,}",
+                f"{p['tensors']:,}",
+                str(p["groups"]),
+                f"{p['clip_ms'][1]:.3g}",
+            ]
             + [text(p["ratios"][name]) for name in names]
             for p in points
         ]
-        lines += [f"### {title}", "", *table(["parameters", "tensors", "groups", "clip, ms", *names], rows)]
+        lines += [
+            f"### {title}",
+            "",
+            *table(["parameters", "tensors", "groups", "clip, ms", *names], rows),
+        ]
     lines += ["## Whole training step", "", WHOLE, ""]
     full = [step for step in found["steps"] if len(step["ratios"]) > 6]
     titles = [f"{s['model']}, {s['parameters'] / 1e6:.0f} M" for s in full]
@@ -92,7 +112,10 @@ def report(found: dict, gpu: dict) -> str:
     others = [step for step in found["steps"] if step not in full]
     shared = [name for name in others[0]["ratios"] if name != "plain"]
     rows = [
-        [f"{s['model']}, {s['parameters'] / 1e6:.0f} M, {s['optimizer']}", f"{s['plain_ms'][1]:.0f}"]
+        [
+            f"{s['model']}, {s['parameters'] / 1e6:.0f} M, {s['optimizer']}",
+            f"{s['plain_ms'][1]:.0f}",
+        ]
         + [text(s["ratios"][name]) for name in shared]
         for s in others
     ]
@@ -107,7 +130,9 @@ def small(found: dict) -> list[str]:
     for row in found["rows"]:
         shown = [text(row["ratios"][name]) if name in row["ratios"] else "" for name in SMALL]
         rows.append([row["optimizer"], str(row["width"]), f"{row['plain_us'][1]:.0f}", *shown])
-    counts = ", ".join(f"{len(a)} and {len(b)} in {mode} mode" for mode, (a, b) in found["operators"].items())
+    counts = ", ".join(
+        f"{len(a)} and {len(b)} in {mode} mode" for mode, (a, b) in found["operators"].items()
+    )
     return [
         "## Small models",
         "",
@@ -132,9 +157,19 @@ def targets(found: dict, gpu: dict) -> list[str]:
     operations = ("overhead", "operations")
     for title, name, cpu, allowed in OPERATION_TARGETS:
         on_gpu = cell(gpu, (*operations, "ratios", name), text)
-        rows.append([title, f"≤ {cpu:.2f}", text(found["operations"]["ratios"][name]), f"≤ {allowed:.1f}", on_gpu])
+        rows.append(
+            [
+                title,
+                f"≤ {cpu:.2f}",
+                text(found["operations"]["ratios"][name]),
+                f"≤ {allowed:.1f}",
+                on_gpu,
+            ]
+        )
     peak = _peak(found["operations"]["peak_bytes"])
-    rows.append(["extra memory", "< 1 MB", peak, "< 1 MB", cell(gpu, (*operations, "peak_bytes"), _peak)])
+    rows.append(
+        ["extra memory", "< 1 MB", peak, "< 1 MB", cell(gpu, (*operations, "peak_bytes"), _peak)]
+    )
     for mode in ("gradient", "update", "update, AdamW with tensor lr"):
         on_gpu = cell(gpu, ("host_synchronisations", mode), str)
         rows.append([f"host synchronisations, {mode}", "", "", "0", on_gpu])
@@ -160,13 +195,19 @@ def _peak(peaks: dict) -> str:
 
 
 def _host(ratios: dict) -> str:
-    return ", ".join(f"{name} {ratios[name][1]:.2f}" for name in ("update", "gradient", "update, defaults"))
+    return ", ".join(
+        f"{name} {ratios[name][1]:.2f}" for name in ("update", "gradient", "update, defaults")
+    )
 
 
 def profiled(rows: list[dict]) -> list[str]:
     """Where the host time of a small step goes."""
     whole, *operators = rows
-    cells = [[row["operator"], f"{row['calls']:.0f}", f"{row['us']:.0f}"] for row in operators if row["us"] >= 3]
+    cells = [
+        [row["operator"], f"{row['calls']:.0f}", f"{row['us']:.0f}"]
+        for row in operators
+        if row["us"] >= 3
+    ]
     return [
         "## What remains in a step",
         "",
@@ -182,7 +223,10 @@ def profiled(rows: list[dict]) -> list[str]:
 
 def sharded(found: dict) -> list[str]:
     """The penalty under FSDP2."""
-    rows = [[name, str(found["collectives"][name]), text(ratio)] for name, ratio in found["ratios"].items()]
+    rows = [
+        [name, str(found["collectives"][name]), text(ratio)]
+        for name, ratio in found["ratios"].items()
+    ]
     return [
         "## FSDP2, two gloo processes",
         "",
@@ -215,11 +259,14 @@ def plot(found: dict, path: Path) -> None:
     step = max((s for s in found["steps"] if len(s["ratios"]) > 6), key=lambda s: s["parameters"])
     names = [name for name in step["ratios"] if name != "plain"]
     colors = [
-        "tab:orange" if name.startswith(("update", "gradient")) and "-" not in name else "tab:gray" for name in names
+        "tab:orange" if name.startswith(("update", "gradient")) and "-" not in name else "tab:gray"
+        for name in names
     ]
     axes[3].barh(names, [step["ratios"][name][1] for name in names], color=colors)
     axes[3].axvline(1, color="black", linewidth=0.8)
-    axes[3].set(xlabel=f"whole step / plain, {step['model']} {step['parameters'] / 1e6:.0f} M", xscale="log")
+    axes[3].set(
+        xlabel=f"whole step / plain, {step['model']} {step['parameters'] / 1e6:.0f} M", xscale="log"
+    )
     axes[3].tick_params(axis="y", labelsize=8)
     axes[3].invert_yaxis()
     figure.savefig(path, dpi=110)

@@ -15,7 +15,9 @@ Losses = Callable[[], list[Tensor]]
 class NoStep(torch.optim.Optimizer):
     """An optimizer that leaves the parameters alone: what remains of a step is the penalty."""
 
-    __module__ = "torch.optim.nothing"  # taken for torch's own: a trial would refuse what moves no parameter
+    __module__ = (
+        "torch.optim.nothing"  # taken for torch's own: a trial would refuse what moves no parameter
+    )
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         super().__init__(params, {"lr": 0.1})
@@ -44,9 +46,18 @@ class ZClip:
     """ZClip (Kumar et al., arXiv 2504.02507): clips where the norm is an outlier of its running mean and deviation."""
 
     def __init__(
-        self, parameters: list[nn.Parameter], smoothing: float = 0.97, threshold: float = 2.5, warm_up: int = 25
+        self,
+        parameters: list[nn.Parameter],
+        smoothing: float = 0.97,
+        threshold: float = 2.5,
+        warm_up: int = 25,
     ) -> None:
-        self.parameters, self.smoothing, self.threshold, self.warm_up = parameters, smoothing, threshold, warm_up
+        self.parameters, self.smoothing, self.threshold, self.warm_up = (
+            parameters,
+            smoothing,
+            threshold,
+            warm_up,
+        )
         self.first: list[float] = []
         self.mean = self.variance = 0.0
 
@@ -64,7 +75,9 @@ class ZClip:
             value = self.mean + self.threshold**2 / z * deviation
             clip_grads_with_norm_(self.parameters, value, norm)
         self.mean = self.smoothing * self.mean + (1 - self.smoothing) * value
-        self.variance = self.smoothing * self.variance + (1 - self.smoothing) * (value - self.mean) ** 2
+        self.variance = (
+            self.smoothing * self.variance + (1 - self.smoothing) * (value - self.mean) ** 2
+        )
 
 
 def clipping(groups: Groups) -> dict[str, Callable[[], object]]:
@@ -114,8 +127,12 @@ class Branches(nn.Module):
 
     def __init__(self, kind: str, size: int) -> None:
         super().__init__()
-        make, width, depth = (mlp, *WIDTHS[kind, size]) if kind == "MLP" else (transformer, *WIDTHS[kind, size])
-        self.encoders = nn.ModuleDict({name: make(width, depth) for name in ("text", "audio", "visual")})
+        make, width, depth = (
+            (mlp, *WIDTHS[kind, size]) if kind == "MLP" else (transformer, *WIDTHS[kind, size])
+        )
+        self.encoders = nn.ModuleDict(
+            {name: make(width, depth) for name in ("text", "audio", "visual")}
+        )
         self.head = nn.Linear(width, 1)
         self.inputs = torch.randn(3, 64, width) if kind == "MLP" else torch.randn(3, 8, 16, width)
         self.targets = torch.randn(self.inputs.shape[1:-1])
@@ -138,7 +155,12 @@ class Branches(nn.Module):
 
 
 # Width and layers per encoder for so many million parameters in all.
-WIDTHS = {("MLP", 10): (1024, 3), ("MLP", 60): (2048, 5), ("transformer", 10): (256, 4), ("transformer", 60): (512, 6)}
+WIDTHS = {
+    ("MLP", 10): (1024, 3),
+    ("MLP", 60): (2048, 5),
+    ("transformer", 10): (256, 4),
+    ("transformer", 60): (512, 6),
+}
 
 
 def mlp(width: int, depth: int) -> nn.Module:

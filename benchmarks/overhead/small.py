@@ -19,7 +19,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=1e-4, momentum=0.9),
     "AdamW": partial(torch.optim.AdamW, lr=1e-5),
 }
-VARIANTS: dict[str, dict[str, Any]] = {"default": {}, "every=4": {"every": 4}, "gradient": {"apply_to": "gradient"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "every=4": {"every": 4},
+    "gradient": {"apply_to": "gradient"},
+}
 
 
 class TwoBranches(nn.Module):
@@ -28,12 +32,17 @@ class TwoBranches(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.inputs, self.target = torch.randn(2, 64, 64), torch.randint(10, (64,))
-        layers = [nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()) for _ in "ab"]
+        layers = [
+            nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+            for _ in "ab"
+        ]
         self.a, self.b = layers
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self) -> Tensor:
-        return cross_entropy(self.head(torch.cat([self.a(self.inputs[0]), self.b(self.inputs[1])], 1)), self.target)
+        return cross_entropy(
+            self.head(torch.cat([self.a(self.inputs[0]), self.b(self.inputs[1])], 1)), self.target
+        )
 
 
 class Operators(TorchDispatchMode):
@@ -43,7 +52,9 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.names.append(str(operator))
         return operator(*args, **(kwargs or {}))
 
@@ -63,7 +74,9 @@ def operators(optimizer: str, width: int = 32, **options: Any) -> list[str]:
     return counted.names
 
 
-def training(width: int, optimizer: str, options: dict[str, Any] | None, clip: bool = False) -> Call:
+def training(
+    width: int, optimizer: str, options: dict[str, Any] | None, clip: bool = False
+) -> Call:
     """Some whole training steps of a model of its own."""
     torch.manual_seed(0)
     model = TwoBranches(width)
@@ -88,12 +101,29 @@ def measure_small(rounds: int) -> dict[str, Any]:
     for name in OPTIMIZERS:
         variants = {k: v for k, v in VARIANTS.items() if name == "SGD" or k != "gradient"}
         for width in WIDTHS:
-            calls = {"plain": training(width, name, None), "clip_grad_norm_": training(width, name, None, clip=True)}
-            calls |= {variant: training(width, name, options) for variant, options in variants.items()}
+            calls = {
+                "plain": training(width, name, None),
+                "clip_grad_norm_": training(width, name, None, clip=True),
+            }
+            calls |= {
+                variant: training(width, name, options) for variant, options in variants.items()
+            }
             times = interleaved(calls, rounds, "cpu")
             us = [1e6 * t / STEPS for t in quartiles(times["plain"])]
-            rows.append({"optimizer": name, "width": width, "plain_us": us, "ratios": ratios(times, "plain")})
-    modes: dict[str, dict[str, Any]] = {"update": {"optimizer": "AdamW"}, "gradient": {"optimizer": "SGD"}}
+            rows.append(
+                {
+                    "optimizer": name,
+                    "width": width,
+                    "plain_us": us,
+                    "ratios": ratios(times, "plain"),
+                }
+            )
+    modes: dict[str, dict[str, Any]] = {
+        "update": {"optimizer": "AdamW"},
+        "gradient": {"optimizer": "SGD"},
+    }
     modes["gradient"]["apply_to"] = "gradient"
-    counts = {mode: [operators(**of, width=width) for width in (32, 512)] for mode, of in modes.items()}
+    counts = {
+        mode: [operators(**of, width=width) for width in (32, 512)] for mode, of in modes.items()
+    }
     return {"rows": rows, "operators": counts}

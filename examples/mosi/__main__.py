@@ -19,16 +19,28 @@ from examples.mosi.train import train
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.mosi", description=__doc__)
-    parser.add_argument("--out", type=Path, help="new folder of the run (default: runs/mosi-<balance>-<seed>-<time>)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="new folder of the run (default: runs/mosi-<balance>-<seed>-<time>)",
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run in this folder"
+    )
     flags(parser)
     given = vars(parser.parse_args())
     out, resume = given.pop("out"), given.pop("resume")
     try:
         config = settings(given, resume)
         if out and resume:
-            raise ValueError(f"`out` must not be given with `resume`. Got {out}. The run goes on in {resume}.")
-        out = resume or out or Path(f"runs/mosi-{config.balance}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}")
+            raise ValueError(
+                f"`out` must not be given with `resume`. Got {out}. The run goes on in {resume}."
+            )
+        out = (
+            resume
+            or out
+            or Path(f"runs/mosi-{config.balance}-{config.seed}-{datetime.now():%Y%m%d-%H%M%S}")
+        )
         if config.text == "frozen":
             torch.set_num_threads(1)  # steps of milliseconds, in which threads wait for each other
         with processes(config.device) as first:
@@ -37,7 +49,11 @@ def main() -> int:
             print(table(result, config), f"Run folder: {out}", sep="\n")
     except KeyboardInterrupt:
         saved = out is not None and (out / "checkpoint.pt").is_file()
-        again = f"Go on with: python -m examples.mosi --resume {out}" if saved else "Nothing had been trained yet."
+        again = (
+            f"Go on with: python -m examples.mosi --resume {out}"
+            if saved
+            else "Nothing had been trained yet."
+        )
         print(f"\nInterrupted. {again}", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
@@ -86,8 +102,13 @@ def table(result: dict[str, Any], config: Config) -> str:
         "  ".join(f"{result[name]:12.3f}" for name in names),
     ]
     if records:
-        before, after = (sum(line[key] for line in records) / len(records) for key in ("dominance", "dominance_after"))
-        lines.append(f"dominance of the largest gradient norm: {before:.2f} before, {after:.2f} after balancing")
+        before, after = (
+            sum(line[key] for line in records) / len(records)
+            for key in ("dominance", "dominance_after")
+        )
+        lines.append(
+            f"dominance of the largest gradient norm: {before:.2f} before, {after:.2f} after balancing"
+        )
     return "\n".join(lines)
 
 

@@ -21,8 +21,14 @@ def others(config: Config, dataset: Dataset) -> list[str]:
     known = ["text", *dataset.widths]
     for name in config.modalities:
         if name not in known:
-            hint = " It leaks into the standard split: use `--split poria`." if name == "visual" else ""
-            raise ValueError(f"`modalities` must be among {known}. Got {name!r}.{hint} Choose others.")
+            hint = (
+                " It leaks into the standard split: use `--split poria`."
+                if name == "visual"
+                else ""
+            )
+            raise ValueError(
+                f"`modalities` must be among {known}. Got {name!r}.{hint} Choose others."
+            )
     return [name for name in known[1:] if not config.modalities or name in config.modalities]
 
 
@@ -51,7 +57,9 @@ def check_width(dataset: Dataset, width: int, encoder: str) -> None:
         )
 
 
-def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generator) -> torch.optim.Optimizer:
+def optimizer_of(
+    model: Model, config: Config, steps: int, noise: torch.Generator
+) -> torch.optim.Optimizer:
     """AdamW, under the penalty if there is more than one modality to balance."""
     slow = trainable(model.text) if isinstance(model.text, Transformer) else []
     fast = [p for p in trainable(model) if all(p is not q for q in slow)]
@@ -77,7 +85,9 @@ def optimizer_of(model: Model, config: Config, steps: int, noise: torch.Generato
 def balancing(config: Config, steps: int, beside_text: list[str]) -> dict[str, Any]:
     """The options of the penalty that `balance` and `penalty` stand for."""
     options: dict[str, Any] = {
-        "off": {"rule": rules.Watch()},  # the plain optimizer, bit for bit, with the norms on record
+        "off": {
+            "rule": rules.Watch()
+        },  # the plain optimizer, bit for bit, with the norms on record
         "default": {},
         "errors": {"rule": rules.ConflictAware(centred=True)},
         # The paper's window is the first 25 of 30 epochs. Text takes no part in it, and gets no noise.
@@ -87,7 +97,9 @@ def balancing(config: Config, steps: int, beside_text: list[str]) -> dict[str, A
             "noise": dict.fromkeys(beside_text, PAPER["noise"]),
         },
     }[config.balance]
-    of_rule = {name: value for name, value in config.penalty.items() if hasattr(options.get("rule"), name)}
+    of_rule = {
+        name: value for name, value in config.penalty.items() if hasattr(options.get("rule"), name)
+    }
     if of_rule:
         options = options | {"rule": replace(options["rule"], **of_rule)}
     return options | {name: value for name, value in config.penalty.items() if name not in of_rule}

@@ -61,7 +61,9 @@ class Corpus:
         tensors = [self.labels, *self.split.values()]
         for feature in self.features.values():
             tensors += [feature.rows, feature.at.rows, feature.at.offset]
-        return fingerprint(repr((self.ids, self.words)).encode(), *(t.numpy().tobytes() for t in tensors))
+        return fingerprint(
+            repr((self.ids, self.words)).encode(), *(t.numpy().tobytes() for t in tensors)
+        )
 
 
 class Batch(NamedTuple):
@@ -82,12 +84,17 @@ class Batch(NamedTuple):
             return x[rank::world]
 
         tensors = (part(self.index), part(self.labels), part(self.text), part(self.mask))
-        parts = [{name: part(x) for name, x in group.items()} for group in (self.features, self.masks)]
+        parts = [
+            {name: part(x) for name, x in group.items()} for group in (self.features, self.masks)
+        ]
         return Batch(*tensors, *parts, self.size, rank, world)
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (x.to(device) for x in self[:4])
-        parts = [{name: x.to(device) for name, x in group.items()} for group in (self.features, self.masks)]
+        parts = [
+            {name: x.to(device) for name, x in group.items()}
+            for group in (self.features, self.masks)
+        ]
         return Batch(*tensors, *parts, *self[6:])
 
 
@@ -132,7 +139,10 @@ class Dataset:
         """
         index = self.corpus.split[part]
         index = index[torch.randperm(len(index), generator=generator)]
-        by_length = [pool[self.tokens.lengths[pool].argsort(stable=True)] for pool in index.split(max(8 * size, 768))]
+        by_length = [
+            pool[self.tokens.lengths[pool].argsort(stable=True)]
+            for pool in index.split(max(8 * size, 768))
+        ]
         parts = torch.cat(by_length).tensor_split(-(-len(index) // size))
         return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
 
@@ -153,7 +163,9 @@ def load(data: str = "auto", split: str = "standard") -> Corpus:
     from examples.mosi.simulated import simulate
 
     if split not in ("standard", "poria"):
-        raise ValueError(f'`split` must be "standard" or "poria". Got {split!r}. Choose one of them.')
+        raise ValueError(
+            f'`split` must be "standard" or "poria". Got {split!r}. Choose one of them.'
+        )
     if Path(data).suffix == ".pkl":
         if split != "standard":
             raise ValueError(

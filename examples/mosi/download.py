@@ -27,9 +27,13 @@ CHUNK = 1 << 16
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.mosi.download", description=__doc__)
     parser.add_argument("name", nargs="?", default="mosi.pkl", choices=tuple(LINKS))
-    parser.add_argument("--folder", type=Path, default=cache_folder(), help="where it goes (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=cache_folder(), help="where it goes (default: %(default)s)"
+    )
     parser.add_argument("--url", help="another link to the same file")
-    parser.add_argument("--timeout", type=float, default=30, help="seconds without a byte before giving up")
+    parser.add_argument(
+        "--timeout", type=float, default=30, help="seconds without a byte before giving up"
+    )
     options = parser.parse_args()
     path = options.folder / options.name
     if path.exists():
@@ -42,7 +46,9 @@ def main() -> int:
         except (ValueError, OSError, HTTPException) as error:
             failures.append(f"  {url}\n    {error}")
         else:
-            print(f"{path}: {read(path).banner}\nTrain on it: python -m examples.mosi --data {path}")
+            print(
+                f"{path}: {read(path).banner}\nTrain on it: python -m examples.mosi --data {path}"
+            )
             return 0
     print(
         f"`{options.name}` came from no link:",
@@ -102,7 +108,9 @@ def receive(response: HTTPResponse, part: Path, have: int) -> int | None:
         raise ValueError(f"{expected} bytes announced, more than any of these files has")
     with (
         part.open("ab" if start else "wb") as file,
-        tqdm(total=expected, initial=start, unit="B", unit_scale=True, desc=part.name.split(".")[1]) as bar,
+        tqdm(
+            total=expected, initial=start, unit="B", unit_scale=True, desc=part.name.split(".")[1]
+        ) as bar,
     ):
         while chunk := response.read1(CHUNK):
             file.write(chunk)

@@ -22,7 +22,9 @@ class Draw:
 
     def __call__(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
         options = {"generator": self.generator, "device": like.device, "dtype": like.dtype}
-        each, rest = divmod(len(like), len(range(self.size)[self.rows]))  # rows of each utterance, as one a head
+        each, rest = divmod(
+            len(like), len(range(self.size)[self.rows])
+        )  # rows of each utterance, as one a head
         if rest:
             return sampler(like.shape, **options)  # shared by all utterances, as positions are
         return sampler((self.size, each, *like.shape[1:]), **options)[self.rows].reshape(like.shape)

@@ -13,7 +13,11 @@ import torch
 
 from examples.mosi.data import Corpus, Feature, Ragged
 
-UTTERANCES, WORDS, VISUAL = "mosi_utterance.npz", "mosi_words.json", "visual_cnn3d_SUPERVISED_ON_PORIA_TRAIN"
+UTTERANCES, WORDS, VISUAL = (
+    "mosi_utterance.npz",
+    "mosi_words.json",
+    "visual_cnn3d_SUPERVISED_ON_PORIA_TRAIN",
+)
 Word = tuple[str, float, float]  # with start and stop in seconds
 LEAK = (
     "LEAK: the visual features come from a network trained with the labels of the Poria training videos; "
@@ -52,10 +56,14 @@ def read(place: Path, split: str) -> Corpus:
         parts = hold_out(table["poria_split"], table["video"])
     else:
         parts = table["split"]
-    index = {part: torch.from_numpy(np.flatnonzero(parts == part)) for part in ("train", "valid", "test")}
+    index = {
+        part: torch.from_numpy(np.flatnonzero(parts == part)) for part in ("train", "valid", "test")
+    }
     sizes = "/".join(str(len(i)) for i in index.values())
     banner = f"CMU-MOSI, real data, {split} split ({sizes})." + f" {LEAK}" * (split == "poria")
-    return Corpus("real", banner, ids, words, torch.from_numpy(table["label"]).float(), index, features)
+    return Corpus(
+        "real", banner, ids, words, torch.from_numpy(table["label"]).float(), index, features
+    )
 
 
 def hold_out(split: np.ndarray, video: np.ndarray) -> np.ndarray:
@@ -66,7 +74,9 @@ def hold_out(split: np.ndarray, video: np.ndarray) -> np.ndarray:
 
 def per_utterance(vectors: np.ndarray) -> Feature:
     rows = torch.arange(len(vectors))
-    return Feature(torch.from_numpy(vectors).float(), Ragged(rows, torch.arange(len(rows) + 1)), "utterance")
+    return Feature(
+        torch.from_numpy(vectors).float(), Ragged(rows, torch.arange(len(rows) + 1)), "utterance"
+    )
 
 
 def word_timing(path: Path, ids: list[str], words: list[list[str]]) -> Feature:
@@ -74,12 +84,16 @@ def word_timing(path: Path, ids: list[str], words: list[list[str]]) -> Feature:
     timed = read_words(path)
     missing = [name for name in ids if name not in timed]
     if missing:
-        raise ValueError(f"`words` of {path} must cover every utterance. Got nothing for {missing[0]}. Copy it again.")
+        raise ValueError(
+            f"`words` of {path} must cover every utterance. Got nothing for {missing[0]}. Copy it again."
+        )
     vectors, at, owners = [], [], []
     for name, spoken in zip(ids, words, strict=True):
         said = timed[name]
         row = torch.full((len(spoken),), -1)
-        matcher = SequenceMatcher(None, [plain(w) for w in spoken], [plain(w) for w, _, _ in said], autojunk=False)
+        matcher = SequenceMatcher(
+            None, [plain(w) for w in spoken], [plain(w) for w, _, _ in said], autojunk=False
+        )
         for i, j, count in matcher.get_matching_blocks():
             row[i : i + count] = torch.arange(len(owners) + j, len(owners) + j + count)
         vectors += describe(said)
@@ -98,7 +112,16 @@ def describe(said: list[Word]) -> list[list[float]]:
     for (word, start, stop), before, after in zip(said, ends, nexts, strict=False):
         seconds = max(stop - start, 0.01)
         place = start / max(ends[-1], 0.01)
-        vectors.append([stop - start, math.log(seconds), start - before, after - stop, place, len(word) / seconds])
+        vectors.append(
+            [
+                stop - start,
+                math.log(seconds),
+                start - before,
+                after - stop,
+                place,
+                len(word) / seconds,
+            ]
+        )
     return vectors
 
 
@@ -121,9 +144,13 @@ def read_npz(path: Path, fields: list[str]) -> dict[str, np.ndarray]:
             "Give another place, or `--data simulated`."
         ) from None
     except KeyError as error:
-        raise ValueError(f"`{path}` must hold the fields {fields}. Got no {error}. Copy it again.") from None
+        raise ValueError(
+            f"`{path}` must hold the fields {fields}. Got no {error}. Copy it again."
+        ) from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"`{path}` must be a complete npz file. Got {error}. Copy it again.") from error
+        raise ValueError(
+            f"`{path}` must be a complete npz file. Got {error}. Copy it again."
+        ) from error
 
 
 def read_words(path: Path) -> dict[str, list[Word]]:
@@ -131,13 +158,21 @@ def read_words(path: Path) -> dict[str, list[Word]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         return {
-            entry["id"]: [(str(w), float(start), float(stop)) for w, start, stop in entry["words"] if w != "sp"]
+            entry["id"]: [
+                (str(w), float(start), float(stop))
+                for w, start, stop in entry["words"]
+                if w != "sp"
+            ]
             for entry in entries
         }
     except FileNotFoundError:
-        raise FileNotFoundError(f"`data` must hold {WORDS}. Got no {path}. Copy it beside {UTTERANCES}.") from None
+        raise FileNotFoundError(
+            f"`data` must hold {WORDS}. Got no {path}. Copy it beside {UTTERANCES}."
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"`{path}` must be a complete list of timed words. Got {error!r}. Copy it again.") from error
+        raise ValueError(
+            f"`{path}` must be a complete list of timed words. Got {error!r}. Copy it again."
+        ) from error
 
 
 def check_finite(values: np.ndarray, path: Path, field: str, ids: list[str]) -> None:

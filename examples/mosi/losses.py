@@ -12,7 +12,9 @@ from examples.mosi.model import Output, pool
 from gradbalance import statistical_loss
 
 
-def losses(output: Output, batch: Batch, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def losses(
+    output: Output, batch: Batch, config: Config
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of the objective, unweighted, and the error of each head: means over the whole batch.
 
     A process of several divides its sums by its fair share of the batch, so that the average over the processes (of
@@ -22,10 +24,13 @@ def losses(output: Output, batch: Batch, config: Config) -> tuple[dict[str, Tens
     regression = F.l1_loss if config.task == "l1" else F.mse_loss
     terms = {"task": regression(output.prediction, batch.labels, reduction="sum") / share}
     if output.heads:
-        terms["uni"] = sum(regression(y, batch.labels, reduction="sum") for y in output.heads.values()) / share
+        terms["uni"] = (
+            sum(regression(y, batch.labels, reduction="sum") for y in output.heads.values()) / share
+        )
     if output.reconstructions:
         errors = [
-            pool((x - batch.features[name]).square(), batch.masks[name]) for name, x in output.reconstructions.items()
+            pool((x - batch.features[name]).square(), batch.masks[name])
+            for name, x in output.reconstructions.items()
         ]
         terms["recon"] = sum(error.mean(-1).sum() for error in errors) / (2 * share)
     if output.latents and config.div:
@@ -34,7 +39,13 @@ def losses(output: Output, batch: Batch, config: Config) -> tuple[dict[str, Tens
     if output.statistics:
         group = torch.distributed.group.WORLD if batch.world > 1 else None
         terms["stat"] = sum(
-            statistical_loss(predicted, batch.features[name], batch.masks[name], batch.masks[name], process_group=group)
+            statistical_loss(
+                predicted,
+                batch.features[name],
+                batch.masks[name],
+                batch.masks[name],
+                process_group=group,
+            )
             for name, predicted in output.statistics.items()
         ) / len(output.statistics)
     with torch.no_grad():

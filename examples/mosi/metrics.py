@@ -28,7 +28,9 @@ def metrics(prediction: Tensor, label: Tensor) -> dict[str, float]:
 
 
 def weighted_f1(prediction: Tensor, label: Tensor) -> Tensor:
-    return M.f1_score(prediction.long(), label.long(), task="multiclass", num_classes=2, average="weighted")
+    return M.f1_score(
+        prediction.long(), label.long(), task="multiclass", num_classes=2, average="weighted"
+    )
 
 
 def rounded_accuracy(prediction: Tensor, label: Tensor, limit: int) -> Tensor:

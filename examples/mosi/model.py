@@ -28,12 +28,16 @@ class Output(NamedTuple):
     heads: dict[str, Tensor]  # each [B]
     latents: dict[str, Latent]
     reconstructions: dict[str, Tensor]  # each [B, T, D]
-    statistics: dict[str, tuple[Tensor, Tensor] | Tensor]  # what is compared with the inputs, each [B, T, D]
+    statistics: dict[
+        str, tuple[Tensor, Tensor] | Tensor
+    ]  # what is compared with the inputs, each [B, T, D]
     pooled: dict[str, Tensor]  # output of each encoder, mean over its steps, each [B, Z] or [B, W]
 
 
 def mlp(width: int, hidden: int, out: int, p: float, draw: Draw) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), Dropout(p, draw), nn.Linear(hidden, out))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.ReLU(), Dropout(p, draw), nn.Linear(hidden, out)
+    )
 
 
 class Adapter(nn.Module):
@@ -66,7 +70,9 @@ class Transformer(nn.Module):
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
         given = {"inputs_embeds" if text.is_floating_point() else "input_ids": text}
         with torch.autocast(text.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.encoder(**given, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, W]
+            return self.encoder(
+                **given, attention_mask=mask.long()
+            ).last_hidden_state.float()  # [B, L, W]
 
 
 class AME(nn.Module):
@@ -76,7 +82,9 @@ class AME(nn.Module):
     net out: z = mu.
     """
 
-    def __init__(self, width: int, hidden: int, latent: int, p: float, draw: Draw, noisy: bool) -> None:
+    def __init__(
+        self, width: int, hidden: int, latent: int, p: float, draw: Draw, noisy: bool
+    ) -> None:
         super().__init__()
         self.mean = mlp(width, hidden, latent, p, draw)
         self.variance = mlp(width, hidden, latent, p, draw) if noisy else None
@@ -102,19 +110,29 @@ class GatedFusion(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], fused: int, out: int, gated: bool) -> None:
         super().__init__()
-        self.values = nn.ModuleDict({name: nn.Linear(width, fused) for name, width in widths.items()})
+        self.values = nn.ModuleDict(
+            {name: nn.Linear(width, fused) for name, width in widths.items()}
+        )
         self.gates = nn.Linear(sum(widths.values()), len(widths) * fused) if gated else None
         self.project = nn.Linear(fused, out, bias=False)
 
-    def forward(self, latents: Mapping[str, Tensor], masks: Mapping[str, Tensor], steps: int) -> Tensor:
+    def forward(
+        self, latents: Mapping[str, Tensor], masks: Mapping[str, Tensor], steps: int
+    ) -> Tensor:
         def spread(x: Tensor) -> Tensor:  # [B, T, ...] -> [B, L, ...]
             return x.expand(-1, steps, *x.shape[2:])
 
-        values = torch.stack([spread(self.values[name](z).tanh()) for name, z in latents.items()], 2)  # [B, L, N, K]
-        present = torch.stack([spread(masks[name]) for name in latents], 2)[..., None]  # [B, L, N, 1]
+        values = torch.stack(
+            [spread(self.values[name](z).tanh()) for name, z in latents.items()], 2
+        )  # [B, L, N, K]
+        present = torch.stack([spread(masks[name]) for name in latents], 2)[
+            ..., None
+        ]  # [B, L, N, 1]
         logits = torch.zeros_like(values)
         if self.gates is not None:
-            logits = self.gates(torch.cat([spread(z) for z in latents.values()], -1)).view_as(values)
+            logits = self.gates(torch.cat([spread(z) for z in latents.values()], -1)).view_as(
+                values
+            )
         gates = logits.masked_fill(~present, torch.finfo(logits.dtype).min).softmax(2) * present
         return self.project((gates * values).sum(2)).tanh()  # [B, L, W]
 
@@ -131,7 +149,12 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self, config: Config, text: nn.Module | None, width: int, widths: Mapping[str, int], draw: Draw
+        self,
+        config: Config,
+        text: nn.Module | None,
+        width: int,
+        widths: Mapping[str, int],
+        draw: Draw,
     ) -> None:
         super().__init__()
         self.beta, self.width, self.draw, p = config.beta, width, draw, config.dropout
@@ -139,15 +162,28 @@ class Model(nn.Module):
         latents = {name: config.latent or wide for name, wide in widths.items()}
         self.text = text
         self.encoders = nn.ModuleDict(
-            {name: AME(wide, config.hidden, latents[name], p, draw, config.ame) for name, wide in widths.items()}
+            {
+                name: AME(wide, config.hidden, latents[name], p, draw, config.ame)
+                for name, wide in widths.items()
+            }
         )
         self.fusion = GatedFusion(latents, config.fused, width, config.gate) if widths else None
-        self.norm, self.dropout, self.head = nn.LayerNorm(width), Dropout(p, draw), nn.Linear(width, 1)
-        if isinstance(text, Transformer):  # states of the scale that it gives itself: else the head outruns it [R]
+        self.norm, self.dropout, self.head = (
+            nn.LayerNorm(width),
+            Dropout(p, draw),
+            nn.Linear(width, 1),
+        )
+        if isinstance(
+            text, Transformer
+        ):  # states of the scale that it gives itself: else the head outruns it [R]
             nn.init.constant_(self.norm.weight, 0.1)
         pooled = ({"text": width} if text else {}) | latents
-        self.heads = nn.ModuleDict({name: nn.Linear(w, 1) for name, w in pooled.items() if config.uni})
-        self.decoders = nn.ModuleDict({name: nn.Linear(latents[name], w) for name, w in widths.items() if config.recon})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(w, 1) for name, w in pooled.items() if config.uni}
+        )
+        self.decoders = nn.ModuleDict(
+            {name: nn.Linear(latents[name], w) for name, w in widths.items() if config.recon}
+        )
         # z is compared with the inputs as it is; only where the widths differ through a linear map [R].
         uneven = {name: w for name, w in widths.items() if config.stat and w != latents[name]}
         self.maps = nn.ModuleDict({name: nn.Linear(latents[name], w) for name, w in uneven.items()})
@@ -173,7 +209,10 @@ class Model(nn.Module):
             prediction = self.expected(states, latents, batch)
         return Output(
             prediction,
-            {name: head(self.dropout(pooled[name])).squeeze(-1) for name, head in self.heads.items()},
+            {
+                name: head(self.dropout(pooled[name])).squeeze(-1)
+                for name, head in self.heads.items()
+            },
             latents,
             {name: decoder(zs[name]) for name, decoder in self.decoders.items()},
             {name: self.statistic(name, latents[name]) for name in self.statistics},
@@ -181,16 +220,24 @@ class Model(nn.Module):
         )
 
     def encode(self, batch: Batch) -> dict[str, Latent]:
-        return {name: encoder(batch.features[name], batch.masks[name]) for name, encoder in self.encoders.items()}
+        return {
+            name: encoder(batch.features[name], batch.masks[name])
+            for name, encoder in self.encoders.items()
+        }
 
     def predict(self, states: Tensor, zs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         if self.fusion is not None:
-            states = torch.add(states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta)
+            states = torch.add(
+                states, self.fusion(zs, batch.masks, batch.mask.shape[1]), alpha=self.beta
+            )
         return self.head(self.dropout(pool(self.norm(states), batch.mask))).squeeze(-1)  # [B]
 
     def expected(self, states: Tensor, latents: Mapping[str, Latent], batch: Batch) -> Tensor:
         """Mean prediction over the draws, with noise that belongs to the utterance, whatever batch it is in."""
-        noise = {name: own_noise(name, batch, latent.mean, self.draws) for name, latent in latents.items()}
+        noise = {
+            name: own_noise(name, batch, latent.mean, self.draws)
+            for name, latent in latents.items()
+        }
         total = torch.zeros_like(batch.labels)
         for draw in range(self.draws):
             zs = {

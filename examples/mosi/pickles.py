@@ -14,11 +14,38 @@ from typing import Any
 import numpy as np
 
 MAX_OPCODES = 20_000_000  # MOSEI in the format of MAG-BERT takes about 2,000,000
-KEYS = (str, int, float, bool, bytes, type(None))  # flat: the hash of a nested tuple recurses without bound
+KEYS = (
+    str,
+    int,
+    float,
+    bool,
+    bytes,
+    type(None),
+)  # flat: the hash of a nested tuple recurses without bound
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 LITERALS = (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING"),
-    *("SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"),
+    *(
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+    ),
+    *(
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+    ),
     *("BINBYTES8", "BYTEARRAY8"),
 )
 
@@ -55,10 +82,18 @@ class Dtype:
 
 def array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
     shape = shape if isinstance(shape, tuple) else (shape,)
-    if not isinstance(dtype, Dtype) or not all(isinstance(n, int) and n >= 0 for n in shape) or len(shape) > 8:
+    if (
+        not isinstance(dtype, Dtype)
+        or not all(isinstance(n, int) and n >= 0 for n in shape)
+        or len(shape) > 8
+    ):
         raise ValueError("array of a strange shape")
     if dtype.value is None:
-        if not isinstance(data, list) or not all(isinstance(item, str) for item in data) or shape != (len(data),):
+        if (
+            not isinstance(data, list)
+            or not all(isinstance(item, str) for item in data)
+            or shape != (len(data),)
+        ):
             raise ValueError("array of objects that are not strings")
         return list(data)  # no array: one long string would set the width of all
     data = data.encode("latin1") if isinstance(data, str) else data
@@ -115,7 +150,9 @@ def load(path: Path) -> Any:
     """
     with path.open("rb") as file:
         if not file.seek(0, 2):
-            raise ValueError(f"`{path}` must be a whole pickle. Got an empty file. Download it again.")
+            raise ValueError(
+                f"`{path}` must be a whole pickle. Got an empty file. Download it again."
+            )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             place = 0
             machine = Machine()
@@ -127,7 +164,11 @@ def load(path: Path) -> Any:
                     machine.do(opcode.name, argument)
                 return plain(machine.stack.pop())
             except Exception as error:  # a hostile stream can break any line of the machine, and never gets past it
-                reason = error.args[0] if isinstance(error, ValueError) and error.args else type(error).__name__
+                reason = (
+                    error.args[0]
+                    if isinstance(error, ValueError) and error.args
+                    else type(error).__name__
+                )
                 raise ValueError(
                     f"`{path}` must be a whole pickle of arrays, strings, numbers and containers. "
                     f"Got {str(reason)[:200]} at byte {place}. Nothing in it was run; get the file from another source."
@@ -152,7 +193,9 @@ class Machine:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[int(argument)])
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            self.named(".".join(map(str, self.take(2))) if argument is None else argument.replace(" ", "."))
+            self.named(
+                ".".join(map(str, self.take(2))) if argument is None else argument.replace(" ", ".")
+            )
         elif name not in ("PROTO", "FRAME", "STOP"):
             act = getattr(self, name.lower(), None)
             if act is None:

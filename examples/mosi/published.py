@@ -38,8 +38,13 @@ def read(path: Path) -> Corpus:
             f"`data` must be a file. Got {path}, which does not exist. Fetch it: python -m examples.mosi.download"
         ) from None
     try:
-        tables = {part: next(content[name] for name in names if name in content) for part, names in PARTS.items()}
-        kind, utterances = ("MMSA", mmsa) if isinstance(tables["train"], dict) else ("MAG-BERT", mag)
+        tables = {
+            part: next(content[name] for name in names if name in content)
+            for part, names in PARTS.items()
+        }
+        kind, utterances = (
+            ("MMSA", mmsa) if isinstance(tables["train"], dict) else ("MAG-BERT", mag)
+        )
         parts = {part: list(utterances(table)) for part, table in tables.items()}
         return corpus(parts, kind, path)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
@@ -54,15 +59,21 @@ def mag(examples: list) -> Iterator[Utterance]:
     for (words, visual, acoustic), label, segment in examples:
         for rows in (visual, acoustic):
             if rows.ndim != 2 or len(rows) != len(words) or not rows.shape[1]:
-                raise ValueError(f"features of shape {rows.shape} for {len(words)} words in {str(segment)[:40]}")
-        yield Utterance(str(segment), words, np.asarray(label).item(), {"audio": acoustic, "visual": visual})
+                raise ValueError(
+                    f"features of shape {rows.shape} for {len(words)} words in {str(segment)[:40]}"
+                )
+        yield Utterance(
+            str(segment), words, np.asarray(label).item(), {"audio": acoustic, "visual": visual}
+        )
 
 
 def mmsa(table: dict[str, Any]) -> Iterator[Utterance]:
     """raw_text, audio [n, T, 5], vision [n, T, 20], regression_labels, id of all utterances."""
     columns = [table[name] for name in ("id", "raw_text", "regression_labels", "audio", "vision")]
     for name, text, label, audio, vision in zip(*columns, strict=True):
-        yield Utterance(str(name), [text], np.asarray(label).item(), {"audio": audio, "visual": vision})
+        yield Utterance(
+            str(name), [text], np.asarray(label).item(), {"audio": audio, "visual": vision}
+        )
 
 
 def bounded(utterances: list[Utterance], size: int) -> None:
@@ -98,16 +109,27 @@ def corpus(parts: dict[str, list[Utterance]], kind: str, path: Path) -> Corpus:
     if not bool((labels.abs() <= 3).all()):
         raise ValueError("a label outside [-3, 3]")
     words = [[str(word).lower() for word in utterance.text] for utterance in every]
-    rows = {name: [finite(utterance.features[name]) for utterance in every] for name in every[0].features}
+    rows = {
+        name: [finite(utterance.features[name]) for utterance in every]
+        for name in every[0].features
+    }
     if kind == "MMSA":
         words = [sentence[0].split() for sentence in words]
         rows = {name: [mean_step(steps) for steps in tables] for name, tables in rows.items()}
-    features = {name: feature(tables, "utterance" if kind == "MMSA" else "word") for name, tables in rows.items()}
+    features = {
+        name: feature(tables, "utterance" if kind == "MMSA" else "word")
+        for name, tables in rows.items()
+    }
     ends = np.cumsum([0, *map(len, parts.values())]).tolist()
-    index = {part: torch.arange(start, stop) for part, (start, stop) in zip(parts, pairwise(ends), strict=True)}
+    index = {
+        part: torch.arange(start, stop)
+        for part, (start, stop) in zip(parts, pairwise(ends), strict=True)
+    }
     sizes = "/".join(str(len(part)) for part in parts.values())
     banner = f"{path.name}, the format of {kind}, real data, the file's own split ({sizes})."
-    return Corpus("real", banner, [utterance.name for utterance in every], words, labels, index, features)
+    return Corpus(
+        "real", banner, [utterance.name for utterance in every], words, labels, index, features
+    )
 
 
 def feature(tables: list[np.ndarray], per: Literal["word", "utterance"]) -> Feature:

@@ -10,13 +10,34 @@ SIZES = {"train": 1284, "valid": 229, "test": 686}
 # Share of the real labels nearest to each half point from -3 to 3.
 LEVELS = np.array([44, 78, 238, 186, 257, 155, 222, 157, 211, 196, 312, 102, 41]) / 2199
 OPINIONS = [
-    ["awful", "horrible", "the worst thing ever", "a complete disaster", "unwatchable", "total garbage"],
+    [
+        "awful",
+        "horrible",
+        "the worst thing ever",
+        "a complete disaster",
+        "unwatchable",
+        "total garbage",
+    ],
     ["bad", "boring", "stupid", "disappointing", "a waste of time", "annoying"],
     ["a bit weak", "slow", "not great", "forgettable", "rather dull", "predictable"],
-    ["okay", "average", "about two hours long", "what you would expect", "a sequel", "based on a book"],
+    [
+        "okay",
+        "average",
+        "about two hours long",
+        "what you would expect",
+        "a sequel",
+        "based on a book",
+    ],
     ["decent", "kind of fun", "not bad", "pretty nice", "worth a look", "fairly solid"],
     ["good", "really funny", "enjoyable", "very well made", "exciting", "touching"],
-    ["amazing", "brilliant", "the best film of the year", "a masterpiece", "absolutely perfect", "incredible"],
+    [
+        "amazing",
+        "brilliant",
+        "the best film of the year",
+        "a masterpiece",
+        "absolutely perfect",
+        "incredible",
+    ],
 ]
 SUBJECTS = [
     "the movie",
@@ -29,8 +50,26 @@ SUBJECTS = [
     "it",
     "the cast",
 ]
-OPENINGS = ["", "i think", "honestly", "you know", "i mean", "well", "for me", "so um", "in the end", "to be honest"]
-CLOSINGS = ["", "and that is it", "i saw it last night", "if you ask me", "you know what i mean", "so there you go"]
+OPENINGS = [
+    "",
+    "i think",
+    "honestly",
+    "you know",
+    "i mean",
+    "well",
+    "for me",
+    "so um",
+    "in the end",
+    "to be honest",
+]
+CLOSINGS = [
+    "",
+    "and that is it",
+    "i saw it last night",
+    "if you ask me",
+    "you know what i mean",
+    "so there you go",
+]
 
 
 def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0, share: int = 1) -> Corpus:
@@ -58,26 +97,46 @@ def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0, share: 
     def channel(strength: float, width: int, owners: np.ndarray) -> torch.Tensor:
         """A label direction of the given correlation, an offset for each video, and noise of unit variance."""
         signal = strength / np.sqrt(1 - strength**2) * labels / labels.std()
-        vectors = rng.normal(size=(len(owners), width)) + 0.5 * rng.normal(size=(video.max() + 1, width))[video[owners]]
+        vectors = (
+            rng.normal(size=(len(owners), width))
+            + 0.5 * rng.normal(size=(video.max() + 1, width))[video[owners]]
+        )
         vectors[:, 0] = signal[owners] + rng.normal(size=len(owners))
         return torch.from_numpy(vectors @ np.linalg.qr(rng.normal(size=(width, width)))[0]).float()
 
     every, counts = torch.arange(len(ids)), torch.tensor([len(w) for w in words])
     features = {
-        "audio": Feature(channel(audio, 20, every.numpy()), Ragged(every, torch.arange(len(ids) + 1)), "utterance"),
+        "audio": Feature(
+            channel(audio, 20, every.numpy()),
+            Ragged(every, torch.arange(len(ids) + 1)),
+            "utterance",
+        ),
         "timing": Feature(
             channel(timing, 6, owner),
-            Ragged(torch.arange(len(owner)), torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])),
+            Ragged(
+                torch.arange(len(owner)),
+                torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]),
+            ),
             "word",
         ),
     }
     index = {part: torch.from_numpy(np.flatnonzero(split == part)) for part in VIDEOS}
-    banner = "SIMULATED MOSI: no real data was found, and no number below says anything about CMU-MOSI."
-    return Corpus("simulated", banner, ids, words, torch.from_numpy(labels).float(), index, features)
+    banner = (
+        "SIMULATED MOSI: no real data was found, and no number below says anything about CMU-MOSI."
+    )
+    return Corpus(
+        "simulated", banner, ids, words, torch.from_numpy(labels).float(), index, features
+    )
 
 
 def sentence(label: float, rng: np.random.Generator) -> list[str]:
     """Speakers do not say exactly what their label is: an opinion up to about a point away from it."""
     level = int(np.clip(np.round(label + rng.normal(scale=0.9)), -3, 3)) + 3
-    parts = (rng.choice(OPENINGS), rng.choice(SUBJECTS), "was", rng.choice(OPINIONS[level]), rng.choice(CLOSINGS))
+    parts = (
+        rng.choice(OPENINGS),
+        rng.choice(SUBJECTS),
+        "was",
+        rng.choice(OPINIONS[level]),
+        rng.choice(CLOSINGS),
+    )
     return " ".join(parts).split()

@@ -46,7 +46,9 @@ def transformer(encoder: str) -> nn.Module:
 
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(locate(encoder), dtype=torch.float32, attn_implementation="eager")
+        model = AutoModel.from_pretrained(
+            locate(encoder), dtype=torch.float32, attn_implementation="eager"
+        )
     except Exception as error:  # missing, damaged, of another kind: half a dozen kinds of error
         raise ValueError(
             "`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. "
@@ -61,26 +63,40 @@ def tokenise(corpus: Corpus, encoder: str) -> Tokens:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(encoder), use_fast=True, add_prefix_space=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            locate(encoder), use_fast=True, add_prefix_space=True
+        )
     except Exception as error:  # as above
         raise ValueError(
             f"`text_encoder` must be minilm, a folder with a tokenizer, or a name on the hub. Got {encoder}, and: "
             f"{str(error).splitlines()[0]} Copy the whole folder, or give another."
         ) from error
     encoded = tokenizer(corpus.words, is_split_into_words=True, truncation=True, max_length=512)
-    word_of = [-1 if word is None else word for i in range(len(corpus.ids)) for word in encoded.word_ids(i)]
-    return Tokens(Ragged.of([torch.tensor(numbers) for numbers in encoded["input_ids"]]), torch.tensor(word_of))
+    word_of = [
+        -1 if word is None else word for i in range(len(corpus.ids)) for word in encoded.word_ids(i)
+    ]
+    return Tokens(
+        Ragged.of([torch.tensor(numbers) for numbers in encoded["input_ids"]]),
+        torch.tensor(word_of),
+    )
 
 
 def states(corpus: Corpus, config: Config) -> Tokens:
     """What is computed once, from the cache if it has it: the mean of the last layers, or what enters the top ones."""
-    encoder, part = config.text_encoder, (config.text, config.text_layers if config.text == "top" else config.text_pool)
+    encoder, part = (
+        config.text_encoder,
+        (config.text, config.text_layers if config.text == "top" else config.text_pool),
+    )
     key = fingerprint(repr((corpus.words, part)).encode(), identity(encoder).encode())
     path = cache_folder() / f"{Path(encoder).name}-{key}.pt"
     saved = stored(path)
     if saved is None:
         tokens = tokenise(corpus, encoder)
-        saved = {"states": encode(tokens.rows, *part, encoder), "offset": tokens.rows.offset, "word_of": tokens.word_of}
+        saved = {
+            "states": encode(tokens.rows, *part, encoder),
+            "offset": tokens.rows.offset,
+            "word_of": tokens.word_of,
+        }
         with atomic(path) as temporary:
             torch.save(saved, temporary)
     return Tokens(Ragged(saved["states"], saved["offset"]), saved["word_of"])
@@ -98,7 +114,9 @@ def identity(encoder: str) -> str:
     """Changes when the encoder does: name, size and time of each file of a folder, or the name on the hub."""
     folder = Path(locate(encoder))
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return encoder + repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
+    return encoder + repr(
+        [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    )
 
 
 @torch.inference_mode()
@@ -113,12 +131,18 @@ def encode(tokens: Ragged, text: str, count: int, encoder: str) -> Tensor:
     elif 1 <= count <= depth:
         chosen = slice(depth - count + 1, depth + 1)
     else:
-        raise ValueError(f"`text_pool` must be at most the {depth} layers of {encoder}. Got {count}. Lower it.")
+        raise ValueError(
+            f"`text_pool` must be at most the {depth} layers of {encoder}. Got {count}. Lower it."
+        )
     out = torch.empty(len(tokens.rows), model.config.hidden_size)
     parts = tokens.lengths.argsort(stable=True).split(32)  # similar lengths: hardly any padding
-    for index in tqdm(parts, desc=f"encoding the text with {encoder}", disable=os.environ.get("RANK", "0") != "0"):
+    for index in tqdm(
+        parts, desc=f"encoding the text with {encoder}", disable=os.environ.get("RANK", "0") != "0"
+    ):
         numbers, mask = tokens.pad(index)
-        every = model(input_ids=numbers, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        every = model(
+            input_ids=numbers, attention_mask=mask.long(), output_hidden_states=True
+        ).hidden_states
         row = (tokens.offset[index, None] + torch.arange(mask.shape[1]))[mask]
         out[row] = torch.stack(every[chosen]).mean(0)[mask]
     return out

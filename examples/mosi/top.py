@@ -36,7 +36,11 @@ def top(encoder: nn.Module, count: int) -> nn.Module:
 
 def layers_of(encoder: nn.Module) -> nn.ModuleList:
     depth = getattr(encoder.config, "num_hidden_layers", 0)
-    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    lists = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
     if len(lists) != 1 or not hasattr(encoder, "embeddings"):
         raise refusal(encoder, "no single list of its layers above its embeddings")
     return lists[0]
@@ -52,7 +56,9 @@ def check_split(encoder: nn.Module, count: int, numbers: Tensor, mask: Tensor) -
     whole = encoder(input_ids=numbers, attention_mask=mask, output_hidden_states=True)
     upper = top(encoder, count)
     try:
-        again = upper(inputs_embeds=whole.hidden_states[below], attention_mask=mask).last_hidden_state
+        again = upper(
+            inputs_embeds=whole.hidden_states[below], attention_mask=mask
+        ).last_hidden_state
     except Exception as error:
         raise refusal(encoder, repr(error)) from error
     real = mask.bool()

@@ -60,7 +60,9 @@ def train(
     size = config.batch_size * world
     steps = -(-len(corpus.split["train"]) // size)
     optimizer = optimizer_of(model, config, steps, noise)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(ramp, config=config, total=steps * config.epochs))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(ramp, config=config, total=steps * config.epochs)
+    )
     state: dict[str, Any] = {"epoch": 0, "best_epoch": -1, "best_mae": float("inf"), "history": []}
 
     if resume:
@@ -72,13 +74,19 @@ def train(
         run.start(out, config, corpus)
 
     def save() -> None:
-        state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
+        state.update(
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scheduler=scheduler.state_dict(),
+        )
         if writes:
             run.save(out, state, config, corpus)
 
     if not resume:
         save()
-    while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] <= config.patience:
+    while (
+        state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] <= config.patience
+    ):
         epoch = state["epoch"]
         # Every epoch has seeds of its own: a checkpoint between two epochs needs no generator's state.
         seed = 4 * (10_000 * config.seed + epoch)
@@ -86,11 +94,15 @@ def train(
         noise.manual_seed(seed + 2)
         torch.manual_seed(seed + 3 + (rank << 32))
         batches = dataset.batches("train", size, torch.Generator().manual_seed(seed))
-        title = f"epoch {epoch}" + (f", valid MAE {state['history'][-1]['valid']['mae']:.3f}" if epoch else "")
+        title = f"epoch {epoch}" + (
+            f", valid MAE {state['history'][-1]['valid']['mae']:.3f}" if epoch else ""
+        )
         with tqdm(batches, desc=title, leave=False, disable=not bars or rank > 0) as bar:
             shards = (dataset.batch(index, names).shard(rank, world).to(device) for index in bar)
             line = {"epoch": epoch} | train_epoch(network, optimizer, scheduler, shards, config)
-        valid = metrics(predict(model, dataset, "valid", names), corpus.labels[corpus.split["valid"]])
+        valid = metrics(
+            predict(model, dataset, "valid", names), corpus.labels[corpus.split["valid"]]
+        )
         state["history"].append(line | {"valid": valid})
         if valid["mae"] < state["best_mae"]:
             state |= {"best_mae": valid["mae"], "best_epoch": epoch}
@@ -120,10 +132,18 @@ def prepare_once(config: Config, rank: int, world: int) -> Dataset:
     return dataset
 
 
-def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Config) -> dict[str, Any]:
+def train_epoch(
+    network: nn.Module, optimizer, scheduler, batches, config: Config
+) -> dict[str, Any]:
     """One epoch; the mean of each loss and, where there are modalities to balance, how they were balanced."""
     network.train()
-    weights = {"task": 1.0, "uni": config.uni, "recon": config.recon, "div": config.div, "stat": config.stat}
+    weights = {
+        "task": 1.0,
+        "uni": config.uni,
+        "recon": config.recon,
+        "div": config.div,
+        "stat": config.stat,
+    }
     watched = isinstance(optimizer, ConflictAwarePenalty)
     totals: dict[str, list[Tensor]] = {}
     with Recorder(optimizer) if watched else nullcontext() as recorder:
@@ -141,16 +161,22 @@ def train_epoch(network: nn.Module, optimizer, scheduler, batches, config: Confi
             scheduler.step()
             for name, term in terms.items():
                 totals.setdefault(name, []).append(term.detach())
-    line: dict[str, Any] = {"train": {name: float(torch.stack(total).mean()) for name, total in totals.items()}}
+    line: dict[str, Any] = {
+        "train": {name: float(torch.stack(total).mean()) for name, total in totals.items()}
+    }
     for name, value in line["train"].items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight.")
+            raise FloatingPointError(
+                f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight."
+            )
     return line | ({"balance": balance_of(recorder)} if watched else {})
 
 
 def balance_of(recorder: Recorder) -> dict[str, Any]:
     """The summary of an epoch, without what was not measured, and the histogram of the coefficients."""
-    summary = {name: value for name, value in recorder.summary()._asdict().items() if not unmeasured(value)}
+    summary = {
+        name: value for name, value in recorder.summary()._asdict().items() if not unmeasured(value)
+    }
     return summary | {"histogram": histogram(recorder)}
 
 

@@ -26,7 +26,7 @@ FRAMEWORKS = (
 )
 STEPS = 24  # more than slow weights wait
 FACTORS = (0.5, 1.0)  # of half of the trial parameters, and of the others
-TOLERANCE = 0.02
+TOLERANCE = 0.04  # of the displacement of scaled parameters: schedule-free RAdam is 3 % off
 LATE_TOLERANCE = 0.1  # where the factor sets in later: averages follow slowly
 OTHERS_TOLERANCE = 1e-3  # of parameters that are not scaled
 RESOLVED = 1e-6  # the smallest displacement that float32 can tell, of a parameter
@@ -64,7 +64,7 @@ def scaling_for(optimizer: object, apply_to: str) -> Scaling:
     """
     _, stepper = unwrap(optimizer)
     if apply_to == "displacement":
-        return Displacement(stepper)
+        return _checked(Displacement, stepper)
     if apply_to == "learning_rate":
         if not _has_rate(stepper):
             raise ValueError(
@@ -83,7 +83,17 @@ def scaling_for(optimizer: object, apply_to: str) -> Scaling:
         if not trial.moves or not trial.follows(kind):
             why = f"which changes what the steps of {type(stepper).__name__} do"
             raise _refusal(wrappers[0], why, OTHER)
-    return kind(stepper)
+    return _checked(kind, stepper)
+
+
+def _checked(kind: type[Scaling], optimizer: Optimizer) -> Scaling:
+    is_differentiable = any(group.get("differentiable") for group in optimizer.param_groups)
+    if kind is Displacement and is_differentiable:
+        raise ValueError(
+            "`optimizer` must not be differentiable where its finished update is rescaled. "
+            f"Got {type(optimizer).__name__} with `differentiable=True`. {GRADIENT}"
+        )
+    return kind(optimizer)
 
 
 def _kind_for(optimizer: Optimizer) -> type[Scaling]:
@@ -100,8 +110,8 @@ def _kind_for(optimizer: Optimizer) -> type[Scaling]:
     if _has_rate(optimizer) and trial.follows(LearningRates):
         # A cap or a schedule of its own shows at a high rate, where all gradients agree.
         high = _tried(optimizer, rate=1.0)
-        follows = high.follows(LearningRates)
-        if follows or high.keeps_copies or not high.follows(Displacement):
+        copies = trial.keeps_copies or high.keeps_copies
+        if copies or high.follows(LearningRates) or not high.follows(Displacement):
             return LearningRates
     if not trial.keeps_copies and trial.follows(Displacement):
         return Displacement

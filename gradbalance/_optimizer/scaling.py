@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 # Where bitsandbytes keeps settings of single parameters: by id, by position, not yet looked up.
 OVERRIDES = ("pid2config", "index2config", "module_weight_config_triple")
-UNGROUPED = -1
 
 ParamGroup = dict[str, Any]
 
@@ -24,8 +23,8 @@ def local(tensor: Tensor) -> Tensor:
 class LearningRates:
     """Scales the steps of each group by its learning rate, whatever mix a ``param_group`` holds.
 
-    For the time of a step the ``param_groups`` are replaced by stand-ins, one for each group of
-    parameters in each of them. The user's own are never written, except for what the step itself
+    For the time of a step the ``param_groups`` are replaced by stand-ins, one for each factor in
+    each of them. The user's own are never written, except for what the step itself
     writes there (a counter, say): schedulers, checkpoints and loggers see what they would see
     without the penalty.
 
@@ -37,24 +36,19 @@ class LearningRates:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = proxy(optimizer)  # which holds this object
-        self._divided: list[dict[int, list[Tensor]]] = []
+        self._groups: list[list[int | None]] = []
         self._own: list[ParamGroup] | None = None
         self._written: list[ParamGroup] = []
 
     def divide(self, group_of: Mapping[int, int]) -> None:
-        """Divide the parameters of each of the ``param_groups`` by their group.
+        """Note the group of each parameter.
 
         Args:
             group_of: Index of the group of each parameter by ``id``, ungrouped ones left out.
         """
-        self._divided = []
+        self._groups = []
         for param_group in self._optimizer.param_groups:
-            members: dict[int, list[Tensor]] = {}
-            for p in param_group["params"]:
-                members.setdefault(group_of.get(id(p), UNGROUPED), []).append(p)
-            # In the order of the param_group, in which some steps draw random numbers. The step of
-            # an empty one may write into it too.
-            self._divided.append(members or {UNGROUPED: []})
+            self._groups.append([group_of.get(id(p)) for p in param_group["params"]])
 
     def begin(self, factors: Sequence[float]) -> None:
         """Put the stand-ins in place.
@@ -77,16 +71,20 @@ class LearningRates:
         own = self._optimizer.param_groups
         stand_ins: list[ParamGroup] = []
         self._written = []
-        for param_group, members in zip(own, self._divided, strict=True):
-            factor_of = {m: 1.0 if m == UNGROUPED else factors[m] for m in members}
-            # schedule-free weights its averages by the rate, and those of a group that is not
-            # scaled must not change: what the step writes is read from the factor closest to 1,
-            # the ungrouped parameters first.
-            closest = min(members, key=lambda m: (abs(factor_of[m] - 1.0), m))
-            for m, parameters in members.items():
-                stand_in = _stand_in(param_group, parameters, factor_of[m])
+        for param_group, groups in zip(own, self._groups, strict=True):
+            # In the order of the param_group, in which some steps draw random numbers.
+            members: dict[float, list[Tensor]] = {}
+            for p, m in zip(param_group["params"], groups, strict=True):
+                members.setdefault(1.0 if m is None else factors[m], []).append(p)
+            if not members:  # the step of an empty one may write into it too
+                members[1.0] = []
+            # schedule-free weights its averages by the rate, and those of parameters that are not
+            # scaled must not change: what the step writes is read from the factor closest to 1.
+            closest = min(members, key=_distance_to_one)
+            for factor, parameters in members.items():
+                stand_in = _stand_in(param_group, parameters, factor)
                 stand_ins.append(stand_in)
-                if m == closest:
+                if factor == closest:
                     self._written.append(stand_in)
         self._own = own
         self._optimizer.param_groups = stand_ins
@@ -106,6 +104,10 @@ class LearningRates:
                     param_group[key] = value
         self._own = None
         self._written = []
+
+
+def _distance_to_one(factor: float) -> float:
+    return abs(factor - 1.0)
 
 
 def _stand_in(param_group: ParamGroup, parameters: list[Tensor], factor: float) -> ParamGroup:

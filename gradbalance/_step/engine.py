@@ -142,6 +142,8 @@ class Engine:
             scale = numbers.get("grad_scale", 1.0)
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
             active = self.state.learn(norms, cosines, numbers.get("errors"))
+        elif sum(active) < 2:  # all that is known of a step whose norms are not measured
+            active = [False] * n
         is_inside = self.state.is_inside(self._options.window)
         if any(active):
             self.state.step += 1

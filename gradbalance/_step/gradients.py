@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradbalance._optimizer.scaling import local
 from gradbalance.groups import ParamGroups
 
 if TYPE_CHECKING:
@@ -238,12 +239,6 @@ def reduced(t: Any, placements: Placements) -> Any:
     if getattr(t, "placements", ()) == placements:
         return t
     return t.redistribute(placements=placements)
-
-
-def local(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    part: Tensor = getattr(t, "_local_tensor", t)
-    return part
 
 
 def local_slices(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -54,7 +54,9 @@ class Reading:
         numbers = dict(self._numbers)
         vector = self._transfer.vector()
         sizes = [shape.numel() for shape in self._shapes.values()]
-        for (name, shape), part in zip(self._shapes.items(), torch.split(vector, sizes), strict=True):
+        for (name, shape), part in zip(
+            self._shapes.items(), torch.split(vector, sizes), strict=True
+        ):
             numbers[name] = part.view(shape).tolist()
         return numbers
 

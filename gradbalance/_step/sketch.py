@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.scaling import local
 from gradbalance._step.gradients import (
     Gradients,
     Plan,
     copies_of,
     has_gradient,
-    local,
     local_slices,
     on_host,
     reduced,

@@ -92,30 +92,28 @@ class Coherence:
         if measured.coherences is None:
             return coefficients
         known = ~np.isnan(measured.coherences)
-        if not known.any():
-            return coefficients
-        coherences = measured.coherences[known].clip(min=0)
-        if measured.scale_free:
-            coefficients[known] = self._by_coherence(coherences)
-        else:
-            coefficients[known] = self._by_share(coherences, measured.shares[known])
+        if known.any():
+            coherences = np.maximum(measured.coherences[known], 0)
+            if measured.scale_free:
+                coefficients[known] = self._by_coherence(coherences)
+            else:
+                coefficients[known] = self._by_share(coherences, measured.shares[known])
         return coefficients
 
     def _by_coherence(self, coherences: Vector) -> Vector:
         signals = coherences + self.chance
-        further = np.square(signals / signals.min()).clip(max=self.most)
+        further = np.minimum(np.square(signals / signals.min()), self.most)
         beta = min(1.0, coherences.max() / self.clear)
         coefficients: Vector = further * further.max() ** (beta - 1)
         return coefficients
 
     def _by_share(self, coherences: Vector, shares: Vector) -> Vector:
-        shares = shares.clip(min=TINY)
+        shares = np.maximum(shares, TINY)
         signals = coherences + self.chance
-        clearer = np.square(signals[:, None] / signals).clip(min=1)
-        longer = (shares / shares[:, None]).clip(min=1)
-        pairs = np.minimum(clearer.clip(max=self.most), longer)
-        pairs = pairs * longer ** np.log2(clearer).clip(max=1)
-        further = pairs.max(1)
+        clearer = np.maximum(np.square(signals[:, None] / signals), 1)
+        longer = np.maximum(shares / shares[:, None], 1)
+        pairs = np.minimum(np.minimum(clearer, self.most), longer)
+        further = (pairs * longer ** np.minimum(np.log2(clearer), 1)).max(1)
         paid = shares.max() / (further * shares).max()
-        coefficients: Vector = (further * paid).clip(max=self.limit)
+        coefficients: Vector = np.minimum(further * paid, self.limit)
         return coefficients

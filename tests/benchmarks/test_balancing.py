@@ -36,7 +36,9 @@ def test_a_killed_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
     results = Results(path)
     assert list(results) == RUNS[:2]
 
-    monkeypatch.setattr(runs, "train", lambda run: trained.append(run) or run._asdict() | {"valid": 0.5})
+    monkeypatch.setattr(
+        runs, "train", lambda run: trained.append(run) or run._asdict() | {"valid": 0.5}
+    )
     results.complete(RUNS)
     assert trained == RUNS
     assert list(Results(path)) == RUNS
@@ -54,7 +56,9 @@ def test_what_stands_in_the_record_is_not_run_again(monkeypatch, tmp_path):
 
 def test_the_learning_rate_and_the_knob_are_those_best_on_validation(monkeypatch, tmp_path):
     def fake(run):
-        return run._asdict() | {"valid": {0.04: 0.6}.get(run.lr, 0.5) + {3.0: 0.1}.get(run.knob, 0.0)}
+        return run._asdict() | {
+            "valid": {0.04: 0.6}.get(run.lr, 0.5) + {3.0: 0.1}.get(run.knob, 0.0)
+        }
 
     monkeypatch.setattr(runs, "train", fake)
     results = Results(tmp_path / "runs.jsonl")
@@ -72,7 +76,10 @@ def test_a_rate_that_is_given_is_not_tuned(monkeypatch, tmp_path):
 
 def test_a_rule_with_a_rate_of_its_own_takes_the_best_one_for_itself(monkeypatch, tmp_path):
     def fake(run):
-        return run._asdict() | {"valid": float(run.lr == (0.01 if run.rule == "Coherence" else 0.04)), "test": run.lr}
+        return run._asdict() | {
+            "valid": float(run.lr == (0.01 if run.rule == "Coherence" else 0.04)),
+            "test": run.lr,
+        }
 
     monkeypatch.setattr(runs, "train", fake)
     results = Results(tmp_path / "runs.jsonl")
@@ -95,8 +102,22 @@ def test_the_interval_is_students():
 
 
 def found(rule, seed, test, bed="C0", **others):
-    base = {"bed": bed, "rule": rule, "optimizer": "AdamW", "lr": 1e-2, "knob": None, "seed": seed, "seconds": 1.0}
-    scores = {"test": test, "valid": test, "probes": [test, 0.1], "missing": [0.1, test], "coefficients": [2.0, 1.0]}
+    base = {
+        "bed": bed,
+        "rule": rule,
+        "optimizer": "AdamW",
+        "lr": 1e-2,
+        "knob": None,
+        "seed": seed,
+        "seconds": 1.0,
+    }
+    scores = {
+        "test": test,
+        "valid": test,
+        "probes": [test, 0.1],
+        "missing": [0.1, test],
+        "coefficients": [2.0, 1.0],
+    }
     return base | scores | others
 
 

@@ -42,7 +42,10 @@ def gradients_of(rival, knob=None):
     model, part = model_and_batch()
     torch.manual_seed(1)
     rivals.RIVALS[rival].step(model, runs.optimizer_for("SGD", model, 0.0), knob)(*part)
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
 
 
 def test_ogm_damps_the_branch_of_the_higher_score_by_one_minus_tanh():
@@ -57,7 +60,11 @@ def test_ogm_compares_with_the_mean_of_several_others():
 
 def test_ogm_scores_by_the_probability_of_the_class_in_each_contribution():
     model, part = model_and_batch()
-    step = rivals.Rival(lambda *_: rules.OGM(0.3), options={"smoothing": 0.0, "apply_to": "gradient"}, observe="missed")
+    step = rivals.Rival(
+        lambda *_: rules.OGM(0.3),
+        options={"smoothing": 0.0, "apply_to": "gradient"},
+        observe="missed",
+    )
     plain = gradients_of("none")
     run = step.step(model, runs.optimizer_for("SGD", model, 0.0), None)
     with torch.no_grad():
@@ -67,13 +74,17 @@ def test_ogm_scores_by_the_probability_of_the_class_in_each_contribution():
     expected = rules.OGM(0.3)(measured(errors=(1 - scores).tolist()))
     assert expected.min() < 1
     for name, k in zip("ab", expected.tolist(), strict=True):
-        assert_close(model.encoders[name][0][0].weight.grad, k * plain[f"encoders.{name}.0.0.weight"])
+        assert_close(
+            model.encoders[name][0][0].weight.grad, k * plain[f"encoders.{name}.0.0.weight"]
+        )
 
 
 def test_clipping_by_group_leaves_each_branch_with_the_norm_asked_for():
     clipped, plain = gradients_of("clip groups", 1e-3), gradients_of("none")
     for name in "ab":
-        length = torch.stack([g.norm() for key, g in clipped.items() if key.startswith(f"encoders.{name}")]).norm()
+        length = torch.stack(
+            [g.norm() for key, g in clipped.items() if key.startswith(f"encoders.{name}")]
+        ).norm()
         assert_close(length, torch.tensor(1e-3), rtol=1e-3, atol=0)
     assert_close(clipped["joint.weight"], plain["joint.weight"])
 

@@ -48,10 +48,14 @@ def test_a_regression_scores_by_correlation_whatever_the_scale():
 def test_the_probe_recovers_a_linear_map():
     x = torch.randn(200, 5)
     target = x @ torch.randn(5, 2) + 3
-    assert_close(probe(x[:150], target[:150], x[150:], ridge=0.0), target[150:], rtol=1e-3, atol=1e-3)
+    assert_close(
+        probe(x[:150], target[:150], x[150:], ridge=0.0), target[150:], rtol=1e-3, atol=1e-3
+    )
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("perceptron", 1), ("convolutional", 8), ("transformer", 8)])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("perceptron", 1), ("convolutional", 8), ("transformer", 8)]
+)
 def test_every_kind_of_encoder_gives_features_of_the_width(kind, rows):
     branch = Branch("a", 2, kind=kind, rows=rows)
     model = Model(replace(TINY, branches=(branch,)), [64], 10)
@@ -98,5 +102,7 @@ def test_the_narrow_branch_tells_the_class_by_products_unless_it_is_useless():
 
 def test_missing_data_says_what_to_set(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "DATA", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"`GRADBALANCE_DATA` must be a folder with pom.npz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"`GRADBALANCE_DATA` must be a folder with pom.npz"
+    ):
         data.pom(testbeds.BEDS["POM"], 0)

@@ -16,8 +16,12 @@ def test_the_rivals_compute_what_they_are_compared_with():
     for names in (("naive, masked", "moments, masked"), ("Deep CORAL", "covariance loss")):
         ours, theirs = ([*function(*inputs)] for function, inputs in map(cases.__getitem__, names))
         # Deep CORAL divides by n - 1, and so does torch.cov.
-        assert_close(ours, [value / (1 if "naive" in names[0] else (31 / 32) ** 2) for value in theirs])
-    (variance, mean), found = (function(*inputs) for function, inputs in (cases["var_mean"], cases["moments"]))
+        assert_close(
+            ours, [value / (1 if "naive" in names[0] else (31 / 32) ** 2) for value in theirs]
+        )
+    (variance, mean), found = (
+        function(*inputs) for function, inputs in (cases["var_mean"], cases["moments"])
+    )
     assert_close([mean, variance], [*found])
 
 
@@ -51,10 +55,15 @@ def test_the_report_shows_what_the_gpu_gave():
     for case in size["cases"].values():
         case |= {"launches_forward": 70, "launches_both": 93}
     assert report.report(figures, {}).count(_markdown.NOT_RUN) == 14
-    cases = {**size["cases"], report.TRITON: {**size["cases"]["moments"], "launches_forward": 2, "launches_both": 3}}
+    cases = {
+        **size["cases"],
+        report.TRITON: {**size["cases"]["moments"], "launches_forward": 2, "launches_both": 3},
+    }
     ratios = {**size["ratios"], f"{report.TRITON} / naive, masked": [0.1, 0.25, 0.3]}
     given = {**size, "cases": cases, "ratios": ratios, "bandwidth / copy": 0.83}
-    shown = report.report(figures, {"moments": {"sizes": {report.LARGEST: given, "b": {"error": "no"}}}})
+    shown = report.report(
+        figures, {"moments": {"sizes": {report.LARGEST: given, "b": {"error": "no"}}}}
+    )
     assert _markdown.NOT_RUN not in shown
     assert _markdown.FAILED not in shown
     assert "| 2 / 1 |" in shown

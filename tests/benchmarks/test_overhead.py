@@ -80,7 +80,9 @@ def test_ogm_ge_damps_the_better_branch_alone():
     groups = overhead.with_gradients(2, 2, 10_000, "cpu")
     before = {name: group[0].grad.clone() for name, group in groups.items()}
     rivals.OGMGE(groups, alpha=1.0)([torch.tensor(3.0), torch.tensor(1.0)])
-    for (name, (p,)), factor in zip(groups.items(), (1 - torch.tanh(torch.tensor(3.0)), 1.0), strict=True):
+    for (name, (p,)), factor in zip(
+        groups.items(), (1 - torch.tanh(torch.tensor(3.0)), 1.0), strict=True
+    ):
         noise = p.grad - factor * before[name]
         assert float((noise * before[name]).mean()) == pytest.approx(0, abs=0.05)
         assert float(noise.std()) == pytest.approx(float(before[name].std()), rel=0.05)
@@ -102,7 +104,11 @@ def test_ratios_are_taken_within_a_round():
 
 def test_the_steps_of_the_gpu_run_on_the_cpu():
     assert set(gpu.steps("cpu")[0]) == {*gpu.MODES, "update, AdamW with tensor lr"}
-    assert set(gpu.host_times(2, 4, "cpu", rounds=2)) == {overhead.CLIP, *gpu.MODES, "update, defaults"}
+    assert set(gpu.host_times(2, 4, "cpu", rounds=2)) == {
+        overhead.CLIP,
+        *gpu.MODES,
+        "update, defaults",
+    }
 
 
 def test_a_part_that_fails_leaves_its_error_and_the_others_go_on(tmp_path, capsys):

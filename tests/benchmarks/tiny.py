@@ -6,7 +6,15 @@ from benchmarks.balancing.data import gaussians
 from benchmarks.balancing.model import Model
 from benchmarks.balancing.testbeds import Bed, Branch
 
-TINY = Bed("tiny", "", (Branch("a", 1, 0.5, 2.0), Branch("b", 2, 0.5)), gaussians, size=64, epochs=2, width=8)
+TINY = Bed(
+    "tiny",
+    "",
+    (Branch("a", 1, 0.5, 2.0), Branch("b", 2, 0.5)),
+    gaussians,
+    size=64,
+    epochs=2,
+    width=8,
+)
 
 
 def model_and_batch():

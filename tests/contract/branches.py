@@ -51,7 +51,9 @@ def batch(step):
 def losses(model, x, y):
     """The loss, and the error of each branch on its own."""
     prediction, alone = model(x)
-    return (prediction - y).square().mean(), {n: (a - y[:, 0]).abs().mean() for n, a in zip(NAMES, alone, strict=True)}
+    return (prediction - y).square().mean(), {
+        n: (a - y[:, 0]).abs().mean() for n, a in zip(NAMES, alone, strict=True)
+    }
 
 
 class Run(NamedTuple):
@@ -65,7 +67,15 @@ class Run(NamedTuple):
 
 
 def by_hand(
-    steps=3, *, apply_to="update", rule="conflicts", every=1, max_norm=None, observing=True, late=False, make=AdamW
+    steps=3,
+    *,
+    apply_to="update",
+    rule="conflicts",
+    every=1,
+    max_norm=None,
+    observing=True,
+    late=False,
+    make=AdamW,
 ):
     """Training in one process without the library: a plain optimizer, and the rule as slow loops."""
     model, run = Branches(), Run([], [], [], {}, [])
@@ -79,14 +89,19 @@ def by_hand(
         loss.backward()
         gradients = [torch.cat([p.grad.flatten() for p in part]) for part in parts[:3]]
         norms = [g.norm().item() for g in gradients]
-        cosines = [cosine_similarity(g, old, 0).item() for g, old in zip(gradients, last or gradients, strict=True)]
+        cosines = [
+            cosine_similarity(g, old, 0).item()
+            for g, old in zip(gradients, last or gradients, strict=True)
+        ]
         observed = [e.item() for e in errors.values()] if observing else None
         factors = engine.step(norms, observed, cosines if last else [None] * 3)
         if late:
             factors, pending = pending, factors
         if step % every == 0:
             last = gradients
-        run.coherences.append([math.nan if a is None else a for a in engine.means(engine.coherences, 3)])
+        run.coherences.append(
+            [math.nan if a is None else a for a in engine.means(engine.coherences, 3)]
+        )
         run.norms.append(norms)
         run.coefficients.append(factors)
         if apply_to == "gradient":
@@ -131,7 +146,9 @@ def train(model, optimizer, steps=range(3), *, part=share, backward=backward, ob
         run.norms.append(optimizer.balance.norms.tolist())
         run.coherences.append(optimizer.balance.coherences.tolist())
         run.coefficients.append(list(optimizer.coefficients().values()))
-        run.all_reduces.append(sum(n for call, n in calls.get_comm_counts().items() if "reduce" in str(call)))
+        run.all_reduces.append(
+            sum(n for call, n in calls.get_comm_counts().items() if "reduce" in str(call))
+        )
     run.parameters.update((n, full(p)) for n, p in bare.named_parameters())
     return run
 
@@ -142,4 +159,6 @@ def adamw(parameters):
 
 def penalised(model, make=adamw, rule="conflicts", **options):
     groups = getattr(model, "module", model).groups()
-    return ConflictAwarePenalty(make(model.parameters()), groups, RULES[rule][0](), smoothing=SMOOTHING, **options)
+    return ConflictAwarePenalty(
+        make(model.parameters()), groups, RULES[rule][0](), smoothing=SMOOTHING, **options
+    )

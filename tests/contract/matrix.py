@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = (Path(__file__).parent, Path(__file__).parents[1] / "integrations")
+TESTS = Path(__file__).parents[1]
+FOLDERS = [TESTS / name for name in ("contract", "optimizer", "integrations")]
 
 
 class Matrix:
@@ -39,17 +40,26 @@ class Matrix:
             if name != file:
                 lines += ["", head, name]
                 file = name
-            lines.append(f"{test:{width}}  {row['works']:6}{row['refused']:9}{row['silent']:8}{row['skipped']:9}")
+            lines.append(
+                f"{test:{width}}  {row['works']:6}{row['refused']:9}{row['silent']:8}{row['skipped']:9}"
+            )
             lines += [f"    {message}" for message in sorted(self.messages[name, test])]
-        total = {key: sum(row[key] for row in self.rows.values()) for key in ("works", "refused", "silent", "skipped")}
+        total = {
+            key: sum(row[key] for row in self.rows.values())
+            for key in ("works", "refused", "silent", "skipped")
+        }
         cases = sum(total.values())
-        return "\n".join([*lines, "", f"{cases} cases: " + ", ".join(f"{n} {key}" for key, n in total.items())])
+        return "\n".join(
+            [*lines, "", f"{cases} cases: " + ", ".join(f"{n} {key}" for key, n in total.items())]
+        )
 
 
 def main(arguments: list[str]) -> int:
     """Run the files of the contract, with further arguments of pytest, and print the matrix."""
     matrix = Matrix()
-    status = pytest.main(["-q", "--no-header", "--no-summary", *map(str, FOLDERS), *arguments], plugins=[matrix])
+    status = pytest.main(
+        ["-q", "--no-header", "--no-summary", *map(str, FOLDERS), *arguments], plugins=[matrix]
+    )
     sys.stdout.write(matrix.report() + "\n")
     return int(status)
 

@@ -10,7 +10,9 @@ import torch
 
 MODES = ("update", "gradient")
 # On the gradients of Adam and most others a constant factor cancels: the penalty warns of it, these tests know it.
-cancels = pytest.mark.filterwarnings("ignore:.apply_to=.gradient.. does nothing lasting:UserWarning")
+cancels = pytest.mark.filterwarnings(
+    "ignore:.apply_to=.gradient.. does nothing lasting:UserWarning"
+)
 # Neither follows a learning rate: the finished update is rescaled instead.
 BY_DISPLACEMENT = (torch.optim.Adafactor, torch.optim.Rprop)
 # By nature refused in update mode: what a step does to some parameters depends on how far others went.
@@ -64,7 +66,12 @@ def _torch_cases():
         parameters = inspect.signature(cls.__init__).parameters
         for option, value in VARIANTS.items():
             if option in parameters:
-                yield Case(f"{name}-{option}", partial(cls, lr=0.02, **{option: value}), variant=True, **nature)
+                yield Case(
+                    f"{name}-{option}",
+                    partial(cls, lr=0.02, **{option: value}),
+                    variant=True,
+                    **nature,
+                )
 
 
 TORCH = list(_torch_cases())

@@ -39,13 +39,17 @@ def groups_of(model):
 def put_on(optimizer, model, mode="update", rule="conflicts", by=ConflictAwarePenalty, **options):
     """The penalty on an optimizer of the model, by the wrapper or by ``attach``, with one of the rules of the tests."""
     rule = RULES[rule][0]() if isinstance(rule, str) else rule
-    return by(optimizer, groups_of(model), rule, apply_to=mode, **{"smoothing": SMOOTHING, **options})
+    return by(
+        optimizer, groups_of(model), rule, apply_to=mode, **{"smoothing": SMOOTHING, **options}
+    )
 
 
 def batch(step, dtype=torch.float32, size=4):
     """Inputs and target of a step; audio is ten times as large, so that it dominates."""
     generator = torch.Generator().manual_seed(100 + step)
-    text, audio, visual, target = (torch.randn(size, n, generator=generator).to(dtype) for n in (3, 4, 5, 2))
+    text, audio, visual, target = (
+        torch.randn(size, n, generator=generator).to(dtype) for n in (3, 4, 5, 2)
+    )
     return (text, 10 * audio, visual), target
 
 
@@ -87,7 +91,9 @@ class ReferenceEngine(Reference):
         self.told += [] if errors is None else [errors]
         if (self.calls - 1) % self.every == 0:
             told, self.told = self.told, []
-            return super().step(norms, [mean(column) for column in zip(*told, strict=True)] or None, cosines)
+            return super().step(
+                norms, [mean(column) for column in zip(*told, strict=True)] or None, cosines
+            )
         start, stop = self.window or (0, None)
         inside = start <= self.steps and (stop is None or self.steps < stop)
         self.steps += 1
@@ -112,7 +118,16 @@ class ByHand:
         **options: Of the engine.
     """
 
-    def __init__(self, factory, model, apply_to="update", rule="conflicts", by_rate=True, late=False, **options):
+    def __init__(
+        self,
+        factory,
+        model,
+        apply_to="update",
+        rule="conflicts",
+        by_rate=True,
+        late=False,
+        **options,
+    ):
         self.groups = {name: list(module.parameters()) for name, module in groups_of(model).items()}
         grouped = {id(p) for members in self.groups.values() for p in members}
         rest = [p for p in model.parameters() if id(p) not in grouped]
@@ -133,7 +148,9 @@ class ByHand:
         cosines, now = zip(*map(self.cosine, NAMES), strict=True)
         # At the steps that are measured, and at those just before: coherence is that of successive gradients.
         reads = any((self.engine.calls + ahead) % self.engine.every == 0 for ahead in (0, 1))
-        self.coefficients = dict(zip(NAMES, self.engine.step(norms, observed, cosines), strict=True))
+        self.coefficients = dict(
+            zip(NAMES, self.engine.step(norms, observed, cosines), strict=True)
+        )
         if reads and self.engine.steps > before:
             self.last |= {name: g for name, g in zip(NAMES, now, strict=True) if any(g)}
         if self.window is not None:
@@ -152,7 +169,9 @@ class ByHand:
         last = self.last.get(name)
         if last is None or len(last) != len(now) or not any(last) or not any(now):
             return None, now
-        return sum(x * y for x, y in zip(now, last, strict=True)) / (math.hypot(*now) * math.hypot(*last)), now
+        return sum(x * y for x, y in zip(now, last, strict=True)) / (
+            math.hypot(*now) * math.hypot(*last)
+        ), now
 
     @contextmanager
     def applied(self):
@@ -166,13 +185,17 @@ class ByHand:
             yield
         elif self.by_rate:
             rates = [group["lr"] for group in self.optimizer.param_groups]
-            for group, c in zip(self.optimizer.param_groups, self.coefficients.values(), strict=False):
+            for group, c in zip(
+                self.optimizer.param_groups, self.coefficients.values(), strict=False
+            ):
                 group["lr"] = group["lr"] * c
             yield
             for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr
         else:
-            start = {name: [p.detach().clone() for p in members] for name, members in self.groups.items()}
+            start = {
+                name: [p.detach().clone() for p in members] for name, members in self.groups.items()
+            }
             yield
             with torch.no_grad():
                 for name, c in self.coefficients.items():
@@ -189,7 +212,9 @@ class ByHand:
         seen = []
         for step in steps:
             loss_of(self.model, step).backward()
-            if hasattr(self.optimizer, "first_step"):  # SAM: the gradient that counts is the one up the hill
+            if hasattr(
+                self.optimizer, "first_step"
+            ):  # SAM: the gradient that counts is the one up the hill
                 self.optimizer.first_step(zero_grad=True)
                 loss_of(self.model, step).backward()
             self.step(errors_at(step) if observe else None)
@@ -227,7 +252,9 @@ def assert_same_parameters(model, twin, tolerance=TOLERANCE):
     """The parameters agree; a tolerance of 0 means bitwise."""
     pairs = zip(model.named_parameters(), twin.parameters(), strict=True)
     for (name, p), q in pairs:
-        torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p, q, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def assert_same_coefficients(seen, expected):

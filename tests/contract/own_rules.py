@@ -29,7 +29,9 @@ class Tiring:
         self.load = {}
 
     def __call__(self, measured):
-        for name, share in zip(measured.names, np.nan_to_num(measured.shares).tolist(), strict=True):
+        for name, share in zip(
+            measured.names, np.nan_to_num(measured.shares).tolist(), strict=True
+        ):
             self.load[name] = 0.5 * self.load.get(name, 0.0) + share
         return [1 / (1 + self.load[name]) for name in measured.names]
 

@@ -93,10 +93,17 @@ class Contract:
         which, everywhere, modes = getattr(metafunc.function, "cases", (None, None, None))
         if which is None:
             return
-        pairs = [(case, mode) for case in filter(which, self.cases) for mode in case.modes if mode in modes]
+        pairs = [
+            (case, mode)
+            for case in filter(which, self.cases)
+            for mode in case.modes
+            if mode in modes
+        ]
         if not everywhere:
             pairs = [(case, mode) for case, mode in pairs if self.represents(case, mode)]
-        metafunc.parametrize(("case", "mode"), pairs, ids=[f"{case}-{mode}" for case, mode in pairs])
+        metafunc.parametrize(
+            ("case", "mode"), pairs, ids=[f"{case}-{mode}" for case, mode in pairs]
+        )
 
     def represents(self, case, mode):
         if self.representatives is None:
@@ -108,7 +115,9 @@ class Contract:
         model, optimizer = wrapped(case, mode)
         twin = by_hand(case, mode)
         observe = not case.averages
-        assert_same_coefficients(train(model, optimizer, range(5), observe=observe), twin.train(range(5), observe))
+        assert_same_coefficients(
+            train(model, optimizer, range(5), observe=observe), twin.train(range(5), observe)
+        )
         assert_same_parameters(model, twin.model)
 
     @of(lambda case: not case.averages)
@@ -116,9 +125,14 @@ class Contract:
     def test_rules_of_coherence_and_of_ones_own_equal_the_oracle_by_hand(self, case, mode, rule):
         model, optimizer = wrapped(case, mode, rule)
         twin = by_hand(case, mode, rule)
-        seen, expected = train(model, optimizer, range(5), observe=False), twin.train(range(5), observe=False)
+        seen, expected = (
+            train(model, optimizer, range(5), observe=False),
+            twin.train(range(5), observe=False),
+        )
         assert_same_coefficients(seen, expected)
-        assert (max(c for coefficients in seen for c in coefficients.values()) > 1.5) == (rule == "coherence")
+        assert (max(c for coefficients in seen for c in coefficients.values()) > 1.5) == (
+            rule == "coherence"
+        )
         assert_same_parameters(model, twin.model)
 
     @of()
@@ -171,7 +185,9 @@ class Contract:
         param_groups.insert(place, {"params": []})
         optimizer = put_on(case.make(param_groups), model, mode)
         observe = not case.averages
-        assert_same_coefficients(train(model, optimizer, range(4), observe=observe), twin.train(range(4), observe))
+        assert_same_coefficients(
+            train(model, optimizer, range(4), observe=observe), twin.train(range(4), observe)
+        )
         assert_same_parameters(model, twin.model)
 
     @of()
@@ -184,11 +200,18 @@ class Contract:
         train(model, optimizer, range(2))
         assert optimizer.param_groups is param_groups
         assert param_groups[0]["lr"] == 0.02
-        assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+        assert all(
+            p is q
+            for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True)
+        )
 
     @of()
-    @pytest.mark.parametrize("options", [{}, {"every": 2}, {"late": True}], ids=["", "every-2", "late"])
-    @pytest.mark.parametrize(("rule", "before"), [("conflicts", 0), ("conflicts", 3), ("coherence", 3), ("own", 3)])
+    @pytest.mark.parametrize(
+        "options", [{}, {"every": 2}, {"late": True}], ids=["", "every-2", "late"]
+    )
+    @pytest.mark.parametrize(
+        ("rule", "before"), [("conflicts", 0), ("conflicts", 3), ("coherence", 3), ("own", 3)]
+    )
     def test_a_resumed_run_is_bitwise_the_unbroken_one(self, case, mode, rule, before, options):
         observe = rule == "conflicts"
         model, optimizer = wrapped(case, mode, rule, **options)
@@ -198,7 +221,9 @@ class Contract:
         resumed.load_state_dict(weights)
         other.load_state_dict(state)
         steps = range(before, 6)
-        assert train(resumed, other, steps, observe=observe) == train(model, optimizer, steps, observe=observe)
+        assert train(resumed, other, steps, observe=observe) == train(
+            model, optimizer, steps, observe=observe
+        )
         assert_same_parameters(resumed, model, tolerance=0)
 
     @of()
@@ -245,7 +270,9 @@ class Contract:
         train(model, optimizer, range(2))
         twin, copied = duplicate((model, optimizer))
         assert type(copied) is ConflictAwarePenalty
-        assert_same_coefficients(train(twin, copied, range(2, 5)), train(model, optimizer, range(2, 5)))
+        assert_same_coefficients(
+            train(twin, copied, range(2, 5)), train(model, optimizer, range(2, 5))
+        )
         assert_same_parameters(twin, model, tolerance=0)
 
     @of(lambda case: case.copies)
@@ -262,7 +289,9 @@ class Contract:
     @of(lambda case: case.grows)
     def test_a_param_group_added_later_joins_its_group(self, case, mode):
         def unfreeze(model, optimizer):
-            optimizer.add_param_group({"params": list(model.text.requires_grad_(True).parameters())})
+            optimizer.add_param_group(
+                {"params": list(model.text.requires_grad_(True).parameters())}
+            )
             if hasattr(optimizer, "train"):  # schedule-free starts every param_group in eval mode
                 optimizer.train()
 
@@ -273,7 +302,10 @@ class Contract:
         with pytest.warns(UserWarning, match="`text` requires a gradient"):
             optimizer = put_on(case.make(trainable), model, mode)
         hand = ByHand(case.make, twin, mode, by_rate=case.by_rate)
-        seen, expected = train(model, optimizer, range(2), observe=False), hand.train(range(2), observe=False)
+        seen, expected = (
+            train(model, optimizer, range(2), observe=False),
+            hand.train(range(2), observe=False),
+        )
         hand.optimizer.param_groups.pop(0)
         unfreeze(model, optimizer)
         unfreeze(twin, hand.optimizer)
@@ -308,7 +340,9 @@ class Contract:
 
         model, optimizer = wrapped(case, mode)
         plain = Toy(case.bias)
-        assert counted(optimizer, model, optimizer) == counted(case.make(plain.parameters()), plain, optimizer)
+        assert counted(optimizer, model, optimizer) == counted(
+            case.make(plain.parameters()), plain, optimizer
+        )
 
     @of(lambda case: not case.closure_alone)
     @pytest.mark.parametrize("set_to_none", [True, False])
@@ -350,8 +384,12 @@ class Contract:
             model = Toy(case.bias)
             optimizer = case.make(model.parameters())
             if damped:
-                optimizer = ConflictAwarePenalty(optimizer, groups_of(model), rules.ByHand(audio=0.5))
-                assert f"update by {'learning rate' if case.by_rate else 'displacement'}" in repr(optimizer)
+                optimizer = ConflictAwarePenalty(
+                    optimizer, groups_of(model), rules.ByHand(audio=0.5)
+                )
+                assert f"update by {'learning rate' if case.by_rate else 'displacement'}" in repr(
+                    optimizer
+                )
             optimizer.param_groups[0]["lr"] = 1e-4
             if "weight_decay" in optimizer.param_groups[0]:
                 optimizer.param_groups[0]["weight_decay"] = 0.0
@@ -365,11 +403,16 @@ class Contract:
             for _ in range(30):
                 gradients()
                 optimizer.step(gradients) if case.closure_alone else optimizer.step()
-            return {n: (p - p0).norm().item() for (n, p), p0 in zip(model.named_parameters(), start, strict=True)}
+            return {
+                n: (p - p0).norm().item()
+                for (n, p), p0 in zip(model.named_parameters(), start, strict=True)
+            }
 
         plain, damped = distances(damped=False), distances(damped=True)
         for name in plain:
-            assert damped[name] == pytest.approx((0.5 if "audio" in name else 1.0) * plain[name], rel=0.02)
+            assert damped[name] == pytest.approx(
+                (0.5 if "audio" in name else 1.0) * plain[name], rel=0.02
+            )
 
     @of()
     def test_a_hook_may_set_the_learning_rate_before_or_after_the_step(self, case, mode):

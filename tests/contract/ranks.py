@@ -38,7 +38,9 @@ def on_ranks(function, world_size, *args, timeout=60.0):
     with tempfile.TemporaryDirectory() as folder:
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         workers = [
-            CONTEXT.Process(target=_work, args=(function, args, rank, world_size, folder, sender), daemon=True)
+            CONTEXT.Process(
+                target=_work, args=(function, args, rank, world_size, folder, sender), daemon=True
+            )
             for rank, (_, sender) in enumerate(pipes)
         ]
         try:
@@ -57,7 +59,9 @@ def _received(receivers, timeout):
     deadline = time.monotonic() + timeout
     while len(results) < len(receivers):
         waiting = [r for rank, r in enumerate(receivers) if rank not in results]
-        for receiver in wait(waiting, deadline - time.monotonic()) or _time_out(len(waiting), timeout):
+        for receiver in wait(waiting, deadline - time.monotonic()) or _time_out(
+            len(waiting), timeout
+        ):
             rank = receivers.index(receiver)
             try:
                 failure, results[rank] = pickle.loads(receiver.recv_bytes())
@@ -74,10 +78,16 @@ def _time_out(count, timeout):
 
 def _work(function, args, rank, world_size, folder, sender):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo"
+    )
     try:
         dist.init_process_group(
-            "gloo", f"file://{folder}/store", timedelta(seconds=20), rank=rank, world_size=world_size
+            "gloo",
+            f"file://{folder}/store",
+            timedelta(seconds=20),
+            rank=rank,
+            world_size=world_size,
         )
         # Pickled by value: torch would send a handle of shared memory, which dies with the worker.
         message = pickle.dumps((None, function(*args)))

@@ -39,20 +39,32 @@ def build(base, mode, attached=False, rule="conflicts", **options):
     model, twin = Toy(), ByHand(BASES[base], Toy(), mode, rule, **options)
     optimizer = BASES[base](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=10**6)
-    penalty = put_on(optimizer, model, mode, rule, attach if attached else ConflictAwarePenalty, **options)
+    penalty = put_on(
+        optimizer, model, mode, rule, attach if attached else ConflictAwarePenalty, **options
+    )
     return model, optimizer if attached else penalty, penalty, scaler, twin
 
 
-OPTIONS = [{}, {"rule": "coherence"}, {"rule": "own", "every": 2}, {"late": True}, {"rule": "coherence", "late": True}]
+OPTIONS = [
+    {},
+    {"rule": "coherence"},
+    {"rule": "own", "every": 2},
+    {"late": True},
+    {"rule": "coherence", "late": True},
+]
 each_way = pytest.mark.parametrize(
-    "options", OPTIONS, ids=["conflicts", "coherence", "own-every-2", "conflicts-late", "coherence-late"]
+    "options",
+    OPTIONS,
+    ids=["conflicts", "coherence", "own-every-2", "conflicts-late", "coherence-late"],
 )
 
 
 @pytest.mark.parametrize(("clip", "accumulate"), [(False, 1), (True, 2)])
 @each_way
 @each_base
-def test_a_scaled_loop_equals_the_oracle_by_hand_without_a_scaler(base, mode, options, clip, accumulate):
+def test_a_scaled_loop_equals_the_oracle_by_hand_without_a_scaler(
+    base, mode, options, clip, accumulate
+):
     model, optimizer, penalty, scaler, twin = build(base, mode, **options)
     seen, expected = [], []
     for step in range(4 * accumulate):
@@ -92,13 +104,21 @@ def test_a_step_skipped_for_an_infinity_does_not_count(base, mode, options):
             assert optimizer.param_groups[0]["lr"] == 0.02
             assert scaler.get_scale() == SCALE / 2
             # A late decision was made before the infinity was known.
-            assert "fused" not in base or options.get("late") or set(penalty.coefficients().values()) == {1.0}
-            twin.engine.calls += "fused" in base  # which step is measured goes by steps however they end
+            assert (
+                "fused" not in base
+                or options.get("late")
+                or set(penalty.coefficients().values()) == {1.0}
+            )
+            twin.engine.calls += (
+                "fused" in base
+            )  # which step is measured goes by steps however they end
         else:
             loss_of(twin.model, step).backward()
             twin.step()
             twin.optimizer.zero_grad()
-    assert penalty.balance.step == 3 - options.get("late", False)  # the last one is decided on in the next
+    assert penalty.balance.step == 3 - options.get(
+        "late", False
+    )  # the last one is decided on in the next
     assert_same_coefficients([penalty.coefficients()], [twin.coefficients])
     assert_same_parameters(model, twin.model)
 
@@ -121,7 +141,10 @@ def test_norms_are_those_of_unscaled_gradients(base, mode):
     model, optimizer, penalty, scaler, twin = build(base, mode)
     scaler.scale(loss_of(model, 0)).backward()
     loss_of(twin.model, 0).backward()
-    expected = [torch.cat([p.grad.flatten() for p in members]).norm().item() for members in twin.groups.values()]
+    expected = [
+        torch.cat([p.grad.flatten() for p in members]).norm().item()
+        for members in twin.groups.values()
+    ]
     scaler.step(optimizer)
     assert penalty.balance.norms.tolist() == pytest.approx(expected)
 

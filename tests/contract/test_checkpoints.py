@@ -35,7 +35,9 @@ def adamw(model):
 def build(rule, order=("text", "audio", "visual"), **options):
     model = Toy()
     groups = {name: groups_of(model)[name] for name in order}
-    return model, ConflictAwarePenalty(adamw(model), groups, RULES[rule][0](), smoothing=SMOOTHING, **options)
+    return model, ConflictAwarePenalty(
+        adamw(model), groups, RULES[rule][0](), smoothing=SMOOTHING, **options
+    )
 
 
 @each_rule
@@ -47,7 +49,9 @@ def test_groups_in_another_order_are_matched_by_name(rule):
     resumed.load_state_dict(weights)
     other.load_state_dict(state)
     assert other.balance.names == ("visual", "text", "audio")
-    assert_same_coefficients(train(resumed, other, range(3, 6)), train(model, optimizer, range(3, 6)))
+    assert_same_coefficients(
+        train(resumed, other, range(3, 6)), train(model, optimizer, range(3, 6))
+    )
     assert_same_parameters(resumed, model)
 
 
@@ -63,9 +67,17 @@ def fewer(model):
 @pytest.mark.parametrize(
     ("groups", "rule", "message"),
     [
-        (renamed, Tiring(), "must hold the state of the groups text, sound, visual. Got text, audio, visual"),
+        (
+            renamed,
+            Tiring(),
+            "must hold the state of the groups text, sound, visual. Got text, audio, visual",
+        ),
         (fewer, Tiring(), "must hold the state of the groups text, audio. Got text, audio, visual"),
-        (groups_of, rules.ConflictAware(), "must be of the rule `ConflictAware`. Got that of `Tiring`"),
+        (
+            groups_of,
+            rules.ConflictAware(),
+            "must be of the rule `ConflictAware`. Got that of `Tiring`",
+        ),
         (groups_of, lambda m: m.norms, "must be of the rule `<lambda>`. Got that of `Tiring`"),
     ],
 )
@@ -100,13 +112,20 @@ def test_without_persist_checkpoints_are_those_of_the_plain_optimizer():
     model, optimizer = build("own", persist=False)
     train(model, optimizer, range(2))
     plain = adamw(model)
-    assert set(optimizer.state_dict()["param_groups"][0]) == set(plain.state_dict()["param_groups"][0])
+    assert set(optimizer.state_dict()["param_groups"][0]) == set(
+        plain.state_dict()["param_groups"][0]
+    )
 
     _, persistent = build("conflicts")
     train(Toy(), persistent, range(2))
-    optimizer.load_state_dict(persistent.state_dict())  # of another rule: what it remembers is passed over
+    optimizer.load_state_dict(
+        persistent.state_dict()
+    )  # of another rule: what it remembers is passed over
     assert optimizer.balance.step == 2
-    assert optimizer.optimizer.state_dict()["param_groups"][0].keys() == plain.state_dict()["param_groups"][0].keys()
+    assert (
+        optimizer.optimizer.state_dict()["param_groups"][0].keys()
+        == plain.state_dict()["param_groups"][0].keys()
+    )
 
 
 def states(model, optimizer, options):
@@ -130,7 +149,9 @@ def loaded_whole(path, model, optimizer, options):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @each_rule
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize(("before", "load"), [(1, loaded_by_template), (3, loaded_by_template), (3, loaded_whole)])
+@pytest.mark.parametrize(
+    ("before", "load"), [(1, loaded_by_template), (3, loaded_by_template), (3, loaded_whole)]
+)
 def test_distributed_checkpoints_resume_in_a_fresh_process(rule, flatten, before, load, tmp_path):
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = build(rule)
@@ -141,7 +162,11 @@ def test_distributed_checkpoints_resume_in_a_fresh_process(rule, flatten, before
     keys = set(other.param_groups[0])
     state = load(tmp_path, resumed, other, options)
     set_state_dict(
-        resumed, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+        resumed,
+        other,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
     )
     assert train(resumed, other, range(before, 6)) == train(model, optimizer, range(before, 6))
     assert_same_parameters(resumed, model, tolerance=0)
@@ -154,7 +179,9 @@ def train_until_killed(rule, every, path):
     for step in range(4):
         if step == 3:
             loss_of(model, step).backward()
-            optimizer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            optimizer.optimizer.register_step_post_hook(
+                lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            )
         train(model, optimizer, [step])
         torch.save([model.state_dict(), optimizer.state_dict()], path)
 
@@ -162,7 +189,9 @@ def train_until_killed(rule, every, path):
 @each_rule
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_killed_run_resumes_bit_for_bit(rule, every, tmp_path):
-    process = get_context("fork").Process(target=train_until_killed, args=(rule, every, tmp_path / "last"))
+    process = get_context("fork").Process(
+        target=train_until_killed, args=(rule, every, tmp_path / "last")
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -184,4 +213,6 @@ def test_a_checkpoint_taken_before_the_first_step_takes_a_running_optimizer_back
     model.load_state_dict(weights)
     optimizer.load_state_dict(state)
     assert_same_coefficients(train(model, optimizer, range(2)), train(fresh, other, range(2)))
-    torch.testing.assert_close(optimizer.balance.coherences, other.balance.coherences, equal_nan=True)
+    torch.testing.assert_close(
+        optimizer.balance.coherences, other.balance.coherences, equal_nan=True
+    )

@@ -45,9 +45,14 @@ class ByName(Optimizer):
 
     def __init__(self, params):
         params = list(params)
-        self.inside = {"even": AdamW(params[::2], weight_decay=0.0), "odd": SGD(params[1::2], lr=0.01)}
+        self.inside = {
+            "even": AdamW(params[::2], weight_decay=0.0),
+            "odd": SGD(params[1::2], lr=0.01),
+        }
         super().__init__(params, {})
-        self.param_groups = [group for inner in self.inside.values() for group in inner.param_groups]
+        self.param_groups = [
+            group for inner in self.inside.values() for group in inner.param_groups
+        ]
 
     def step(self, closure=None):
         for inner in self.inside.values():
@@ -59,7 +64,11 @@ class Around(Optimizer):
 
     def __init__(self, inner):
         self.wrapped_one = inner
-        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+        self.param_groups, self.state, self.defaults = (
+            inner.param_groups,
+            inner.state,
+            inner.defaults,
+        )
 
     def step(self, closure=None):
         return self.wrapped_one.step(closure)
@@ -72,9 +81,13 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_a_container_that_cannot_be_built_anew_is_refused_by_name_with_the_way_out(name, record_property):
+def test_a_container_that_cannot_be_built_anew_is_refused_by_name_with_the_way_out(
+    name, record_property
+):
     model = Branches()
-    with refused(record_property, ValueError, f"Got {name}, which fails in a trial.*apply_to=.displacement."):
+    with refused(
+        record_property, ValueError, f"Got {name}, which fails in a trial.*apply_to=.displacement."
+    ):
         attach(CONTAINERS[name](model), model.groups)
 
 
@@ -88,7 +101,9 @@ def test_inner_optimizers_in_a_dict_are_found():
 
 
 def test_a_single_inner_one_is_what_is_scaled():
-    assert_half_of_a_alone(lambda model: Around(AdamW(model.parameters(), weight_decay=0.0)), "learning rate")
+    assert_half_of_a_alone(
+        lambda model: Around(AdamW(model.parameters(), weight_decay=0.0)), "learning rate"
+    )
 
 
 def test_a_single_inner_one_counts_each_of_its_steps():
@@ -154,7 +169,9 @@ def around(cls, model):
 
 @pytest.mark.parametrize("cls", [Around, Bounded, SlowlyAround])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_wrapper_that_follows_the_rate_is_known_from_a_trial_whatever_its_own_steps_so_far(cls, steps):
+def test_a_wrapper_that_follows_the_rate_is_known_from_a_trial_whatever_its_own_steps_so_far(
+    cls, steps
+):
     model = Branches()
     optimizer = around(cls, model)
     for step in range(steps):
@@ -171,7 +188,9 @@ def test_a_wrapper_that_follows_the_rate_is_known_from_a_trial_whatever_its_own_
     ],
 )
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_wrapper_that_changes_the_step_or_cannot_be_tried_is_refused_by_name(cls, why, steps, record_property):
+def test_a_wrapper_that_changes_the_step_or_cannot_be_tried_is_refused_by_name(
+    cls, why, steps, record_property
+):
     model = Branches()
     optimizer = around(cls, model)
     for step in range(steps):

@@ -31,7 +31,9 @@ def divisions(draw, minimum=2):
     count = 10
     n = draw(st.integers(minimum, 4))
     group_of = draw(
-        st.lists(st.integers(-1, n - 1), min_size=count, max_size=count).filter(lambda g: {*range(n)} <= {*g})
+        st.lists(st.integers(-1, n - 1), min_size=count, max_size=count).filter(
+            lambda g: {*range(n)} <= {*g}
+        )
     )
     at = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
     rates = draw(st.lists(st.sampled_from([0.0003, 0.001, 0.003]), min_size=3, max_size=3))
@@ -43,7 +45,9 @@ def moved(cls, division, options, apply_to=None, tensor_rates=False, rule=None):
     torch.manual_seed(0)
     vectors = cls is not torch.optim.Muon
     parameters = [
-        nn.Parameter(torch.randn((5,) if i % 3 == 0 and vectors else (4, 3 + i), dtype=torch.float64))
+        nn.Parameter(
+            torch.randn((5,) if i % 3 == 0 and vectors else (4, 3 + i), dtype=torch.float64)
+        )
         for i in range(len(at))
     ]
     param_groups = [
@@ -96,13 +100,20 @@ def test_in_update_mode_every_group_moves_by_its_coefficient(cls, division):
 @given(
     division=divisions(),
     momentum=st.sampled_from(
-        [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}]
+        [
+            {},
+            {"momentum": 0.9},
+            {"momentum": 0.5, "nesterov": True},
+            {"momentum": 0.9, "dampening": 0.5},
+        ]
     ),
     maximize=st.booleans(),
 )
 def test_in_gradient_mode_every_group_of_sgd_moves_by_its_coefficient(division, momentum, maximize):
     options = {**momentum, "maximize": maximize}
-    assert_scaled(moved(SGD, division, options), moved(SGD, division, options, "gradient"), division)
+    assert_scaled(
+        moved(SGD, division, options), moved(SGD, division, options, "gradient"), division
+    )
 
 
 @pytest.mark.parametrize("cls", [SGD, AdamW, torch.optim.RMSprop])
@@ -119,10 +130,17 @@ def test_rates_in_tensors_are_scaled_as_floats_are(cls, division):
 
 @cancels
 @pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
-@pytest.mark.parametrize("rule", [rules.ByHand(g0=1.0), rules.Watch(rules.ByHand(g0=0.5))], ids=["ones", "watch"])
+@pytest.mark.parametrize(
+    "rule", [rules.ByHand(g0=1.0), rules.Watch(rules.ByHand(g0=0.5))], ids=["ones", "watch"]
+)
 def test_coefficients_of_one_leave_every_bit(name, mode, rule):
     cls = getattr(torch.optim, name)
-    division = ([0, 1, -1, 0, 1, -1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0, 1, 0, 1], [1.0, 1.0], [0.01, 0.02, 0.03])
+    division = (
+        [0, 1, -1, 0, 1, -1, 0, 1, 0, 1],
+        [0, 1, 0, 1, 0, 1, 0, 1, 0, 1],
+        [1.0, 1.0],
+        [0.01, 0.02, 0.03],
+    )
     plain = moved(cls, division, without_decay(cls))
     assert all(map(torch.equal, plain, moved(cls, division, without_decay(cls), mode, rule=rule)))
 
@@ -148,7 +166,9 @@ class WithTensorCounter(Optimizer):
 @pytest.mark.parametrize("there", [False, True])
 def test_a_counter_in_a_tensor_of_the_param_group_counts_once_a_step(there):
     def make(model):
-        kept.append(WithTensorCounter(model.parameters(), **({"step": torch.zeros(())} if there else {})))
+        kept.append(
+            WithTensorCounter(model.parameters(), **({"step": torch.zeros(())} if there else {}))
+        )
         return kept[-1]
 
     kept = []
@@ -263,7 +283,9 @@ def test_the_factor_may_change_from_step_to_step():
             feed(plain, step)
             optimizer.step()
             alone.step()
-            for (name, p), q, s, b in zip(model.named_parameters(), plain.parameters(), start, before, strict=True):
+            for (name, p), q, s, b in zip(
+                model.named_parameters(), plain.parameters(), start, before, strict=True
+            ):
                 c = step / 4 if name.startswith("a.") else 1.0
                 torch.testing.assert_close(p - s, c * (q - b), rtol=1e-4, atol=1e-6)
 

@@ -82,7 +82,9 @@ def data_parallel_accumulating():
 def zero_redundancy(bucket_view):
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of what it imports itself
 
-    make = partial(ZeroRedundancyOptimizer, optimizer_class=AdamW, parameters_as_bucket_view=bucket_view, lr=LR)
+    make = partial(
+        ZeroRedundancyOptimizer, optimizer_class=AdamW, parameters_as_bucket_view=bucket_view, lr=LR
+    )
     return DistributedDataParallel(Branches()), {"make": make}, {}
 
 
@@ -97,7 +99,11 @@ def fully_sharded():
 
 
 def hybrid_sharded():
-    return shard(Branches(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))), {}, {}
+    return (
+        shard(Branches(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))),
+        {},
+        {},
+    )
 
 
 def partly_sharded():
@@ -130,7 +136,11 @@ def sharded_tensor_parallel():
     model = Branches()
     parallel_text(model, mesh["tensor"])
     rank = mesh.get_local_rank("data")
-    return shard(model, mesh["data"]), {}, {"part": lambda tensors: [t.chunk(2)[rank] for t in tensors]}
+    return (
+        shard(model, mesh["data"]),
+        {},
+        {"part": lambda tensors: [t.chunk(2)[rank] for t in tensors]},
+    )
 
 
 def run_variants(engine, late, *args):
@@ -159,7 +169,13 @@ def run_variants(engine, late, *args):
         (partly_sharded, False, (), 2, 1),
         (tensor_parallel, False, (), 2, 1),
         (hybrid_sharded, False, (), 4, 2),
-        (sharded_tensor_parallel, False, (), 4, 3),  # a mesh of two dimensions, and one of them alone
+        (
+            sharded_tensor_parallel,
+            False,
+            (),
+            4,
+            3,
+        ),  # a mesh of two dimensions, and one of them alone
     ],
 )
 def test_distributed_training_equals_training_in_one_process(engine, late, args, ranks, dimensions):
@@ -178,7 +194,9 @@ def test_distributed_training_equals_training_in_one_process(engine, late, args,
                 coherences = expected.coherences[: 3 - late]
                 assert_close(run.coherences[late:], coherences, rtol=0, atol=1e-6, equal_nan=True)
             assert_close(run.parameters, expected.parameters, rtol=1e-6, atol=1e-12)
-            assert run.all_reduces == [dimensions or (m and variant.get("observing", True)) for m in measured]
+            assert run.all_reduces == [
+                dimensions or (m and variant.get("observing", True)) for m in measured
+            ]
 
 
 def uneven_shards():
@@ -201,8 +219,12 @@ def coherences_of_large_parameters():
 
     def measured(distribute):
         shapes = {"large": (1021, 1000), "narrow": (4, 9000), "small": (7, 3)}
-        groups = {name: [nn.Parameter(distribute(torch.zeros(shape)))] for name, shape in shapes.items()}
-        optimizer = ConflictAwarePenalty(SGD([p for [p] in groups.values()], lr=LR), groups, rules.Watch())
+        groups = {
+            name: [nn.Parameter(distribute(torch.zeros(shape)))] for name, shape in shapes.items()
+        }
+        optimizer = ConflictAwarePenalty(
+            SGD([p for [p] in groups.values()], lr=LR), groups, rules.Watch()
+        )
         for step in range(2):
             for number, (name, shape) in enumerate(shapes.items()):
                 draw = torch.Generator().manual_seed(number)
@@ -234,7 +256,9 @@ def gradients_on_one_rank(rule):
 
 @pytest.mark.parametrize("rule", ["conflicts", "coherence"])
 def test_distributed_a_rank_without_gradients_holds_up_none_and_decides_as_they_do(rule):
-    (norms, coefficients), (same_norms, same_coefficients) = on_ranks(gradients_on_one_rank, 2, rule)
+    (norms, coefficients), (same_norms, same_coefficients) = on_ranks(
+        gradients_on_one_rank, 2, rule
+    )
     assert norms == same_norms
     assert min(norms) > 0
     assert coefficients == same_coefficients
@@ -245,11 +269,16 @@ def mixed_precision(policy, dtype):
     optimizer = penalised(model, max_norm=0.5)
     x, y = share(batch(0))
     backward(model, (x.to(policy.param_dtype), y.to(policy.param_dtype)))
-    gradients = {name: [full(p.grad).double() for p in module.parameters()] for name, module in model.groups().items()}
+    gradients = {
+        name: [full(p.grad).double() for p in module.parameters()]
+        for name, module in model.groups().items()
+    }
     everything = torch.cat([full(p.grad).double().flatten() for p in model.parameters()])
     optimizer.step()
     clipped = torch.cat([full(p.grad).double().flatten() for p in model.parameters()])
-    by_hand = [torch.cat([g.flatten() for g in group]).norm().item() for group in gradients.values()]
+    by_hand = [
+        torch.cat([g.flatten() for g in group]).norm().item() for group in gradients.values()
+    ]
     return (
         optimizer.balance.norms.tolist(),
         by_hand,
@@ -267,7 +296,9 @@ def test_distributed_norms_of_mixed_precision_are_those_of_the_whole_gradients()
     for found in on_ranks(mixed_precisions, 2, policy):
         for dtype, (norms, expected, clip, expected_clip) in found.items():
             assert_close(norms, expected, rtol=1e-6, atol=0)
-            assert clip == pytest.approx(float(expected_clip), rel=1e-5 if dtype == torch.float32 else 1e-2)
+            assert clip == pytest.approx(
+                float(expected_clip), rel=1e-5 if dtype == torch.float32 else 1e-2
+            )
 
 
 def partial_gradients():
@@ -279,13 +310,18 @@ def partial_gradients():
     whole = deepcopy(model)
     parallelize_module(model, mesh, {"audio": SequenceParallel(sequence_dim=0)})
     x, _ = batch(0)
-    (10 * model["audio"](share([x])[0]).full_tensor().pow(2).mean() + model["visual"](x).pow(2).mean()).backward()
+    (
+        10 * model["audio"](share([x])[0]).full_tensor().pow(2).mean()
+        + model["visual"](x).pow(2).mean()
+    ).backward()
     (10 * whole["audio"](x).pow(2).mean() + whole["visual"](x).pow(2).mean()).backward()
     sgd, rule = SGD(model.parameters(), lr=LR), rules.ConflictAware(eta=0.1)
     optimizer = ConflictAwarePenalty(sgd, dict(model.items()), rule, apply_to="gradient")
     optimizer.step()
     assert any(p.is_partial() for p in model["audio"].weight.grad.placements)
-    by_hand = [torch.cat([p.grad.flatten() for p in m.parameters()]).norm().item() for m in whole.values()]
+    by_hand = [
+        torch.cat([p.grad.flatten() for p in m.parameters()]).norm().item() for m in whole.values()
+    ]
     scaled = (full(model["audio"].weight.grad) / whole["audio"].weight.grad).tolist()
     return optimizer.balance.norms.tolist(), by_hand, scaled, optimizer.coefficients()["audio"]
 
@@ -357,8 +393,12 @@ def test_distributed_parameters_swapped_for_sharded_ones_keep_their_groups_and_a
     for runs in on_ranks(attached_before_sharding, 2):
         for rule, (run, kept) in runs.items():
             expected, loose = by_hand(rule=rule), rule == "coherence"  # of float32 entries
-            assert_close(run.coefficients, expected.coefficients, rtol=1e-6, atol=1e-6 if loose else 0)
-            assert_close(run.parameters, expected.parameters, rtol=1e-6, atol=1e-7 if loose else 1e-12)
+            assert_close(
+                run.coefficients, expected.coefficients, rtol=1e-6, atol=1e-6 if loose else 0
+            )
+            assert_close(
+                run.parameters, expected.parameters, rtol=1e-6, atol=1e-7 if loose else 1e-12
+            )
             assert kept == []
 
 
@@ -404,8 +444,12 @@ def test_distributed_checkpoints_resume_on_another_number_of_ranks(saving, loadi
     for runs in on_ranks(load_all, loading, str(tmp_path)):
         for rule, run in runs.items():
             expected, loose = by_hand(steps=4, rule=rule), rule == "coherence"  # of float32 entries
-            assert_close(run.coefficients, expected.coefficients[2:], rtol=1e-6, atol=1e-6 if loose else 0)
-            assert_close(run.parameters, expected.parameters, rtol=1e-6, atol=1e-7 if loose else 1e-12)
+            assert_close(
+                run.coefficients, expected.coefficients[2:], rtol=1e-6, atol=1e-6 if loose else 0
+            )
+            assert_close(
+                run.parameters, expected.parameters, rtol=1e-6, atol=1e-7 if loose else 1e-12
+            )
 
 
 def die(model, optimizer):
@@ -490,7 +534,8 @@ def test_distributed_noise_of_one_seed_is_the_same_on_all_ranks():
 
 
 @pytest.mark.parametrize(
-    ("engine", "seed", "message"), [(data_parallel, None, "`generator` must be given"), (fully_sharded, 0, "`noise`")]
+    ("engine", "seed", "message"),
+    [(data_parallel, None, "`generator` must be given"), (fully_sharded, 0, "`noise`")],
 )
 def test_distributed_noise_that_would_differ_between_ranks_is_refused(engine, seed, message):
     with pytest.raises(AssertionError, match=message):
@@ -498,7 +543,9 @@ def test_distributed_noise_that_would_differ_between_ranks_is_refused(engine, se
 
 
 def flattened(use_orig_params, nested, attached_first):
-    wrap = partial(FullyShardedDataParallel, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    wrap = partial(
+        FullyShardedDataParallel, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
     model = Branches()
     optimizer = penalised(model) if attached_first else None
     if nested:
@@ -528,7 +575,10 @@ FLATTENED = {  # by use_orig_params and whether the penalty was there first
     (True, True): "RuntimeError: .*FSDP1",
     (False, False): "(RuntimeError|ValueError): `groups.*FSDP1",
     # The optimizer holds what is not trained any more, of which torch itself says nothing.
-    (False, True): "UserWarning: No step has counted for 100 .* No parameter of `text`, `audio`, `visual` has a grad",
+    (
+        False,
+        True,
+    ): "UserWarning: No step has counted for 100 .* No parameter of `text`, `audio`, `visual` has a grad",
 }
 
 
@@ -549,7 +599,9 @@ def overlapping():
 
 
 def test_distributed_an_optimizer_that_steps_during_backward_is_refused():
-    with pytest.raises(AssertionError, match="ValueError: `optimizer` must step after the backward pass"):
+    with pytest.raises(
+        AssertionError, match="ValueError: `optimizer` must step after the backward pass"
+    ):
         on_ranks(overlapping, 2)
 
 

@@ -12,7 +12,8 @@ from tests.contract.oracle import Toy, groups_of, loss_of
 PUBLIC_METHODS = [
     name
     for name, value in inspect.getmembers(Optimizer, inspect.isfunction)
-    if not name.startswith("_") and not isinstance(inspect.getattr_static(Optimizer, name), staticmethod)
+    if not name.startswith("_")
+    and not isinstance(inspect.getattr_static(Optimizer, name), staticmethod)
 ]
 
 
@@ -47,7 +48,9 @@ class Noisy(Optimizer):
 def noisy():
     model = Toy()
     inner = Noisy(SGD(model.parameters(), lr=0.1), 1.0)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), rules.ByHand(audio=0.5), apply_to="learning_rate")
+    optimizer = ConflictAwarePenalty(
+        inner, groups_of(model), rules.ByHand(audio=0.5), apply_to="learning_rate"
+    )
     loss_of(model, 0).backward()
     return inner, optimizer
 
@@ -109,10 +112,14 @@ def test_a_public_method_called_on_the_wrapper_is_that_of_the_wrapped_optimizer(
     Own = type("Own", (SGD,), {name: method})
     model, optimizer = Toy(), None
     inner = Own(model.parameters(), lr=0.1)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), rules.ByHand(audio=0.5), apply_to="learning_rate")
+    optimizer = ConflictAwarePenalty(
+        inner, groups_of(model), rules.ByHand(audio=0.5), apply_to="learning_rate"
+    )
     returned = getattr(optimizer, name)(1, option=2)
     assert received == [((1,), {"option": 2})]
-    assert returned == (None if name in ("zero_grad", "add_param_group", "load_state_dict") else "returned")
+    assert returned == (
+        None if name in ("zero_grad", "add_param_group", "load_state_dict") else "returned"
+    )
 
 
 def test_a_method_of_the_wrapped_optimizer_alone_is_called_on_it():

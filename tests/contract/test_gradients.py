@@ -41,8 +41,12 @@ class Leaves(nn.Module):
 
     def set_gradients(self, step, kind=lambda g: g, write=None):
         generator = torch.Generator().manual_seed(step)
-        for p, scale in zip((*(getattr(self, name)[0] for name in NAMES), self.rest), (1, 10, 1, 2), strict=True):
-            g = torch.randn(p.shape, generator=generator, dtype=torch.promote_types(p.dtype, torch.float32))
+        for p, scale in zip(
+            (*(getattr(self, name)[0] for name in NAMES), self.rest), (1, 10, 1, 2), strict=True
+        ):
+            g = torch.randn(
+                p.shape, generator=generator, dtype=torch.promote_types(p.dtype, torch.float32)
+            )
             if write is None or p.grad is None:
                 p.grad = kind((scale * g).to(p))
             else:
@@ -50,7 +54,14 @@ class Leaves(nn.Module):
 
 
 def compare(
-    mode, kind=lambda g: g, *, dtype=torch.float32, base=torch.optim.SGD, tolerance=TOLERANCE, write=None, **options
+    mode,
+    kind=lambda g: g,
+    *,
+    dtype=torch.float32,
+    base=torch.optim.SGD,
+    tolerance=TOLERANCE,
+    write=None,
+    **options,
 ):
     """Trains on set gradients, wrapped and by hand."""
     model, twin = Leaves(dtype), Leaves(dtype)
@@ -106,14 +117,18 @@ def sparse_in_rows_and_columns(g):
 def uncoalesced(g):
     """Every row three times, at a third each and of changing sign: as they lie, the entries have another norm."""
     rows = torch.arange(len(g)).repeat(3)[None]
-    return torch.sparse_coo_tensor(rows, torch.cat([2 * g, -2 * g, g]), g.shape, check_invariants=True)
+    return torch.sparse_coo_tensor(
+        rows, torch.cat([2 * g, -2 * g, g]), g.shape, check_invariants=True
+    )
 
 
 @each_mode
 @each_rule
 @pytest.mark.parametrize("kind", [coalesced, sparse_in_rows_and_columns, uncoalesced])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # Adagrad's own
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+)  # Adagrad's own
 def test_sparse_gradients_equal_the_oracle_by_hand(mode, kind, base, rule):
     compare(mode, kind, base=base, rule=rule)
 
@@ -184,12 +199,16 @@ def test_a_frozen_group_is_warned_of_and_takes_no_part(mode):
     with pytest.warns(UserWarning, match="`text` requires a gradient: the group is frozen"):
         optimizer = put_on(torch.optim.AdamW(model.parameters(), lr=0.1), model, mode)
     hand = ByHand(lambda groups: torch.optim.AdamW(groups, lr=0.1), twin, mode)
-    assert_same_coefficients(train(model, optimizer, range(4), observe=False), hand.train(range(4), observe=False))
+    assert_same_coefficients(
+        train(model, optimizer, range(4), observe=False), hand.train(range(4), observe=False)
+    )
     assert_same_parameters(model, twin)
 
 
 @pytest.mark.parametrize("kind", [coalesced, sparse_in_rows_and_columns, uncoalesced])
-def test_a_sparse_gradient_that_is_too_large_to_be_read_whole_has_the_coherence_of_the_dense_one(kind):
+def test_a_sparse_gradient_that_is_too_large_to_be_read_whole_has_the_coherence_of_the_dense_one(
+    kind,
+):
     def coherences(kind):
         model = Leaves(shape=(6000, 3))
         optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, rule="coherence")
@@ -215,7 +234,9 @@ def test_parameters_on_the_meta_device_are_skipped(mode, meta, rule):
         model.set_gradients(step)
         optimizer.step()
     acting = {name for name, c in optimizer.coefficients().items() if c != 1}
-    assert acting == (set() if meta == NAMES else {"audio"} if rule == "conflicts" else {"audio", "visual"})
+    assert acting == (
+        set() if meta == NAMES else {"audio"} if rule == "conflicts" else {"audio", "visual"}
+    )
     assert optimizer.balance.step == 4 * (meta != NAMES)
 
 
@@ -227,7 +248,9 @@ def test_the_derivative_of_a_differentiable_step_holds_the_coefficient(mode):
         params = [p.clone() for p in leaves.values()]
         inner = torch.optim.SGD(params, lr=0.1, differentiable=True)
         loss = sum(p.square().sum() * (scale if i == 1 else 1.0) for i, p in enumerate(params))
-        for p, gradient in zip(params, torch.autograd.grad(loss, params, create_graph=True), strict=True):
+        for p, gradient in zip(
+            params, torch.autograd.grad(loss, params, create_graph=True), strict=True
+        ):
             p.grad = gradient
         c = 1.0
         if wrap:
@@ -329,7 +352,9 @@ def test_parameters_frozen_or_unfrozen_on_the_way_leave_and_join_their_group(mod
 @each_mode
 def test_a_parameter_that_is_frozen_after_backward_moves_by_what_its_gradient_asks(mode):
     model = Toy()
-    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.1), model, mode, rules.ByHand(text=0.5))
+    optimizer = put_on(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, mode, rules.ByHand(text=0.5)
+    )
     loss_of(model, 0).backward()
     model.text.bias.requires_grad_(False)
     for p, factor in ((model.text.bias, 1.0), (model.text.weight, 0.5)):
@@ -399,9 +424,13 @@ class Wrong:
         (lambda m: None, TypeError),
     ],
 )
-def test_what_cannot_be_coefficients_is_refused_by_the_name_of_the_rule(name, mode, answer, error, record_property):
+def test_what_cannot_be_coefficients_is_refused_by_the_name_of_the_rule(
+    name, mode, answer, error, record_property
+):
     model = Toy()
-    optimizer = put_on(getattr(torch.optim, name)(model.parameters(), lr=0.1), model, mode, Wrong(answer))
+    optimizer = put_on(
+        getattr(torch.optim, name)(model.parameters(), lr=0.1), model, mode, Wrong(answer)
+    )
     train(model, optimizer, range(2), observe=False)
     parameters = [p.detach().clone() for p in model.parameters()]
     state, balance = str(optimizer.state_dict()), optimizer.balance
@@ -432,7 +461,9 @@ class InPlace:
 @pytest.mark.parametrize(("name", "mode"), REPRESENTATIVES)
 def test_what_a_rule_writes_into_its_answer_later_never_reaches_a_parameter(name, mode):
     model = Toy()
-    optimizer = put_on(getattr(torch.optim, name)(model.parameters(), lr=0.1), model, mode, InPlace(), every=2)
+    optimizer = put_on(
+        getattr(torch.optim, name)(model.parameters(), lr=0.1), model, mode, InPlace(), every=2
+    )
     train(model, optimizer, range(2), observe=False)
     loss_of(model, 2).backward()
     with pytest.raises(ValueError, match="`InPlace` must return"):

@@ -36,17 +36,24 @@ def graphs_of_six_steps(optimizer, model):
 
 # By rate only with a tensor: a float learning rate would be a constant of the graph, which changes at every step.
 @cancels
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch's own
 @pytest.mark.parametrize(
     ("mode", "lr"), [("update", torch.tensor(0.02)), ("displacement", 0.02), ("gradient", 0.02)]
 )
 def test_a_compiled_step_has_at_most_one_graph_more(mode, lr):
     def make(params):
-        return torch.optim.AdamW(params, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr, foreach=False)
+        return torch.optim.AdamW(
+            params, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr, foreach=False
+        )
 
     plain, model, twin = Toy(), Toy(), ByHand(make, Toy(), mode)
     optimizer = put_on(make(model.parameters()), model, mode)
-    assert graphs_of_six_steps(optimizer, model) <= graphs_of_six_steps(make(plain.parameters()), plain) + 1
+    assert (
+        graphs_of_six_steps(optimizer, model)
+        <= graphs_of_six_steps(make(plain.parameters()), plain) + 1
+    )
     assert_same_coefficients([optimizer.coefficients()], twin.train(range(6), observe=False)[-1:])
     assert_same_parameters(model, twin.model)
 
@@ -65,15 +72,21 @@ def test_a_learning_rate_in_a_tensor_is_scaled_and_stays_the_same_tensor():
 
 
 @pytest.mark.parametrize("mode", ["update", "displacement", "gradient"])
-def test_a_step_inside_a_capture_is_refused_before_anything_is_done(mode, monkeypatch, record_property):
+def test_a_step_inside_a_capture_is_refused_before_anything_is_done(
+    mode, monkeypatch, record_property
+):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():  # parameters on a GPU that is not there
-        parameters = {name: [torch.ones(2, device="cuda", requires_grad=True)] for name in ("text", "audio")}
+        parameters = {
+            name: [torch.ones(2, device="cuda", requires_grad=True)] for name in ("text", "audio")
+        }
         optimizer = torch.optim.SGD([p for [p] in parameters.values()], lr=0.1)
         penalty = attach(optimizer, parameters, rules.ByHand(text=0.5), apply_to=mode)
         for [p] in parameters.values():
             p.grad = torch.ones_like(p)
-        with refused(record_property, RuntimeError, "outside a CUDA graph capture.*call `step\\(\\)` outside"):
+        with refused(
+            record_property, RuntimeError, "outside a CUDA graph capture.*call `step\\(\\)` outside"
+        ):
             optimizer.step()
     assert penalty.balance.step == 0
     assert len(optimizer.param_groups) == 1

@@ -74,7 +74,9 @@ def test_a_checkpoint_that_the_optimizer_refuses_changes_nothing(name, mode):
     train(smaller, other, range(3))
     [state] = saved(other)
     model, untouched = Toy(), Toy()
-    optimizer, alone = (put_on(make(name, m.parameters()), m, mode, "own") for m in (model, untouched))
+    optimizer, alone = (
+        put_on(make(name, m.parameters()), m, mode, "own") for m in (model, untouched)
+    )
     train(model, optimizer, range(2))
     train(untouched, alone, range(2))
     with pytest.raises(ValueError, match="doesn't match the size"):
@@ -85,7 +87,9 @@ def test_a_checkpoint_that_the_optimizer_refuses_changes_nothing(name, mode):
 
 def test_the_contract_covers_every_class_of_torch_optim():
     classes = {n for n in torch.optim.__all__ if inspect.isclass(getattr(torch.optim, n))}
-    assert classes - {"Optimizer", "LBFGS", "SparseAdam"} == {case.name.split("-")[0] for case in TORCH}
+    assert classes - {"Optimizer", "LBFGS", "SparseAdam"} == {
+        case.name.split("-")[0] for case in TORCH
+    }
 
 
 @each_representative
@@ -102,7 +106,10 @@ def test_a_step_that_raised_leaves_no_trace(name, mode):
                 raise MemoryError
             return super().step(closure)
 
-    model, twin = Toy(), ByHand(lambda g: base(g, lr=0.02), Toy(), mode, by_rate=base is not torch.optim.Rprop)
+    model, twin = (
+        Toy(),
+        ByHand(lambda g: base(g, lr=0.02), Toy(), mode, by_rate=base is not torch.optim.Rprop),
+    )
     optimizer = put_on(Fragile(model.parameters(), lr=0.02), model, mode)
     shown = copy.deepcopy(optimizer.state_dict()["param_groups"][0]["lr"])
     seen = []
@@ -155,7 +162,9 @@ def test_a_gradient_whose_scale_cancels_is_warned_of_at_construction(case):
         wrapped(case, "gradient")
         wrapped(case, "gradient", rules.Watch())
     assert len(caught) == (case.name != "SGD")
-    assert all(w.category is UserWarning and "does nothing lasting" in str(w.message) for w in caught)
+    assert all(
+        w.category is UserWarning and "does nothing lasting" in str(w.message) for w in caught
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -168,7 +177,9 @@ def test_lbfgs_is_refused(mode, named, record_property):
 
 
 @pytest.mark.parametrize("cls", GRADIENT_ONLY)
-def test_a_step_that_can_be_scaled_neither_by_a_rate_nor_afterwards_is_refused(cls, record_property):
+def test_a_step_that_can_be_scaled_neither_by_a_rate_nor_afterwards_is_refused(
+    cls, record_property
+):
     model = Toy()
     with refused(record_property, ValueError, 'Use `apply_to="gradient"`, or another optimizer'):
         put_on(cls(model.parameters()), model)
@@ -196,7 +207,9 @@ class Noting(torch.optim.SGD):
 def test_of_what_the_step_writes_that_of_the_parameters_that_are_not_scaled_stays():
     model = Toy()
     optimizer = ConflictAwarePenalty(
-        Noting(model.parameters(), lr=0.1), groups_of(model), rules.ByHand(text=2.0, audio=0.5, visual=3.0)
+        Noting(model.parameters(), lr=0.1),
+        groups_of(model),
+        rules.ByHand(text=2.0, audio=0.5, visual=3.0),
     )
     train(model, optimizer, range(1), observe=False)
     assert optimizer.param_groups[0]["noted"] == 0.1
@@ -204,5 +217,7 @@ def test_of_what_the_step_writes_that_of_the_parameters_that_are_not_scaled_stay
 
 def test_a_class_of_torch_is_known_and_not_tried(monkeypatch):
     model = Toy()
-    monkeypatch.setattr(torch.random, "fork_rng", None)  # with several GPUs it warns, and it starts CUDA
+    monkeypatch.setattr(
+        torch.random, "fork_rng", None
+    )  # with several GPUs it warns, and it starts CUDA
     assert "learning rate" in repr(put_on(torch.optim.AdamW(model.parameters()), model))

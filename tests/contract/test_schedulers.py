@@ -29,7 +29,9 @@ MAKE = {
     "LinearLR": lambda o: schedulers.LinearLR(o, total_iters=4),
     "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.8),
     "SequentialLR": lambda o: schedulers.SequentialLR(
-        o, [schedulers.ConstantLR(o, total_iters=2), schedulers.ExponentialLR(o, 0.8)], milestones=[2]
+        o,
+        [schedulers.ConstantLR(o, total_iters=2), schedulers.ExponentialLR(o, 0.8)],
+        milestones=[2],
     ),
     "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, STEPS),
     "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
@@ -99,7 +101,9 @@ def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, mode, order):
     early = MAKE[scheduler](plain) if order.startswith("built before") else None
     penalty = put_on(plain, model, mode, by=attach if order == "attached" else ConflictAwarePenalty)
     optimizer = plain if order == "attached" else penalty
-    rates, seen = train_scheduled(model, optimizer, early or MAKE[scheduler](optimizer), penalty, range(STEPS))
+    rates, seen = train_scheduled(
+        model, optimizer, early or MAKE[scheduler](optimizer), penalty, range(STEPS)
+    )
     twin, plain_rates, expected = train_by_hand(scheduler, mode)
     assert rates == plain_rates
     assert len(set(rates)) > 1
@@ -107,7 +111,9 @@ def test_a_schedule_is_that_of_the_plain_optimizer(scheduler, mode, order):
     assert_same_parameters(model, twin.model)
 
 
-@pytest.mark.parametrize(("scheduler", "mode"), dict.fromkeys((name, mode) for name, mode, _ in SCHEDULES))
+@pytest.mark.parametrize(
+    ("scheduler", "mode"), dict.fromkeys((name, mode) for name, mode, _ in SCHEDULES)
+)
 def test_a_schedule_goes_on_after_load_state_dict(scheduler, mode):
     def build():
         model = Toy()

@@ -15,7 +15,11 @@ class Bare(Optimizer):
     """Does not call the constructor of Optimizer."""
 
     def __init__(self, params):
-        self.param_groups, self.state, self.defaults = [{"params": list(params), "lr": 0.01}], {}, {}
+        self.param_groups, self.state, self.defaults = (
+            [{"params": list(params), "lr": 0.01}],
+            {},
+            {},
+        )
 
     def step(self, closure=None):
         with torch.no_grad():
@@ -52,7 +56,9 @@ def test_empty_param_groups_are_refused_in_words():
     model = Branches()
     optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.param_groups.clear()
-    with pytest.raises(ValueError, match=r"`optimizer` must hold parameters. Got empty `param_groups`"):
+    with pytest.raises(
+        ValueError, match=r"`optimizer` must hold parameters. Got empty `param_groups`"
+    ):
         attach(optimizer, model.groups)
 
 
@@ -73,7 +79,9 @@ def test_a_checkpoint_without_a_key_is_refused_in_words(key):
     model = Branches()
     optimizer = AdamW(model.parameters())
     attach(optimizer, model.groups)
-    with pytest.raises(ValueError, match=f"`state_dict` must hold what the penalty saved.* Got .* without '{key}'"):
+    with pytest.raises(
+        ValueError, match=f"`state_dict` must hold what the penalty saved.* Got .* without '{key}'"
+    ):
         optimizer.load_state_dict(state)
     assert optimizer.state_dict()["state"] == {}  # nothing of it was loaded
 
@@ -85,7 +93,10 @@ def test_a_checkpoint_of_another_kind_is_refused_in_words(kept):
     model = Branches()
     optimizer = AdamW(model.parameters())
     attach(optimizer, model.groups)
-    with pytest.raises(ValueError, match=f"`state_dict` must hold what the penalty saved.* Got {type(kept).__name__}"):
+    with pytest.raises(
+        ValueError,
+        match=f"`state_dict` must hold what the penalty saved.* Got {type(kept).__name__}",
+    ):
         optimizer.load_state_dict(state)
 
 

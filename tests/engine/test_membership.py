@@ -27,6 +27,13 @@ each_kind = pytest.mark.parametrize(
     "make", [SGD, torch.optim.AdamW, torch.optim.Rprop], ids=["SGD", "AdamW", "displacement"]
 )
 each_mode = pytest.mark.parametrize("mode", ["update", "gradient"])
+each_form = pytest.mark.parametrize("form", ["modules", "lists"])
+
+
+def in_form(groups, form):
+    if form == "modules":
+        return groups
+    return {name: list(module.parameters()) for name, module in groups.items()}
 
 
 def moved(module, optimizer, gradients=fixed_gradients, model=None):
@@ -41,10 +48,13 @@ def moved(module, optimizer, gradients=fixed_gradients, model=None):
 
 
 @each_kind
+@each_form
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_param_group_that_is_taken_out_and_added_again_keeps_its_group(model, make, steps_before):
+def test_a_param_group_that_is_taken_out_and_added_again_keeps_its_group(
+    model, make, form, steps_before
+):
     inner = make([{"params": m.parameters()} for m in model.children()], lr=0.1)
-    optimizer = ConflictAwarePenalty(inner, groups_of(model), ByHand(text=0.0))
+    optimizer = ConflictAwarePenalty(inner, in_form(groups_of(model), form), ByHand(text=0.0))
     train(model, optimizer, range(steps_before), fixed_gradients)
     inner.add_param_group(inner.param_groups.pop(0))
     assert moved(model, optimizer) == [False] * 2 + [True] * 4
@@ -52,20 +62,23 @@ def test_a_param_group_that_is_taken_out_and_added_again_keeps_its_group(model, 
 
 
 @each_kind
+@each_form
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("order", ["reversed", "rotated"])
-def test_parameters_in_another_order_keep_their_group(make, steps_before, order):
+def test_parameters_in_another_order_keep_their_group(make, form, steps_before, order):
     model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("text", "audio", "head")})
-    optimizer = penalised(model, ByHand(text=0.0), make, {n: model[n] for n in ("text", "audio")})
+    groups = in_form({"text": model["text"], "audio": model["audio"]}, form)
+    optimizer = penalised(model, ByHand(text=0.0), make, groups)
     train(model, optimizer, range(steps_before), fixed_gradients)
     held = optimizer.param_groups[0]["params"]
     held[:] = held[::-1] if order == "reversed" else [*held[2:], *held[:2]]
     assert moved(model, optimizer) == [False] * 2 + [True] * 4
 
 
+@each_form
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_parameters_that_move_to_another_param_group_keep_their_group(model, steps_before):
-    optimizer = penalised(model, ByHand(text=0.0))
+def test_parameters_that_move_to_another_param_group_keep_their_group(model, form, steps_before):
+    optimizer = penalised(model, ByHand(text=0.0), groups=in_form(groups_of(model), form))
     train(model, optimizer, range(steps_before), fixed_gradients)
     held = optimizer.param_groups[0]["params"]
     optimizer.param_groups[0]["params"] = [p for p in held if p.dim() > 1]
@@ -73,9 +86,12 @@ def test_parameters_that_move_to_another_param_group_keep_their_group(model, ste
     assert moved(model, optimizer) == [False] * 2 + [True] * 4
 
 
+@each_form
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_frozen_parameters_that_are_filtered_out_of_the_optimizer_take_no_part(model, steps_before):
-    optimizer = penalised(model, ByHand(text=0.0))
+def test_frozen_parameters_that_are_filtered_out_of_the_optimizer_take_no_part(
+    model, form, steps_before
+):
+    optimizer = penalised(model, ByHand(text=0.0), groups=in_form(groups_of(model), form))
     train(model, optimizer, range(steps_before))
     model.text.weight.requires_grad_(False)
     held = optimizer.param_groups[0]["params"]
@@ -468,6 +484,14 @@ def test_a_step_without_the_parameters_of_the_groups_says_what_the_optimizer_hol
         f"Got {got}. Call `remove()` and wrap the optimizer again"
     )
     assert all(not p.any() for p in replaced)
+
+
+def test_a_step_in_which_flat_tensors_took_the_place_of_one_group_names_it(model):
+    optimizer = penalised(model, ByHand(text=0.5))
+    held = optimizer.param_groups[0]["params"]
+    held[:2] = [nn.Parameter(torch.ones(15))]
+    with pytest.raises(RuntimeError, match=r"Those of `text` are gone\. Got 5 tensors"):
+        train(model, optimizer, range(1))
 
 
 def test_a_param_group_that_is_gone_is_no_error_as_long_as_it_took_no_group_along(model):

@@ -19,6 +19,8 @@ from tests.engine.models import (
 )
 from tests.engine.own_rules import Slower, inverse_share, spy
 
+TOLD = [[False, True], [True, False]]
+
 
 def test_a_plain_function_is_a_rule(model):
     optimizer = penalised(model, inverse_share, smoothing=0.0)
@@ -103,14 +105,16 @@ def test_a_rule_that_writes_into_what_it_is_given_changes_nothing_else(model):
 
 
 def test_an_answer_that_the_rule_writes_to_afterwards_stays_what_it_was(model):
-    answer = np.array([0.5, 1.0])
-    optimizer = penalised(model, lambda m: answer)
+    answer, conflicts = np.array([0.5, 1.0]), np.array(TOLD)
+    optimizer = penalised(model, lambda m: (answer, conflicts))
     train(model, optimizer, range(1))
     answer[:] = 7.0
+    conflicts[:] = True
     assert optimizer.coefficients() == {"text": 0.5, "audio": 1.0}
+    assert optimizer.balance.proposed.tolist() == [0.5, 1.0]
+    assert optimizer.balance.conflicts.tolist() == TOLD
 
 
-TOLD = [[False, True], [True, False]]
 ANSWERS = {
     "a list": [2.0, 1.0],
     "a tuple of floats": (2.0, 1.0),

@@ -89,17 +89,20 @@ def test_what_the_step_writes_into_its_param_group_stays_as_without_the_penalty(
         def step(self, closure=None):
             for group in self.param_groups:
                 group["count"], group["used"] = group.get("count", 0) + 1, float(group["lr"])
+                group["in place"] += 1
             return super().step(closure)
 
     groups = dict(sorted(groups_of(model).items(), key=lambda item: item[0] != first))
-    optimizer = ConflictAwarePenalty(Counting(model.parameters(), lr=lr), groups, **PLAIN)
+    inner = Counting([{"params": list(model.parameters()), "in place": torch.zeros(())}], lr=lr)
+    optimizer = ConflictAwarePenalty(inner, groups, apply_to="learning_rate", **PLAIN)
     for step in range(3):
         backward(model, step)
         optimizer.step()
     assert min(optimizer.coefficients().values()) < 1
     assert optimizer.param_groups[0]["count"] == 3
     assert optimizer.param_groups[0]["used"] == 0.5
-    assert optimizer.balance.step == 3
+    assert optimizer.param_groups[0]["in place"] == 3
+    assert optimizer.balance.step == 3, "a step that calls that of its base class is one step"
 
 
 class Showing(torch.optim.SGD):

@@ -34,7 +34,12 @@ PINNED = "'pin_memory' argument is set as true but no accelerator is found"
         example("accelerate_loop", package="accelerate"),
         example("huggingface_trainer", PINNED, package="accelerate"),
         example("grad_scaler"),
-        example("differential_privacy", "Secure RNG turned off", "Full backward hook is firing", package="opacus"),
+        example(
+            "differential_privacy",
+            "Secure RNG turned off",
+            "Full backward hook is firing",
+            package="opacus",
+        ),
         example("your_own_rule"),
     ],
 )
@@ -78,10 +83,16 @@ def two_branches():
     return model, ConflictAwarePenalty(optimizer, dict(model.items()), rule)
 
 
-LOGGED = {f"{quantity}/{name}" for quantity in ("norms", "coherences", "coefficients") for name in ("audio", "visual")}
+LOGGED = {
+    f"{quantity}/{name}"
+    for quantity in ("norms", "coherences", "coefficients")
+    for name in ("audio", "visual")
+}
 
 
-@pytest.mark.filterwarnings(f"ignore:{WORKERS}", f"ignore:{TREESPEC}", "ignore:You are using torch.load")
+@pytest.mark.filterwarnings(
+    f"ignore:{WORKERS}", f"ignore:{TREESPEC}", "ignore:You are using torch.load"
+)
 def test_the_callback_of_lightning_writes_the_balance_to_tensorboard(tmp_path):
     lightning = needs("lightning")
     needs("tensorboard")
@@ -96,12 +107,18 @@ def test_the_callback_of_lightning_writes_the_balance_to_tensorboard(tmp_path):
             self.branches, self.balanced = two_branches()
 
         def training_step(self, batch, batch_idx):
-            return (self.branches["audio"](batch[0]) + self.branches["visual"](batch[1])).square().mean()
+            return (
+                (self.branches["audio"](batch[0]) + self.branches["visual"](batch[1]))
+                .square()
+                .mean()
+            )
 
         def configure_optimizers(self):
             return self.balanced
 
-    data = torch.utils.data.DataLoader([(torch.randn(3), torch.randn(2)) for _ in range(12)], batch_size=2)
+    data = torch.utils.data.DataLoader(
+        [(torch.randn(3), torch.randn(2)) for _ in range(12)], batch_size=2
+    )
     trainer = lightning.Trainer(
         max_steps=6,
         log_every_n_steps=1,
@@ -133,10 +150,17 @@ def test_the_callback_of_the_trainer_hands_the_balance_to_any_log_function(tmp_p
     rule = ByHand(audio=0.5)
     rule.needs_coherence = True
     optimizer = ConflictAwarePenalty(
-        torch.optim.AdamW(model.parameters(), lr=0.01), {"audio": model.audio, "visual": model.visual}, rule
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        {"audio": model.audio, "visual": model.visual},
+        rule,
     )
-    data = [{"audio": torch.randn(20), "visual": torch.randn(5), "labels": torch.randn(1)} for _ in range(48)]
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=6, report_to=[], save_strategy="no")
+    data = [
+        {"audio": torch.randn(20), "visual": torch.randn(5), "labels": torch.randn(1)}
+        for _ in range(48)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, report_to=[], save_strategy="no"
+    )
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
     rows = []

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [path for path in ROOT.rglob("*.md") if not {".git", "build", "runs"} & set(path.relative_to(ROOT).parts)]
+TEXTS = [
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".git", "build", "runs"} & set(path.relative_to(ROOT).parts)
+]
 INTERVAL = r"[+−-]?\d+\.\d+ (?:± \d+\.\d+|\[[^\]]*\])"
 
 
@@ -28,7 +32,8 @@ def test_every_link_leads_somewhere(path):
 def test_every_figure_of_the_readme_stands_in_a_table_that_it_names():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = " ".join(
-        (ROOT / link).read_text(encoding="utf-8") for link in re.findall(r"\]\((benchmarks/[^)]+\.md)\)", text)
+        (ROOT / link).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((benchmarks/[^)]+\.md)\)", text)
     )
     figures = re.findall(INTERVAL, text)
     assert len(figures) > 8

@@ -9,7 +9,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from gradbalance import ConflictAwarePenalty, attach
-from tests.contract.oracle import ByHand, Toy, assert_same_coefficients, assert_same_parameters, batch, put_on
+from tests.contract.oracle import (
+    ByHand,
+    Toy,
+    assert_same_coefficients,
+    assert_same_parameters,
+    batch,
+    put_on,
+)
 
 STEPS = 8
 CLIP = 0.5

@@ -36,7 +36,9 @@ def nothing_left_of_other_tests():
 @pytest.mark.parametrize("options", [{}, {"clip": CLIP}, {"accumulate": 2}])
 def test_accelerate_equals_the_loop_by_hand(setup, options, tmp_path):
     def build():
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.get("accumulate", 1))
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=options.get("accumulate", 1)
+        )
         model = Toy()
         optimizer, penalty = penalised(model, setup)
         model, optimizer = accelerator.prepare(model, optimizer)

@@ -52,8 +52,8 @@ def test_a_penalty_without_effect_is_called_silent(monkeypatch):
 
 
 def test_a_penalty_that_moves_other_groups_is_called_silent(monkeypatch):
-    def on_all(optimizer, groups, rule):
-        return attach(optimizer, groups, rule=rules.ByHand(a=0.5, b=0.5))
+    def on_all(optimizer, groups, rule, apply_to="update"):
+        return attach(optimizer, groups, rule=rules.ByHand(a=0.5, b=0.5), apply_to=apply_to)
 
     monkeypatch.setattr(run, "attach", on_all)
     found = verdict(adamw)
@@ -91,7 +91,7 @@ def test_the_table_counts_and_shows_each():
         ("two", "Third", Verdict("SILENT", (1.0, 1.0), "a.0.weight")),
     ]
     text = table(rows)
-    assert "| all | 3 | 1 | 0 | 1 | 0 | 1 | 0 |" in text
+    assert "| all | 3 | 1 | 0 | 0 | 1 | 0 | 1 | 0 |" in text
     assert "| First | by learning rate | 0.500 | 1.000 |  |" in text
     assert "| Second | refused |  |  | because / of this |" in text
 
@@ -135,7 +135,7 @@ def test_the_published_table_lists_every_optimizer_of(package):
         ("pytorch_optimizer/asgd", "refused"),
         ("pytorch_optimizer/lomo", "refused"),
         ("pytorch_optimizer/adahessian", "by learning rate"),
-        ("pytorch_optimizer/demo", "refused"),
+        ("pytorch_optimizer/demo", "by learning rate"),
         ("schedulefree/AdamWScheduleFree", "by learning rate"),
     ],
 )
@@ -157,5 +157,7 @@ def test_learning_rate_free_ones_are_refused_at_construction(name, order):
     model = Branches()
     optimizer = made(name)(model)
     groups = {key: model.groups[key] for key in order}
-    with pytest.raises(ValueError, match=f"(?s)`apply_to.*Got {type(optimizer).__name__}, .*Use another optimizer"):
+    with pytest.raises(
+        ValueError, match=f"(?s)`apply_to.*Got {type(optimizer).__name__}, .*Use another optimizer"
+    ):
         attach(optimizer, groups)

@@ -27,11 +27,16 @@ deepspeed = needs("deepspeed")
 def deepspeed_engine(stage, make, penalised_first=None):
     model = Branches().float()
     groups = {name: list(module.parameters()) for name, module in model.groups().items()}
-    optimizer = make([{"params": part} for part in [*groups.values(), list(model.head.parameters())]])
+    optimizer = make(
+        [{"params": part} for part in [*groups.values(), list(model.head.parameters())]]
+    )
     penalty = attach(SGD(model.parameters()), groups, CONFLICTS, smoothing=SMOOTHING)
     if penalised_first:
         attach(optimizer, groups)
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # else stage 3 would keep such small ones whole
+    zero = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": 0,
+    }  # else stage 3 would keep such small ones whole
     config = {
         "gradient_clipping": 0.0,  # 1 unless told otherwise
         "train_micro_batch_size_per_gpu": 4,
@@ -68,7 +73,9 @@ def deepspeed_refusals():
 def test_deepspeed_zero_is_refused():
     for messages in on_ranks(deepspeed_refusals, 2, timeout=400.0):
         assert len(messages) == 6
-        assert all("DeepSpeed ZeRO" in message and "coefficients_for" in message for message in messages)
+        assert all(
+            "DeepSpeed ZeRO" in message and "coefficients_for" in message for message in messages
+        )
 
 
 def deepspeed_recipe(stage, apply_to):
@@ -76,7 +83,9 @@ def deepspeed_recipe(stage, apply_to):
 
     from examples.deepspeed_zero import coefficients, scale_gradients, scale_learning_rates
 
-    engine, groups, penalty = deepspeed_engine(stage, partial(SGD, lr=LR) if apply_to == "gradient" else adamw)
+    engine, groups, penalty = deepspeed_engine(
+        stage, partial(SGD, lr=LR) if apply_to == "gradient" else adamw
+    )
     run = Run([], [], [], {}, [])
     for step in range(3):
         errors = deepspeed_backward(engine, step)
@@ -93,14 +102,23 @@ def deepspeed_recipe(stage, apply_to):
 
 
 def deepspeed_recipes():
-    return {(stage, mode): deepspeed_recipe(stage, mode) for stage in (1, 2, 3) for mode in ("gradient", "update")}
+    return {
+        (stage, mode): deepspeed_recipe(stage, mode)
+        for stage in (1, 2, 3)
+        for mode in ("gradient", "update")
+    }
 
 
 def test_the_deepspeed_recipe_equals_training_in_one_process():
-    expected = {"gradient": by_hand(apply_to="gradient", make=SGD), "update": by_hand(apply_to="update")}
+    expected = {
+        "gradient": by_hand(apply_to="gradient", make=SGD),
+        "update": by_hand(apply_to="update"),
+    }
     for runs in on_ranks(deepspeed_recipes, 2, timeout=400.0):
         for (_, mode), run in runs.items():
-            assert_close(run.coefficients, expected[mode].coefficients, rtol=1e-5, atol=0)  # in float32
+            assert_close(
+                run.coefficients, expected[mode].coefficients, rtol=1e-5, atol=0
+            )  # in float32
             assert_close(run.parameters, expected[mode].parameters, rtol=1e-5, atol=1e-6)
 
 

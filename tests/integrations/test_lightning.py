@@ -72,7 +72,9 @@ of_lightning = pytest.mark.filterwarnings(
 
 @of_lightning
 @each_setup
-@pytest.mark.parametrize("options", [{}, {"clip": CLIP}, {"accumulate": 2}, {"clip": CLIP, "accumulate": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": CLIP}, {"accumulate": 2}, {"clip": CLIP, "accumulate": 2}]
+)
 def test_lightning_with_automatic_optimization_equals_the_loop_by_hand(setup, options):
     module = Lit(setup)
     accumulate = options.get("accumulate", 1)
@@ -122,11 +124,15 @@ class Scheduled(Lit):
 
     def configure_optimizers(self):
         parts = self.model.children()
-        plain = adamw([{"params": part.parameters(), "lr": 0.01 * i} for i, part in enumerate(parts, start=1)])
+        plain = adamw(
+            [{"params": part.parameters(), "lr": 0.01 * i} for i, part in enumerate(parts, start=1)]
+        )
         optimizer = plain
         if self.setup_of is not None:
             optimizer, _ = penalised(self.model, self.setup_of, make=lambda _: plain)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(plain if self.on_inner else optimizer, 0.5)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(
+            plain if self.on_inner else optimizer, 0.5
+        )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
@@ -138,7 +144,9 @@ def logged(module):
 
 
 @of_lightning
-@pytest.mark.parametrize(("setup", "on_inner"), [(Setup(), False), (Setup(), True), (Setup(by=attach), False)])
+@pytest.mark.parametrize(
+    ("setup", "on_inner"), [(Setup(), False), (Setup(), True), (Setup(by=attach), False)]
+)
 def test_lightning_logs_each_learning_rate_once(setup, on_inner):
     expected = [[0.01 * i * 0.5**step for step in range(STEPS)] for i in (1, 2, 3, 4)]
     assert logged(Scheduled()) == expected

@@ -45,10 +45,14 @@ class ByHand(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         norms = [
-            sum(p.grad.double().square().sum() for p in group["params"]).sqrt() for group in optimizer.param_groups
+            sum(p.grad.double().square().sum() for p in group["params"]).sqrt()
+            for group in optimizer.param_groups
         ]
         self.seen.append(
-            {g["name"]: (min(norms) / n).item() for g, n in zip(optimizer.param_groups, norms, strict=True)}
+            {
+                g["name"]: (min(norms) / n).item()
+                for g, n in zip(optimizer.param_groups, norms, strict=True)
+            }
         )
         for group, norm in zip(optimizer.param_groups, norms, strict=True):
             group["lr"] = group["rate"] * (min(norms) / norm).item()
@@ -79,7 +83,9 @@ def trained_by_hand(rank):
 
 def trained(rank, of=trainable, rule=to_the_smallest):
     model = model_with_lora(rank)
-    wrapper = ConflictAwarePenalty(torch.optim.AdamW(of(model), lr=1e-3), towers(model), rule=rule, smoothing=0.0)
+    wrapper = ConflictAwarePenalty(
+        torch.optim.AdamW(of(model), lr=1e-3), towers(model), rule=rule, smoothing=0.0
+    )
     callback = Coefficients(wrapper)
     train(model, wrapper, STEPS, (callback,))
     return model, wrapper, callback.seen
@@ -87,10 +93,14 @@ def trained(rank, of=trainable, rule=to_the_smallest):
 
 def assert_same(model, other):
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p, q, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-@pytest.mark.parametrize("of", [trainable, lambda model: list(model.parameters())], ids=["trainable", "all"])
+@pytest.mark.parametrize(
+    "of", [trainable, lambda model: list(model.parameters())], ids=["trainable", "all"]
+)
 @pytest.mark.parametrize("rank", [1, 2, 8])
 def test_the_trainer_equals_coefficients_by_hand(rank, of):
     model, _, seen = trained(rank, of)
@@ -108,7 +118,9 @@ def test_groups_by_name_hold_every_trained_entry():
     assert any(p.dtype == torch.bfloat16 and not p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("of", [trainable, lambda model: list(model.parameters())], ids=["trainable", "all"])
+@pytest.mark.parametrize(
+    "of", [trainable, lambda model: list(model.parameters())], ids=["trainable", "all"]
+)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_coherence_of_small_ranks_is_measured(rank, of):
     _, wrapper, _ = trained(rank, of, rule=rules.Coherence())
@@ -138,17 +150,23 @@ class Quantised(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-@pytest.mark.parametrize("rule", [rules.ByHand(a=0.5), rules.Coherence()], ids=["by hand", "coherence"])
+@pytest.mark.parametrize(
+    "rule", [rules.ByHand(a=0.5), rules.Coherence()], ids=["by hand", "coherence"]
+)
 def test_frozen_weights_of_integers_do_no_harm(dtype, rule):
     def run(hold_all):
         torch.manual_seed(0)
         model = nn.ModuleDict({"a": Quantised(4, 3, dtype), "b": Quantised(5, 3, dtype)})
         parameters = [p for p in model.parameters() if hold_all or p.requires_grad]
-        optimizer = ConflictAwarePenalty(torch.optim.AdamW(parameters, lr=0.01), dict(model.items()), rule=rule)
+        optimizer = ConflictAwarePenalty(
+            torch.optim.AdamW(parameters, lr=0.01), dict(model.items()), rule=rule
+        )
         frozen = [p.clone() for p in model.parameters() if not p.requires_grad]
         with Recorder(optimizer):
             for _ in range(4):
-                (model["a"](torch.randn(2, 4)) + model["b"](torch.randn(2, 5))).square().mean().backward()
+                (
+                    model["a"](torch.randn(2, 4)) + model["b"](torch.randn(2, 5))
+                ).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
         assert all(map(torch.equal, frozen, (p for p in model.parameters() if not p.requires_grad)))

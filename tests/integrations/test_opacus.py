@@ -6,7 +6,13 @@ import torch
 from gradbalance import ConflictAwarePenalty, attach
 from tests import needs
 from tests.contract.optimizers import MODES, cancels
-from tests.contract.oracle import ByHand, Toy, assert_same_coefficients, assert_same_parameters, put_on
+from tests.contract.oracle import (
+    ByHand,
+    Toy,
+    assert_same_coefficients,
+    assert_same_parameters,
+    put_on,
+)
 from tests.integrations.loops import STEPS, sgd
 
 DPOptimizer = needs("opacus").optimizers.DPOptimizer
@@ -22,23 +28,34 @@ def test_opacus_shows_the_penalty_noised_gradients_alone(mode, order):
             p.grad_sample = None
         generator = torch.Generator().manual_seed(0)
         return DPOptimizer(
-            optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4, generator=generator
+            optimizer,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=4,
+            generator=generator,
         )
 
-    model, twin = Toy(), ByHand(sgd, Toy(), mode, "own")  # which acts though the noise evens the norms out
+    model, twin = (
+        Toy(),
+        ByHand(sgd, Toy(), mode, "own"),
+    )  # which acts though the noise evens the norms out
     if order == "penalty inside":
         penalty = put_on(sgd(model.parameters()), model, mode, "own")
         optimizer = private(penalty, model)
     else:
         optimizer = private(sgd(model.parameters()), model)
-        penalty = put_on(optimizer, model, mode, "own", attach if order == "attached" else ConflictAwarePenalty)
+        penalty = put_on(
+            optimizer, model, mode, "own", attach if order == "attached" else ConflictAwarePenalty
+        )
         optimizer = optimizer if order == "attached" else penalty
     reference = private(sgd(twin.model.parameters()), twin.model)
     seen, by_hand = [], []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         for (name, p), q in zip(model.named_parameters(), twin.model.parameters(), strict=True):
-            p.grad_sample = torch.randn(4, *p.shape, generator=generator) * (1 + 9 * name.startswith("audio"))
+            p.grad_sample = torch.randn(4, *p.shape, generator=generator) * (
+                1 + 9 * name.startswith("audio")
+            )
             q.grad_sample = p.grad_sample.clone()
         optimizer.step()
         optimizer.zero_grad()

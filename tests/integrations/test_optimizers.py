@@ -42,10 +42,20 @@ def sam(params):
 
 
 def case(package, name, nature, **options):
-    return Case(f"{package}-{name.split('.')[-1]}", partial(make, package, name, lr=0.02, **options), **nature)
+    return Case(
+        f"{package}-{name.split('.')[-1]}",
+        partial(make, package, name, lr=0.02, **options),
+        **nature,
+    )
 
 
 class TestThirdParty(Contract):
+    representatives = (
+        ("schedulefree-AdamWScheduleFree", "update"),
+        ("bitsandbytes-AdamW8bit", "update"),
+        ("pytorch_optimizer-Lookahead", "update"),
+        ("pytorch_optimizer-SAM", "update"),
+    )
     cases = (
         *(
             case("schedulefree", name, {"averages": True})
@@ -84,7 +94,9 @@ def overrides(monkeypatch):
         if where == "pid2config":
             manager.override_config(model.text.weight, "lr", 1.0)
         elif where == "index2config":
-            manager.index2config[0, 0] = {"lr": 1.0}  # which `register_parameters` gets out of the former
+            manager.index2config[0, 0] = {
+                "lr": 1.0
+            }  # which `register_parameters` gets out of the former
         else:
             manager.register_module_override(model.text, "weight", {"lr": 1.0})
 
@@ -95,26 +107,37 @@ PLACES = ["pid2config", "index2config", "module_weight_config_triple"]
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_settings_of_bitsandbytes_beside_the_param_groups_are_scaled_after_the_fact(where, overrides):
+def test_settings_of_bitsandbytes_beside_the_param_groups_are_scaled_after_the_fact(
+    where, overrides
+):
     def distances(model, damped):
         overrides(model, where)
-        optimizer = taken_from("bitsandbytes").optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
+        optimizer = taken_from("bitsandbytes").optim.AdamW(
+            model.parameters(), lr=0.02, weight_decay=0.0
+        )
         if damped:
             penalty = attach(optimizer, groups_of(model), rules.ByHand(text=0.5))
             assert "update by displacement" in repr(penalty)
         start = [p.detach().clone() for p in model.parameters()]
         loss_of(model, 0).backward()
         optimizer.step()
-        return {n: (p - p0).norm().item() for (n, p), p0 in zip(model.named_parameters(), start, strict=True)}
+        return {
+            n: (p - p0).norm().item()
+            for (n, p), p0 in zip(model.named_parameters(), start, strict=True)
+        }
 
     models = Toy(), Toy()  # both alive: the manager knows parameters by their id
     plain, damped = distances(models[0], damped=False), distances(models[1], damped=True)
     for name in plain:
-        assert damped[name] == pytest.approx((0.5 if "text" in name else 1.0) * plain[name], rel=1e-3)
+        assert damped[name] == pytest.approx(
+            (0.5 if "text" in name else 1.0) * plain[name], rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_such_settings_that_come_later_are_refused_in_update_mode(where, overrides, record_property):
+def test_such_settings_that_come_later_are_refused_in_update_mode(
+    where, overrides, record_property
+):
     model = Toy()
     optimizer = taken_from("bitsandbytes").optim.AdamW(model.parameters(), lr=0.02)
     penalty = put_on(optimizer, model, by=attach)

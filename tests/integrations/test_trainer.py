@@ -8,7 +8,15 @@ from torch.utils.data import SequentialSampler
 from tests import needs
 from tests.contract.optimizers import cancels
 from tests.contract.oracle import Toy, batch
-from tests.integrations.loops import CLIP, STEPS, assert_equal_by_hand, each_setup, loss_on, penalised, recorded
+from tests.integrations.loops import (
+    CLIP,
+    STEPS,
+    assert_equal_by_hand,
+    each_setup,
+    loss_on,
+    penalised,
+    recorded,
+)
 
 needs("accelerate")  # without it the Trainer does not start
 transformers = needs("transformers", "mosi")

@@ -31,14 +31,22 @@ def table(videos: int = 12, each: int = 4) -> dict[str, np.ndarray]:
 def spoken(columns: dict[str, np.ndarray]) -> list[dict]:
     """Timed words: a pause, then each word of the text for a quarter of a second and a gap of a quarter."""
     return [
-        {"id": name, "words": [["sp", 0.0, 0.5]] + [[w.lower(), 0.5 + i / 2, 0.75 + i / 2] for i, w in enumerate(t)]}
-        for name, t in zip(columns["id"].tolist(), map(str.split, columns["text"].tolist()), strict=True)
+        {
+            "id": name,
+            "words": [["sp", 0.0, 0.5]]
+            + [[w.lower(), 0.5 + i / 2, 0.75 + i / 2] for i, w in enumerate(t)],
+        }
+        for name, t in zip(
+            columns["id"].tolist(), map(str.split, columns["text"].tolist()), strict=True
+        )
     ]
 
 
 def write(folder: Path, columns: dict[str, np.ndarray], words: list[dict] | None = None) -> Path:
     np.savez(folder / UTTERANCES, **columns)
-    (folder / WORDS).write_text(json.dumps(spoken(columns) if words is None else words), encoding="utf-8")
+    (folder / WORDS).write_text(
+        json.dumps(spoken(columns) if words is None else words), encoding="utf-8"
+    )
     return folder
 
 
@@ -47,11 +55,25 @@ def encoder(folder: Path, words: list[str]) -> str:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *("##" + x for x in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *letters,
+        *("##" + x for x in letters),
+    ]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
     BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     BertModel(BertConfig(vocab_size=len(vocabulary), **small)).save_pretrained(folder)
     return str(folder)
 
@@ -61,7 +83,9 @@ def dataset(corpus: Corpus, width: int = 8, limit: int | None = None) -> Dataset
     vocabulary = sorted({word for words in corpus.words for word in words})
     vectors = torch.randn(len(vocabulary) + 1, width, generator=torch.Generator().manual_seed(0))
     number = {word: i + 1 for i, word in enumerate(vocabulary)}
-    states = Ragged.of([vectors[[0, *(number[word] for word in words), 0]] for words in corpus.words])
+    states = Ragged.of(
+        [vectors[[0, *(number[word] for word in words), 0]] for words in corpus.words]
+    )
     word_of = torch.cat([torch.tensor([-1, *range(len(words)), -1]) for words in corpus.words])
     made = Dataset(corpus, states, word_of)
     for part, index in corpus.split.items():

@@ -29,8 +29,19 @@ def sample(*, noise=False):
 
 
 def jobs(*names, seeds=2):
-    common = {"data": "simulated", "text": "frozen", "epochs": 1, "hidden": 8, "fused": 8, "draws": 4}
-    return [ablation.Job(name, config(ROWS[name], {}, **common, seed=seed)) for seed in range(seeds) for name in names]
+    common = {
+        "data": "simulated",
+        "text": "frozen",
+        "epochs": 1,
+        "hidden": 8,
+        "fused": 8,
+        "draws": 4,
+    }
+    return [
+        ablation.Job(name, config(ROWS[name], {}, **common, seed=seed))
+        for seed in range(seeds)
+        for name in names
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +71,9 @@ t.ablation.run(t.jobs("A0", "A6", "T", seeds=200), Path(sys.argv[1]), 1)
 
 
 def test_a_killed_study_goes_on_without_loss_or_repetition(out, tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, out], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."})
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, out], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}
+    )
     try:
         while len(ablation.read(out)) < 4:
             assert process.poll() is None
@@ -74,7 +87,9 @@ def test_a_killed_study_goes_on_without_loss_or_repetition(out, tmp_path):
     wanted = jobs("A0", "A6", "T", seeds=seeds)
     ablation.run(wanted, out, 1)
     assert out.read_bytes().startswith(before)
-    assert [(line["row"], line["seed"]) for line in ablation.read(out)] == [(j.row, j.config.seed) for j in wanted]
+    assert [(line["row"], line["seed"]) for line in ablation.read(out)] == [
+        (j.row, j.config.seed) for j in wanted
+    ]
     whole = tmp_path / "whole.jsonl"
     ablation.run(wanted, whole, 1)
     assert without_times(ablation.read(whole)) == without_times(ablation.read(out))
@@ -99,7 +114,9 @@ def test_a_worker_ends_with_a_study_that_is_killed(tmp_path):
     script = tmp_path / "working.py"
     script.write_text(WORKING)
     environment = os.environ | {"PYTHONPATH": "."}
-    with subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"at work\n"
         process.kill()
         process.communicate(timeout=60)  # reads until the last process that could write has ended
@@ -143,7 +160,9 @@ def test_a_run_does_not_depend_on_those_before_it(out, tmp_path):
 def test_every_row_gives_a_line_with_what_the_report_asks_for(name):
     line = ablation.work(jobs(name, seeds=1)[0])
     assert json.loads(json.dumps(line)) == line
-    assert line["probes"].keys() == set(line["settings"]["modalities"] or ("text", "audio", "timing"))
+    assert line["probes"].keys() == set(
+        line["settings"]["modalities"] or ("text", "audio", "timing")
+    )
     if len(line["probes"]) > 1:
         epoch = line["history"][0]
         counted = {group: sum(counts) for group, counts in epoch["histogram"].items()}
@@ -202,5 +221,7 @@ def test_the_search_gives_both_models_as_many_trials_and_hides_the_test(tmp_path
         tried = record["trials"][model]
         assert tried[0]["lr"] == 2e-3
         best = min(tried, key=lambda trial: trial["valid_mae"])
-        assert record["best"][model] == {name: value for name, value in best.items() if name != "valid_mae"}
+        assert record["best"][model] == {
+            name: value for name, value in best.items() if name != "valid_mae"
+        }
         assert best["valid_mae"] == record["best"][model]["dropout"]

@@ -102,7 +102,10 @@ def test_an_utterance_without_words_has_no_timing_and_still_counts(columns, tmp_
 
 
 def test_statistics_come_from_the_training_rows_alone():
-    rows, at = torch.randn(10, 3) * 5 + 2, Ragged.of([torch.arange(i, i + 2) for i in range(0, 10, 2)])
+    rows, at = (
+        torch.randn(10, 3) * 5 + 2,
+        Ragged.of([torch.arange(i, i + 2) for i in range(0, 10, 2)]),
+    )
     train = at.pad(torch.tensor([0, 1, 2]))
     scaled = standardise(rows, train)
     torch.testing.assert_close(scaled[:6].mean(0), torch.zeros(3), atol=1e-6, rtol=0)
@@ -164,7 +167,9 @@ def test_the_digest_sees_every_part_of_the_corpus(columns, tmp_path):
         dataclasses.replace(corpus, labels=-corpus.labels),
         dataclasses.replace(corpus, words=[["other"], *corpus.words[1:]]),
         dataclasses.replace(corpus, split=corpus.split | {"train": corpus.split["train"][1:]}),
-        dataclasses.replace(corpus, features=corpus.features | {"audio": audio._replace(rows=audio.rows + 1)}),
+        dataclasses.replace(
+            corpus, features=corpus.features | {"audio": audio._replace(rows=audio.rows + 1)}
+        ),
     ]
     assert len({corpus.digest(), *(other.digest() for other in others)}) == 5
 
@@ -188,11 +193,27 @@ def shorten(columns):
             "standard",
             r"`label` of .*npz must be within \[-3, 3\].*3.2.* in row 5 \(video01_1\)",
         ),
-        (spoil("label", 5, np.nan), "standard", r"`label` of .*npz must be finite. Got nan in row 5 \(video01_1\)"),
-        (spoil("acoustic73", (7, 2), np.inf), "standard", r"`acoustic73` .* Got inf in row 7 \(video01_3\), column 2"),
-        (spoil(VISUAL, (1, 9), np.nan), "poria", rf"`{VISUAL}` .* Got nan in row 1 \(video00_1\), column 9"),
+        (
+            spoil("label", 5, np.nan),
+            "standard",
+            r"`label` of .*npz must be finite. Got nan in row 5 \(video01_1\)",
+        ),
+        (
+            spoil("acoustic73", (7, 2), np.inf),
+            "standard",
+            r"`acoustic73` .* Got inf in row 7 \(video01_3\), column 2",
+        ),
+        (
+            spoil(VISUAL, (1, 9), np.nan),
+            "poria",
+            rf"`{VISUAL}` .* Got nan in row 1 \(video00_1\), column 9",
+        ),
         (shorten, "standard", r"`label` of .*npz must have one row per `id`. Got 47 rows for 48"),
-        (lambda columns: columns.pop("acoustic73"), "standard", r"must hold the fields .*'acoustic73"),
+        (
+            lambda columns: columns.pop("acoustic73"),
+            "standard",
+            r"must hold the fields .*'acoustic73",
+        ),
     ],
 )
 def test_bad_values_are_named_by_file_field_and_row(columns, tmp_path, change, split, message):
@@ -238,7 +259,11 @@ def test_a_pickled_column_is_refused(columns, tmp_path):
 
 def test_the_simulation_has_the_size_split_and_videos_of_mosi():
     corpus = simulate()
-    assert {part: len(index) for part, index in corpus.split.items()} == {"train": 1284, "valid": 229, "test": 686}
+    assert {part: len(index) for part, index in corpus.split.items()} == {
+        "train": 1284,
+        "valid": 229,
+        "test": 686,
+    }
     videos = [{corpus.ids[i].split("_")[0] for i in index} for index in corpus.split.values()]
     assert [len(v) for v in videos] == [52, 10, 31]
     assert len(set.union(*videos)) == 93
@@ -254,7 +279,9 @@ def test_a_simulated_modality_tells_as_much_of_the_label_as_asked(strength):
     x, y = corpus.features["audio"].rows.double(), corpus.labels.double()
     x = torch.cat([x, torch.ones(len(x), 1)], 1)
     fitted = x @ torch.linalg.lstsq(x, y[:, None]).solution
-    assert float(torch.corrcoef(torch.stack([fitted[:, 0], y]))[0, 1]) == pytest.approx(strength, abs=0.1)
+    assert float(torch.corrcoef(torch.stack([fitted[:, 0], y]))[0, 1]) == pytest.approx(
+        strength, abs=0.1
+    )
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -280,21 +307,32 @@ def encoder(tmp_path_factory):
     return samples.encoder(tmp_path_factory.mktemp("encoder"), words=["the"])
 
 
-def test_states_are_those_of_each_sentence_alone_and_are_computed_once(encoder, tmp_path, monkeypatch):
+def test_states_are_those_of_each_sentence_alone_and_are_computed_once(
+    encoder, tmp_path, monkeypatch
+):
     from examples.mosi import text
 
     monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path))
-    corpus = SimpleNamespace(ids=["a", "b", "c"], words=[["the", "cat"], [], ["the", *["dog"] * 20]])
-    tokens, made = tokenise(corpus, encoder), states(corpus, Config(text="frozen", text_encoder=encoder))
+    corpus = SimpleNamespace(
+        ids=["a", "b", "c"], words=[["the", "cat"], [], ["the", *["dog"] * 20]]
+    )
+    tokens, made = (
+        tokenise(corpus, encoder),
+        states(corpus, Config(text="frozen", text_encoder=encoder)),
+    )
     assert tokens.word_of.tolist()[:6] == [-1, 0, 1, 1, 1, -1]
     assert len(tokens.rows.rows) == len(made.rows.rows) == len(tokens.word_of)
     model = text.transformer(encoder).eval()
     for i in range(3):
         numbers, _ = tokens.rows.pad(torch.tensor([i]))
         alone = model(input_ids=numbers).last_hidden_state[0]
-        torch.testing.assert_close(made.rows.pad(torch.tensor([i]))[0][0], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            made.rows.pad(torch.tensor([i]))[0][0], alone, atol=1e-5, rtol=1e-5
+        )
     monkeypatch.delattr(text, "encode")
-    assert torch.equal(states(corpus, Config(text="frozen", text_encoder=encoder)).rows.rows, made.rows.rows)
+    assert torch.equal(
+        states(corpus, Config(text="frozen", text_encoder=encoder)).rows.rows, made.rows.rows
+    )
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -14,7 +14,11 @@ from examples.mosi import download
 def example():
     """Of arrays of its own: one array under several references is refused."""
     words = ["a", "film"]
-    return (words, np.ones((2, 47), np.float32), np.ones((2, 74), np.float32)), np.ones((1, 1)), "video[0]"
+    return (
+        (words, np.ones((2, 47), np.float32), np.ones((2, 74), np.float32)),
+        np.ones((1, 1)),
+        "video[0]",
+    )
 
 
 CONTENT = pickle.dumps({part: [example()] for part in ("train", "dev", "test")})
@@ -46,7 +50,9 @@ def server():
     server.server_close()
 
 
-def respond(handler, status=200, length=None, kind="application/octet-stream", body=CONTENT, extra=()):
+def respond(
+    handler, status=200, length=None, kind="application/octet-stream", body=CONTENT, extra=()
+):
     handler.send_response(status)
     handler.send_header("Content-Type", kind)
     handler.send_header("Content-Length", str(len(body) if length is None else length))
@@ -119,11 +125,26 @@ def test_a_stalling_server_is_given_up_and_resumed(server, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda handler, start: respond(handler, length=300), "not the data: .* must be a whole pickle"),
-        (lambda handler, start: respond(handler, length=1 << 50), "announced, more than any of these files has"),
-        (lambda handler, start: respond(handler, length=len(CONTENT) + 5), "the connection ended after"),
-        (lambda handler, start: respond(handler, body=b"<html>", kind="text/html"), "a web page in place of a file"),
-        (lambda handler, start: respond(handler, body=pickle.dumps([1])), "not the data: .* must have the structure"),
+        (
+            lambda handler, start: respond(handler, length=300),
+            "not the data: .* must be a whole pickle",
+        ),
+        (
+            lambda handler, start: respond(handler, length=1 << 50),
+            "announced, more than any of these files has",
+        ),
+        (
+            lambda handler, start: respond(handler, length=len(CONTENT) + 5),
+            "the connection ended after",
+        ),
+        (
+            lambda handler, start: respond(handler, body=b"<html>", kind="text/html"),
+            "a web page in place of a file",
+        ),
+        (
+            lambda handler, start: respond(handler, body=pickle.dumps([1])),
+            "not the data: .* must have the structure",
+        ),
         (lambda handler, start: respond(handler, 206), "bytes from another place than asked for"),
     ],
 )
@@ -152,7 +173,9 @@ def test_a_part_that_is_whole_needs_no_more_bytes(server, tmp_path):
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     def command(*flags):
-        monkeypatch.setattr(sys, "argv", ["download", "--folder", str(tmp_path), "--timeout", "1", *flags])
+        monkeypatch.setattr(
+            sys, "argv", ["download", "--folder", str(tmp_path), "--timeout", "1", *flags]
+        )
         return download.main()
 
     return command

@@ -24,7 +24,9 @@ def f1_by_hand(prediction, label):
 @given(data=st.data(), n=st.integers(3, 30))
 def test_the_metrics_are_those_of_the_field(data, n):
     prediction = data.draw(arrays(np.float32, n, elements=scores))
-    label = data.draw(arrays(np.float32, n, elements=st.sampled_from([-3, -2.5, -1.2, -0.5, 0, 0.4, 1.5, 2, 3])))
+    label = data.draw(
+        arrays(np.float32, n, elements=st.sampled_from([-3, -2.5, -1.2, -0.5, 0, 0.4, 1.5, 2, 3]))
+    )
     label[:2] = [-1, 1]
     found = metrics(torch.from_numpy(prediction), torch.from_numpy(label))
     signed = label != 0

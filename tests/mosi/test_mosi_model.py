@@ -25,7 +25,11 @@ def data():
 
 
 def built(config=None, widths=None, text=True, seed=0):
-    config, widths, draw = config or Config(), WIDTHS if widths is None else widths, Draw(torch.device("cpu"))
+    config, widths, draw = (
+        config or Config(),
+        WIDTHS if widths is None else widths,
+        Draw(torch.device("cpu")),
+    )
     torch.manual_seed(seed)
     return Model(config, Adapter(8, 16, config.dropout, draw) if text else None, 8, widths, draw)
 
@@ -63,7 +67,9 @@ def test_evaluation_is_the_same_every_time(data):
 def test_evaluation_is_the_mean_of_what_training_predicts(data):
     model, batch = built(Config(dropout=0.0, draws=1000)), batch_of(data, 0, 5)
     with torch.no_grad():
-        for value in model.fusion.values.values():  # far into tanh, so that the mean latent is another one
+        for (
+            value
+        ) in model.fusion.values.values():  # far into tanh, so that the mean latent is another one
             value.weight.mul_(5).add_(1)
         passes = torch.stack([drawn(model, batch, seed).prediction for seed in range(1000)])
         evaluated = model.eval()(batch).prediction
@@ -76,7 +82,10 @@ def test_evaluation_is_the_mean_of_what_training_predicts(data):
 
 def test_the_noise_of_evaluation_is_standard_normal_and_own_to_utterance_and_modality(data):
     batch = batch_of(data, *range(40))
-    noise = {name: own_noise(name, batch, torch.zeros(40, x.shape[1], 6), 50) for name, x in batch.masks.items()}
+    noise = {
+        name: own_noise(name, batch, torch.zeros(40, x.shape[1], 6), 50)
+        for name, x in batch.masks.items()
+    }
     audio, timing = noise["audio"], noise["timing"][:, batch.mask]
     for values in (audio, timing):
         assert abs(values.mean().item()) < 0.05
@@ -99,7 +108,10 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(data, ame):
 def test_the_value_of_an_absent_modality_has_no_influence(gated):
     fusion = GatedFusion(WIDTHS, 5, 8, gated)
     zs = {"audio": torch.randn(2, 1, 20), "timing": torch.randn(2, 4, 6, requires_grad=True)}
-    masks = {"audio": torch.tensor([[True], [False]]), "timing": torch.zeros(2, 4, dtype=torch.bool)}
+    masks = {
+        "audio": torch.tensor([[True], [False]]),
+        "timing": torch.zeros(2, 4, dtype=torch.bool),
+    }
     h = fusion(zs, masks, 4)
     h.sum().backward()
     assert not zs["timing"].grad.any()
@@ -112,7 +124,10 @@ def test_the_fusion_stays_between_the_values_of_the_modalities():
     fusion = GatedFusion(WIDTHS, 5, 5, gated=True)
     torch.nn.init.eye_(fusion.project.weight)
     zs = {"audio": torch.randn(3, 1, 20), "timing": torch.randn(3, 4, 6)}
-    masks = {"audio": torch.ones(3, 1, dtype=torch.bool), "timing": torch.ones(3, 4, dtype=torch.bool)}
+    masks = {
+        "audio": torch.ones(3, 1, dtype=torch.bool),
+        "timing": torch.ones(3, 4, dtype=torch.bool),
+    }
     mixed = fusion(zs, masks, 4).atanh()
     values = torch.stack([fusion.values[name](z).tanh().expand(3, 4, 5) for name, z in zs.items()])
     assert (mixed <= values.amax(0) + 1e-5).all()

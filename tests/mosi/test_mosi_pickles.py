@@ -23,7 +23,9 @@ PLACES = [
     Path(os.environ.get("GRADBALANCE_DATA", ".")),
     Path(__file__).resolve().parents[2] / "../shared/data/mosi",
 ]
-REAL = next((path for place in PLACES if (path := place / "mosi_dev229_wordaligned.npz").is_file()), None)
+REAL = next(
+    (path for place in PLACES if (path := place / "mosi_dev229_wordaligned.npz").is_file()), None
+)
 SPLIT = {"train": slice(0, 40), "dev": slice(40, 50), "test": slice(50, 60)}
 
 
@@ -32,8 +34,12 @@ def utterances():
     """60 real utterances; a machine that runs CI must have them."""
     if REAL is None:
         if os.environ.get("CI") == "true":
-            pytest.fail("mosi_dev229_wordaligned.npz must be there in CI. Got none. Set $GRADBALANCE_DATA.")
-        pytest.skip("needs mosi_dev229_wordaligned.npz of CMU-MOSI: set $GRADBALANCE_DATA to its folder")
+            pytest.fail(
+                "mosi_dev229_wordaligned.npz must be there in CI. Got none. Set $GRADBALANCE_DATA."
+            )
+        pytest.skip(
+            "needs mosi_dev229_wordaligned.npz of CMU-MOSI: set $GRADBALANCE_DATA to its folder"
+        )
     file = np.load(REAL)
     ends = file["offset"]
     return [
@@ -46,7 +52,9 @@ def utterances():
             label.reshape(1, 1),
             str(segment),
         )
-        for start, stop, label, segment in zip(ends, ends[1:], file["label"], file["segment"], strict=False)
+        for start, stop, label, segment in zip(
+            ends, ends[1:], file["label"], file["segment"], strict=False
+        )
     ][:60]
 
 
@@ -62,7 +70,9 @@ def mmsa(utterances, steps=50):
 
         return {
             "raw_text": np.array([" ".join(words) for (words, _, _), _, _ in part]),
-            "audio": np.stack([padded(acoustic, 5) for (_, _, acoustic), _, _ in part]).astype(np.float64),
+            "audio": np.stack([padded(acoustic, 5) for (_, _, acoustic), _, _ in part]).astype(
+                np.float64
+            ),
             "vision": np.stack([padded(visual, 20) for (_, visual, _), _, _ in part]),
             "text_bert": np.zeros((len(part), 3, steps), np.float32),
             "regression_labels": np.array([label.item() for _, label, _ in part], np.float32),
@@ -70,7 +80,9 @@ def mmsa(utterances, steps=50):
             "audio_lengths": [len(words) for (words, _, _), _, _ in part],
         }
 
-    return {"valid" if part == "dev" else part: table(utterances[rows]) for part, rows in SPLIT.items()}
+    return {
+        "valid" if part == "dev" else part: table(utterances[rows]) for part, rows in SPLIT.items()
+    }
 
 
 def write(folder, content, protocol=4):
@@ -82,11 +94,17 @@ def write(folder, content, protocol=4):
 @pytest.mark.parametrize("protocol", range(6))
 def test_the_file_of_mag_bert_is_read_as_it_was_written(utterances, tmp_path, protocol):
     corpus = load(str(write(tmp_path, mag(utterances), protocol)))
-    assert {part: len(index) for part, index in corpus.split.items()} == {"train": 40, "valid": 10, "test": 10}
+    assert {part: len(index) for part, index in corpus.split.items()} == {
+        "train": 40,
+        "valid": 10,
+        "test": 10,
+    }
     for name, column in (("audio", 2), ("visual", 1)):
         expected = np.concatenate([parts[column] for parts, _, _ in utterances])
         assert np.array_equal(corpus.features[name].rows.numpy(), expected)
-        assert corpus.features[name].at.lengths.tolist() == [len(parts[0]) for parts, _, _ in utterances]
+        assert corpus.features[name].at.lengths.tolist() == [
+            len(parts[0]) for parts, _, _ in utterances
+        ]
     assert corpus.words == [[word.lower() for word in parts[0]] for parts, _, _ in utterances]
     assert corpus.labels.tolist() == [label.item() for _, label, _ in utterances]
 
@@ -103,7 +121,9 @@ def test_the_file_of_mmsa_gives_the_mean_of_the_steps_that_exist(utterances, tmp
     corpus = load(str(write(tmp_path, mmsa(utterances), protocol)))
     for name, column, width in (("audio", 2, 5), ("visual", 1, 20)):
         expected = np.stack([parts[column][:50, :width].mean(0) for parts, _, _ in utterances])
-        np.testing.assert_allclose(corpus.features[name].rows.numpy(), expected, rtol=2e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            corpus.features[name].rows.numpy(), expected, rtol=2e-4, atol=1e-5
+        )
     assert corpus.labels.tolist() == [np.float32(label.item()) for _, label, _ in utterances]
 
 
@@ -122,8 +142,12 @@ def test_the_logarithm_of_silence_becomes_zero(utterances, tmp_path):
 
 def test_a_pickle_can_be_trained_on(utterances, tmp_path):
     corpus = load(str(write(tmp_path, mag(utterances))))
-    result = train(Config(epochs=1, text="frozen", hidden=8, fused=8, balance="paper"), dataset(corpus))
-    assert result["banner"].startswith("mosi.pkl, the format of MAG-BERT, real data, the file's own split (40/10/10)")
+    result = train(
+        Config(epochs=1, text="frozen", hidden=8, fused=8, balance="paper"), dataset(corpus)
+    )
+    assert result["banner"].startswith(
+        "mosi.pkl, the format of MAG-BERT, real data, the file's own split (40/10/10)"
+    )
 
 
 class Hostile:
@@ -148,7 +172,9 @@ class Hostile:
 def test_a_foreign_global_is_refused_by_name_and_not_run(tmp_path, protocol, call, arguments, name):
     target = tmp_path / "ran"
     content = {"train": [Hostile(call, *(argument.format(target) for argument in arguments))]}
-    with pytest.raises(ValueError, match=rf"`.*mosi\.pkl` must .* Got the global {name} at byte \d+\. Nothing"):
+    with pytest.raises(
+        ValueError, match=rf"`.*mosi\.pkl` must .* Got the global {name} at byte \d+\. Nothing"
+    ):
         load(str(write(tmp_path, content, protocol)))
     assert not target.exists()
 
@@ -158,14 +184,23 @@ HOSTILE = {
     "an empty file": (b"", "Got an empty file"),
     "no pickle": (b"<html>404</html>", "Got "),
     "a deep list": (b"]" * 200_000 + b"a" * 199_999 + b".", "must have the structure"),
-    "a hash without end": (b"(" + b"(" * 9 + b"t" + b"\x85" * 50_000 + b"K\x01d.", "Got a key of type tuple"),
-    "a huge length": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"abc.", "Got expected 1099511627776 bytes"),
+    "a hash without end": (
+        b"(" + b"(" * 9 + b"t" + b"\x85" * 50_000 + b"K\x01d.",
+        "Got a key of type tuple",
+    ),
+    "a huge length": (
+        b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"abc.",
+        "Got expected 1099511627776 bytes",
+    ),
     "a huge memo": (b"]r\xff\xff\xff\xff.", "must have the structure"),
     "an instance": (b"(S'x'\nios\nsystem\n.", "Got opcode INST"),
     "an extension": (b"\x82\x01.", "Got opcode EXT1"),
     "a persistent id": (b"Px\n.", "Got opcode PERSID"),
     "a buffer from outside": (b"\x80\x05\x97.", "Got opcode NEXT_BUFFER"),
-    "a call of a string": (b"S'os.system'\n(t" + b"R.", "Got a call of something that is no function"),
+    "a call of a string": (
+        b"S'os.system'\n(t" + b"R.",
+        "Got a call of something that is no function",
+    ),
     "a call of ndarray": (b"cnumpy\nndarray\n(tR.", "Got a call of something that is no function"),
     "a codec": (b"c_codecs\nencode\n(S'eJw'\nS'zlib'\ntR.", "Got codec other than latin1"),
     "a state of a list": (b"](tb.", "Got a state of something that is no array"),
@@ -194,7 +229,9 @@ def test_a_hostile_stream_is_refused(tmp_path, name):
 )
 def test_a_hostile_array_is_refused(tmp_path, dtype, shape, data, message):
     made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tS'b'\ntR"
-    state = b"(K\x01" + shape + b"cnumpy\ndtype\n(" + dtype + b"I00\nI01\ntR" + b"I00\n" + data + b"t"
+    state = (
+        b"(K\x01" + shape + b"cnumpy\ndtype\n(" + dtype + b"I00\nI01\ntR" + b"I00\n" + data + b"t"
+    )
     with pytest.raises(ValueError, match=message):
         load(str(write(tmp_path, made + state + b"b.")))
 
@@ -249,7 +286,10 @@ def test_a_truncated_file_is_refused(cut, protocol, tmp_path_factory):
     [
         (lambda c: c.pop("test"), "StopIteration"),
         (lambda c: c["train"][0][0][0].append("word"), "features of shape .* for .* words in"),
-        (lambda c: c["train"].__setitem__(0, (c["train"][0][0], np.full((1, 1), 4.0), "s")), "a label outside"),
+        (
+            lambda c: c["train"].__setitem__(0, (c["train"][0][0], np.full((1, 1), 4.0), "s")),
+            "a label outside",
+        ),
         (lambda c: c["dev"].clear(), "no utterance in valid"),
     ],
 )

@@ -24,7 +24,15 @@ values = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=12)
 def runs(figures, row="A0", **more):
     epoch = {"dominance": 4.0, "dominance_after": 4.0}
     return {
-        seed: {"row": row, "seed": seed, "mae": mae, "corr": 0.7, "acc2_nonzero": 0.8, "history": [epoch]} | more
+        seed: {
+            "row": row,
+            "seed": seed,
+            "mae": mae,
+            "corr": 0.7,
+            "acc2_nonzero": 0.8,
+            "history": [epoch],
+        }
+        | more
         for seed, mae in enumerate(figures)
     }
 
@@ -37,7 +45,9 @@ def test_the_paired_difference_is_that_of_scipy(pairs):
     if np.ptp(one - other) < 1e-9:
         return
     expected = stats.ttest_rel(one, other)
-    np.testing.assert_allclose((gap.low, gap.high), expected.confidence_interval(0.95), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        (gap.low, gap.high), expected.confidence_interval(0.95), rtol=1e-6, atol=1e-9
+    )
     assert math.isclose(gap.mean, (one - other).mean(), abs_tol=1e-12)
     assert gap.p == stats.wilcoxon(one - other).pvalue
 
@@ -65,7 +75,9 @@ def test_the_interval_holds_the_mean(figures):
     assert high >= np.mean(figures) - 1e-12
 
 
-@pytest.mark.parametrize(("mae", "corr", "expected"), [(0.9, 0.7, False), (1.5, 0.7, True), (0.9, 0.29, True)])
+@pytest.mark.parametrize(
+    ("mae", "corr", "expected"), [(0.9, 0.7, False), (1.5, 0.7, True), (0.9, 0.29, True)]
+)
 def test_a_run_that_is_no_better_than_a_constant_collapsed(mae, corr, expected):
     assert collapsed({"mae": mae, "corr": corr}, 1.46) is expected
 
@@ -73,8 +85,16 @@ def test_a_run_that_is_no_better_than_a_constant_collapsed(mae, corr, expected):
 @pytest.mark.parametrize(
     ("full", "after", "told"),
     [
-        ([0.80, 0.81, 0.79, 0.80], 1.2, (r"MAE [^;]*: distinguishable;", "times after them: balanced")),
-        ([0.80, 1.01, 0.79, 1.0], 3.0, (r"MAE [^;]*: not distinguishable;", "times after them: still imbalanced")),
+        (
+            [0.80, 0.81, 0.79, 0.80],
+            1.2,
+            (r"MAE [^;]*: distinguishable;", "times after them: balanced"),
+        ),
+        (
+            [0.80, 1.01, 0.79, 1.0],
+            3.0,
+            (r"MAE [^;]*: not distinguishable;", "times after them: still imbalanced"),
+        ),
     ],
 )
 def test_the_verdict_follows_the_numbers(full, after, told):
@@ -95,7 +115,11 @@ def test_the_verdict_says_when_the_seeds_are_too_few():
 
 
 def test_the_verdict_names_the_rows_that_collapse_or_differ():
-    found = {"A0": runs([0.9, 0.91, 0.92]), "A6": runs([0.9, 0.9, 0.9]), "X": runs([1.6, 1.61, 1.6])}
+    found = {
+        "A0": runs([0.9, 0.91, 0.92]),
+        "A6": runs([0.9, 0.9, 0.9]),
+        "X": runs([1.6, 1.61, 1.6]),
+    }
     text = " ".join(verdict(found, 1.46))
     assert "higher in X (+0.693)" in text
     assert "Does a row collapse? Runs that did: X (3 of 3)." in text
@@ -116,7 +140,9 @@ def test_rows_are_held_against_text_alone_and_noise_against_none():
     }
     text = " ".join(verdict(found, 1.46))
     assert "beat text alone? Of 3 other rows, MAE is lower in C2 (-0.100)" in text
-    assert re.search(r"default rule do to AME\+SL\? MAE -0.105 .* \(L minus C2, 2 paired seeds\)", text)
+    assert re.search(
+        r"default rule do to AME\+SL\? MAE -0.105 .* \(L minus C2, 2 paired seeds\)", text
+    )
     assert re.search(r"pure noise cost\? MAE \+0.200 .* \(NC2 minus C2, 3 paired seeds\)", text)
     assert "give back" not in text
 
@@ -130,7 +156,9 @@ def test_the_ridge_is_that_of_the_normal_equations():
 
 def test_a_constant_column_does_no_harm_to_the_ridge():
     x = np.column_stack([np.arange(5.0), np.ones(5)])
-    np.testing.assert_allclose(ridge(x, x[:, 0], 0.1, x)[0], ridge(x[:, :1], x[:, 0], 0.1, x[:, :1])[0])
+    np.testing.assert_allclose(
+        ridge(x, x[:, 0], 0.1, x)[0], ridge(x[:, :1], x[:, 0], 0.1, x[:, :1])[0]
+    )
 
 
 def test_what_is_written_in_the_page_is_escaped():
@@ -147,9 +175,18 @@ def lines(tmp_path, monkeypatch):
     data = samples.dataset(simulate(), limit=40)
     monkeypatch.setattr(ablation, "dataset_of", lambda *_: data)
     rows = study(("audio", "timing"))
-    common = {"data": "simulated", "text": "frozen", "epochs": 2, "hidden": 8, "fused": 8, "draws": 4}
+    common = {
+        "data": "simulated",
+        "text": "frozen",
+        "epochs": 2,
+        "hidden": 8,
+        "fused": 8,
+        "draws": 4,
+    }
     names = ("A0", "A6", "T", "audio", "timing")
-    jobs = [ablation.Job(n, config(rows[n], {}, **common, seed=seed)) for seed in (0, 1) for n in names]
+    jobs = [
+        ablation.Job(n, config(rows[n], {}, **common, seed=seed)) for seed in (0, 1) for n in names
+    ]
     ablation.run(jobs, tmp_path / "lines.jsonl", 1)
     return tmp_path / "lines.jsonl"
 
@@ -157,7 +194,9 @@ def lines(tmp_path, monkeypatch):
 def test_the_report_is_whole_and_loads_nothing(lines, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", str(lines), "--data", "simulated"])
     report.main()
-    text, html = (lines.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".md", ".html"))
+    text, html = (
+        lines.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".md", ".html")
+    )
     for title in ("Verdict", "Results", "Gradients", "Data", "Published results beside ours"):
         assert f"## {title}" in text
         assert f"<h2>{title}</h2>" in html
@@ -190,4 +229,6 @@ def test_an_unfinished_study_is_reported_too(lines, monkeypatch):
 
 
 def test_the_limit_of_the_verdict_is_told():
-    assert f"limit {compare.IMBALANCED:g}" in verdict({"A0": runs([0.9]), "A6": runs([0.9])}, 1.46)[0]
+    assert (
+        f"limit {compare.IMBALANCED:g}" in verdict({"A0": runs([0.9]), "A6": runs([0.9])}, 1.46)[0]
+    )

@@ -17,8 +17,18 @@ from examples.mosi.simulated import simulate
 from examples.mosi.top import check_split, top
 from tests.mosi import samples
 
-SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40, "vocab_size": 50}
-RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
+SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "vocab_size": 50,
+}
+RELATIVE = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+}
 ENCODERS = {
     "bert": {},
     "roberta": {},
@@ -64,13 +74,21 @@ def test_their_gradients_are_those_of_the_whole_encoder_with_the_rest_frozen(kin
     weight = torch.randn(full.last_hidden_state[MASK].shape)
     (full.last_hidden_state[MASK] * weight).sum().backward()
     states = full.hidden_states[1].detach()
-    (upper(inputs_embeds=states, attention_mask=MASK.long()).last_hidden_state[MASK] * weight).sum().backward()
+    (
+        upper(inputs_embeds=states, attention_mask=MASK.long()).last_hidden_state[MASK] * weight
+    ).sum().backward()
     trained = {name: p for name, p in upper.named_parameters() if p.requires_grad}
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert trained
     for name, p in trained.items():
-        prefix, number, rest = name.split(".", 3)[:2], int(name.split(".")[2]), name.split(".", 3)[3]
-        assert_close(p.grad, grads[".".join([*prefix, str(number + 1), rest])], atol=1e-5, rtol=1e-4)
+        prefix, number, rest = (
+            name.split(".", 3)[:2],
+            int(name.split(".")[2]),
+            name.split(".", 3)[3],
+        )
+        assert_close(
+            p.grad, grads[".".join([*prefix, str(number + 1), rest])], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -78,18 +96,26 @@ def test_their_gradients_are_those_of_the_whole_encoder_with_the_rest_frozen(kin
     [
         ("albert", {"embedding_size": 32}, "no single list of its layers"),
         ("t5", {"num_layers": 3, "d_model": 32}, "no single list of its layers"),
-        ("deberta-v2", {"conv_kernel_size": 3}, "other states from its top layers than from the whole"),
+        (
+            "deberta-v2",
+            {"conv_kernel_size": 3},
+            "other states from its top layers than from the whole",
+        ),
     ],
 )
 def test_an_encoder_that_cannot_be_cut_is_refused(kind, more, found):
     model = encoder(kind, **more)
-    with pytest.raises(ValueError, match=rf"`text_encoder` must have layers .*{found}.*\. Use --text finetune"):
+    with pytest.raises(
+        ValueError, match=rf"`text_encoder` must have layers .*{found}.*\. Use --text finetune"
+    ):
         check_split(model, 2, NUMBERS, MASK)
 
 
 @pytest.mark.parametrize("count", [-1, 4])
 def test_there_are_not_more_layers_than_the_encoder_has(count):
-    with pytest.raises(ValueError, match=rf"`text_layers` must be from 0 \(all\) to the 3 layers .* Got {count}"):
+    with pytest.raises(
+        ValueError, match=rf"`text_layers` must be from 0 \(all\) to the 3 layers .* Got {count}"
+    ):
         top(encoder("bert"), count)
 
 
@@ -102,7 +128,9 @@ def corpus():
 def small(corpus, tmp_path, monkeypatch):
     """Settings of a run over the top layer of a small encoder, with a cache of its own."""
     monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path / "cache"))
-    folder = samples.encoder(tmp_path / "encoder", sorted({word for words in corpus.words for word in words}))
+    folder = samples.encoder(
+        tmp_path / "encoder", sorted({word for words in corpus.words for word in words})
+    )
     return {
         "data": "simulated:40",
         "text": "top",
@@ -124,7 +152,9 @@ def test_the_cache_holds_what_enters_the_top_layers(corpus, small):
     index = torch.tensor([0, 5])
     tokens, mask = numbers.pad(index)
     with torch.inference_mode():
-        every = model(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        every = model(
+            input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True
+        ).hidden_states
     assert_close(below.pad(index)[0][mask], every[1][mask], atol=1e-5, rtol=0)
     embedded = text.states(corpus, Config(**small | {"text_layers": 0})).rows
     assert_close(embedded.pad(index)[0][mask], every[0][mask], atol=1e-5, rtol=0)
@@ -171,13 +201,18 @@ def test_an_encoder_without_whole_weights_is_refused(small, tmp_path, left):
     weights.unlink()
     if left:
         weights.write_bytes(content[:left])
-    with pytest.raises(ValueError, match=r"`text_encoder` must be minilm, a folder with config.json and weights"):
+    with pytest.raises(
+        ValueError, match=r"`text_encoder` must be minilm, a folder with config.json and weights"
+    ):
         train.train(Config(**small), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_states_of_another_width_are_refused(small, corpus):
-    with pytest.raises(ValueError, match=r"`dataset` must hold states of the 32 features of .* Got a shape of \(8,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"`dataset` must hold states of the 32 features of .* Got a shape of \(8,\)",
+    ):
         train.train(Config(**small), samples.dataset(corpus))
 
 
@@ -187,7 +222,9 @@ def test_only_the_top_layers_are_trained(small):
     before = build(config, data, [], Draw(torch.device("cpu"))).text
     numbers = [int(name.split(".")[3]) for name, p in before.named_parameters() if p.requires_grad]
     assert set(numbers) == {0}
-    assert not any(p.requires_grad for name, p in before.named_parameters() if ".layer." not in name)
+    assert not any(
+        p.requires_grad for name, p in before.named_parameters() if ".layer." not in name
+    )
 
 
 def test_bf16_keeps_weights_losses_and_statistics_in_float32(small, monkeypatch):
@@ -202,7 +239,9 @@ def test_bf16_keeps_weights_losses_and_statistics_in_float32(small, monkeypatch)
     results = {}
     for precision in ("float32", "bf16"):
         config = Config(**small, precision=precision)
-        results[precision] = train.train(config, also=lambda model, *_: {"state": model.state_dict()})
+        results[precision] = train.train(
+            config, also=lambda model, *_: {"state": model.state_dict()}
+        )
     assert {x.dtype for x in seen} == {torch.float32}
     assert {x.dtype for x in results["bf16"]["state"].values()} == {torch.float32}
     first, last = (results[p]["history"][0]["train"]["task"] for p in ("float32", "bf16"))
@@ -241,5 +280,7 @@ def test_the_layers_of_the_encoder_have_a_learning_rate_of_their_own(small, give
     config = Config(**small, text_lr=given, modalities=("text",))
     model = build(config, train.prepare(config), [], Draw(torch.device("cpu")))
     others, encoder = optimizer_of(model, config, 10, torch.Generator()).param_groups
-    assert {id(p) for p in encoder["params"]} == {id(p) for p in model.text.parameters() if p.requires_grad}
+    assert {id(p) for p in encoder["params"]} == {
+        id(p) for p in model.text.parameters() if p.requires_grad
+    }
     assert (others["lr"], encoder["lr"]) == (config.lr, pytest.approx(expected))

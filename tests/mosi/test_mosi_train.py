@@ -22,8 +22,23 @@ from examples.mosi.simulated import simulate
 from gradbalance import PAPER, ConflictAwarePenalty
 from tests.mosi import samples
 
-SMALL = {"data": "simulated", "text": "frozen", "batch_size": 8, "epochs": 3, "hidden": 8, "fused": 8, "draws": 4}
-FILES = {"config.json", "metrics.jsonl", "test.json", "checkpoint.pt", "trajectory.png", "predictions.csv"}
+SMALL = {
+    "data": "simulated",
+    "text": "frozen",
+    "batch_size": 8,
+    "epochs": 3,
+    "hidden": 8,
+    "fused": 8,
+    "draws": 4,
+}
+FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "test.json",
+    "checkpoint.pt",
+    "trajectory.png",
+    "predictions.csv",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +91,9 @@ def fail_at(monkeypatch, step):
     monkeypatch.setattr(train, "losses", losses)
 
 
-@pytest.mark.parametrize(("balance", "step"), [("off", 1), ("default", 8), ("errors", 18), ("paper", 8)])
+@pytest.mark.parametrize(
+    ("balance", "step"), [("off", 1), ("default", 8), ("errors", 18), ("paper", 8)]
+)
 def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, balance, step):
     config = Config(**SMALL, balance=balance)
     whole = train.train(config, data, out=tmp_path / "whole")
@@ -94,9 +111,15 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(data, tmp_path):
     config = Config(**SMALL)
     for resume in (False, True):
         train.train(config, data, out=tmp_path / "run", resume=resume)
-        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix != ".pt"}
+        before = {
+            path.name: path.read_bytes()
+            for path in (tmp_path / "run").iterdir()
+            if path.suffix != ".pt"
+        }
         assert set(before) == FILES - {"checkpoint.pt"}
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".pt"}
+    assert before == {
+        p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".pt"
+    }
 
 
 def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
@@ -106,7 +129,9 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     test = json.loads((tmp_path / "run/test.json").read_text())
     assert test["data"] == "simulated"
     assert "SIMULATED" in test["banner"]
-    history = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert history == result["history"]
     assert test["best_epoch"] == min(range(3), key=lambda epoch: history[epoch]["valid"]["mae"])
 
@@ -115,7 +140,9 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     model.load_state_dict(state["best"])
     valid = train.predict(model, data, "valid", ["audio", "timing"])
     best = history[test["best_epoch"]]["valid"]["mae"]
-    assert (valid - data.corpus.labels[data.corpus.split["valid"]]).abs().mean().item() == pytest.approx(best)
+    assert (
+        valid - data.corpus.labels[data.corpus.split["valid"]]
+    ).abs().mean().item() == pytest.approx(best)
     assert test["best_epoch"] < 2
     prediction = train.predict(model, data, "test", ["audio", "timing"])
     with (tmp_path / "run/predictions.csv").open() as file:
@@ -151,7 +178,9 @@ def test_off_is_the_plain_optimizer_bit_for_bit(data, monkeypatch):
 
 def test_paper_observes_all_but_text_inside_its_window(data, monkeypatch):
     seen = []
-    monkeypatch.setattr(ConflictAwarePenalty, "observe", lambda self, **errors: seen.append(set(errors)))
+    monkeypatch.setattr(
+        ConflictAwarePenalty, "observe", lambda self, **errors: seen.append(set(errors))
+    )
     for balance in ("paper", "errors", "default", "off"):
         train.train(Config(**SMALL | {"epochs": 1}, balance=balance), data)
     assert seen == [{"audio", "timing"}] * 6 + [{"text", "audio", "timing"}] * 6
@@ -161,12 +190,16 @@ def test_paper_observes_all_but_text_inside_its_window(data, monkeypatch):
 
 
 def test_further_options_go_to_the_rule_or_to_the_penalty():
-    options = build.balancing(Config(balance="paper", penalty={"eta": 1.0, "noise": 0.0}), 10, ["audio"])
+    options = build.balancing(
+        Config(balance="paper", penalty={"eta": 1.0, "noise": 0.0}), 10, ["audio"]
+    )
     assert options["rule"] == replace(PAPER["rule"], eta=1.0)
     assert options["noise"] == 0
 
 
-@pytest.mark.parametrize("modalities", [("text",), ("audio",), ("text", "timing"), ("audio", "timing")])
+@pytest.mark.parametrize(
+    "modalities", [("text",), ("audio",), ("text", "timing"), ("audio", "timing")]
+)
 def test_any_modalities_train(data, modalities):
     result = train.train(Config(**SMALL | {"epochs": 1}, modalities=modalities), data)
     balance = result["history"][0].get("balance")
@@ -177,7 +210,11 @@ def test_any_modalities_train(data, modalities):
 @pytest.mark.parametrize("text", ["finetune", "top"])
 def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatch, text):
     monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path / "cache"))
-    config = Config(**SMALL | {"epochs": 2, "text": text, "precision": "bf16"}, text_layers=1, text_encoder=encoder)
+    config = Config(
+        **SMALL | {"epochs": 2, "text": text, "precision": "bf16"},
+        text_layers=1,
+        text_encoder=encoder,
+    )
     data = train.prepare(config)
     data.corpus.split.update({part: index[:20] for part, index in data.corpus.split.items()})
     train.train(config, data, out=tmp_path / "whole")
@@ -186,18 +223,28 @@ def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatc
         train.train(config, data, out=tmp_path / "killed")
     train.train(config, data, out=tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    first = build.build(config, data, ["audio", "timing"], Draw(torch.device("cpu"))).text.state_dict()
+    first = build.build(
+        config, data, ["audio", "timing"], Draw(torch.device("cpu"))
+    ).text.state_dict()
     last = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)["model"]
-    assert all(not torch.equal(first[name], last[f"text.{name}"]) for name in first if "query.weight" in name)
+    assert all(
+        not torch.equal(first[name], last[f"text.{name}"])
+        for name in first
+        if "query.weight" in name
+    )
 
 
 def test_a_checkpoint_of_other_settings_or_data_is_refused(data, tmp_path):
     out = tmp_path / "run"
     train.train(Config(**SMALL), data, out=out)
-    with pytest.raises(ValueError, match=r"same configuration. Got seed=1 for 0, balance='off' for 'default'"):
+    with pytest.raises(
+        ValueError, match=r"same configuration. Got seed=1 for 0, balance='off' for 'default'"
+    ):
         train.train(Config(**SMALL, seed=1, balance="off"), data, out=out, resume=True)
     with pytest.raises(ValueError, match=r"same data"):
-        train.train(Config(**SMALL), samples.dataset(simulate(seed=1), limit=44), out=out, resume=True)
+        train.train(
+            Config(**SMALL), samples.dataset(simulate(seed=1), limit=44), out=out, resume=True
+        )
     (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"checkpoint.pt` must be a checkpoint of this example"):
         train.train(Config(**SMALL), data, out=out, resume=True)
@@ -213,9 +260,15 @@ def test_a_folder_in_use_is_not_written_to(data, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modalities": ("text", "vidio")}, r"`modalities` must be among \['text', 'audio', 'timing'\]. Got 'vidio'"),
+        (
+            {"modalities": ("text", "vidio")},
+            r"`modalities` must be among \['text', 'audio', 'timing'\]. Got 'vidio'",
+        ),
         ({"modalities": ("visual",)}, r"use `--split poria`"),
-        ({"modalities": ("text", "audio"), "balance": "paper"}, r"two beside text .* Got \['audio', 'text'\]"),
+        (
+            {"modalities": ("text", "audio"), "balance": "paper"},
+            r"two beside text .* Got \['audio', 'text'\]",
+        ),
         ({"balance": "sometimes"}, r"`balance` must be one of .* Got 'sometimes'"),
         ({"uni": 0.0, "balance": "errors"}, r"`uni` must be positive"),
         ({"lr": -1.0}, r"`lr` must be finite and at least 0. Got -1.0"),
@@ -229,18 +282,33 @@ def test_settings_that_make_no_sense_are_refused(data, settings, message):
 
 
 def test_a_diverging_run_says_so(data):
-    with pytest.raises(FloatingPointError, match=r"loss must stay finite. Got (nan|inf). Lower `lr`"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss must stay finite. Got (nan|inf). Lower `lr`"
+    ):
         train.train(Config(**SMALL, lr=1e30), data)
 
 
 def test_flags_become_settings_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch, data):
     monkeypatch.setattr(train, "prepare", lambda config: data)
-    flags = ["--seed", "3", "--modalities", "text", "audio", "--no-gate", "--epochs", "1", "--batch-size", "16"]
+    flags = [
+        "--seed",
+        "3",
+        "--modalities",
+        "text",
+        "audio",
+        "--no-gate",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+    ]
     flags += ["--text", "frozen"]
     monkeypatch.setattr(sys, "argv", ["mosi", "--out", str(tmp_path / "run"), *flags])
     assert command.main() == 0
     stored = run.stored_config(tmp_path / "run")
-    assert stored == Config(seed=3, modalities=("text", "audio"), gate=False, epochs=1, batch_size=16, text="frozen")
+    assert stored == Config(
+        seed=3, modalities=("text", "audio"), gate=False, epochs=1, batch_size=16, text="frozen"
+    )
     assert command.settings({"seed": 3}, tmp_path / "run") == stored
     with pytest.raises(ValueError, match=r"`seed` must be that of the run in .*: 3. Got 4"):
         command.settings({"seed": 4}, tmp_path / "run")
@@ -249,7 +317,9 @@ def test_flags_become_settings_and_a_resumed_run_keeps_its_own(tmp_path, monkeyp
 
 
 def test_bad_input_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mosi", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(
+        sys, "argv", ["mosi", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
+    )
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert capsys.readouterr().err.startswith("error: `data` must be a folder with")
@@ -263,7 +333,16 @@ def start(encoder, tmp_path_factory):
 
     def start(*flags, launcher=(sys.executable, "-m")):
         environment = os.environ | {"GRADBALANCE_CACHE": str(cache)}
-        settings = ["--data", "simulated:8", "--text-encoder", encoder, "--hidden", "16", "--fused", "16"]
+        settings = [
+            "--data",
+            "simulated:8",
+            "--text-encoder",
+            encoder,
+            "--hidden",
+            "16",
+            "--fused",
+            "16",
+        ]
         settings += ["--text", "top", "--text-layers", "1", "--draws", "4"]
         settings = [] if "--resume" in flags else settings
         return subprocess.Popen(
@@ -308,7 +387,15 @@ def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
 
 
 def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    )
     # Signs of the L1 loss can cancel to exactly 0 in one process alone, and Adam takes a whole step for the rest.
     flags = ("--epochs", 1, "--warmup", 0.5, "--task", "mse")
     finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags))
@@ -316,7 +403,10 @@ def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp
     assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
     tests = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "two")]
     assert tests[0]["mae"] == pytest.approx(tests[1]["mae"], abs=1e-4)
-    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two")]
+    states = [
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("one", "two")
+    ]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-3)
     index, size = torch.arange(1284 // 8), 62  # the shares of the two processes are uneven
