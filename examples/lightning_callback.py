@@ -16,14 +16,9 @@ class LogBalance(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step % self.every == 0:
-            balance = trainer.optimizers[self.index].balance
-            named = [
-                (q, getattr(balance, q).tolist()) for q in ("norms", "coherences", "coefficients")
-            ]
-            row = {
-                f"{q}/{name}": v
-                for q, vs in named
-                for name, v in zip(balance.names, vs, strict=True)
-            }
+            balance, row = trainer.optimizers[self.index].balance, {}
+            for m, name in enumerate(balance.names):
+                for quantity in ("norms", "coherences", "coefficients"):
+                    row[f"{quantity}/{name}"] = float(getattr(balance, quantity)[m])
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=trainer.global_step)

@@ -16,21 +16,13 @@ class LogBalance(TrainerCallback):
         every: Optimizer steps between two entries.
     """
 
-    def __init__(
-        self, optimizer: ConflictAwarePenalty, log: Callable[[dict], None], every: int = 50
-    ) -> None:
+    def __init__(self, optimizer: ConflictAwarePenalty, log: Callable, every: int = 50) -> None:
         self.optimizer, self.log, self.every = optimizer, log, every
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
-            balance = self.optimizer.balance
-            named = [
-                (q, getattr(balance, q).tolist()) for q in ("norms", "coherences", "coefficients")
-            ]
-            self.log(
-                {
-                    f"{q}/{name}": v
-                    for q, vs in named
-                    for name, v in zip(balance.names, vs, strict=True)
-                }
-            )
+            balance, row = self.optimizer.balance, {}
+            for m, name in enumerate(balance.names):
+                for quantity in ("norms", "coherences", "coefficients"):
+                    row[f"{quantity}/{name}"] = float(getattr(balance, quantity)[m])
+            self.log(row)

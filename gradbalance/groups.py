@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -168,6 +168,10 @@ class Place(NamedTuple):
     shape: Size
     group: int | None
 
+    def key(self, is_held: bool) -> object:
+        """What tells the parameter from others: its ``id`` alone while it is held."""
+        return self.id if is_held else (self.id, self.description)
+
 
 class Membership:
     """Which parameter of an optimizer is in which group.
@@ -205,10 +209,14 @@ class Membership:
                 self._sources.append(group)
             else:
                 self._sources.append([p for _, p in own if id(p) not in present])
-        given: dict[int, int] = {}
-        for m, own in enumerate(labelled.values()):
-            given |= {id(p): m for _, p in own}
         self._places: list[list[Place]] = []
+        # From the first step on the parameters are held, so that no ``id`` is given again: those of
+        # the optimizer, and those that were taken out of it and may come back.
+        self._held: dict[int, tuple[Tensor, int | None]] = {}
+        given: dict[int, int | None] = {}
+        for m, own in enumerate(labelled.values()):
+            for _, p in own:
+                given[id(p)] = m
         self._remember(param_groups, given)
 
     def update(self, param_groups: ParamGroups) -> None:
@@ -218,52 +226,82 @@ class Membership:
             RuntimeError: If other tensors have taken the place of the parameters of a group, as
                 under engines that flatten them.
         """
-        known: dict[int, int] = {}
-        for m, source in enumerate(self._sources):
-            known |= {id(p): m for p in _current(source)}
-        described = {}
-        for place in _flat(self._places):
-            described[place.id, place.description] = place.group
         tensors = [p for group in param_groups for p in group["params"]]
         if any(map(_is_flattened, tensors)):
             raise RuntimeError(
                 "The optimizer must hold the parameters of the groups. "
                 f"Got flattened ones. {FLATTENED}"
             )
-        standing = {(id(p), _description(p)) for p in tensors}
+        group_of, replaced = self._look_up(param_groups)
+        misshapen = any(place.shape != p.shape for place, p in replaced)
+        before = {place.group for places in self._places for place in places}
+        lost = {m for m in before - set(group_of.values()) if m is not None}
+        if (lost and misshapen) or len(lost) == len(self.names):
+            raise RuntimeError(self._lost_message(lost, tensors))
+        for m in sorted(lost):
+            warnings.warn(
+                f"The optimizer holds no parameter of group `{self.names[m]}` any more: the group "
+                "takes no part. If they are to come back, give the group as a module.",
+                UserWarning,
+                stacklevel=2,
+            )
+        for place, _ in replaced:
+            self._held.pop(place.id, None)
+        for p in tensors:
+            self._held[id(p)] = p, group_of[id(p)]
+        self._remember(param_groups, group_of)
+
+    def parameters(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
+        """The parameters of each group that the optimizer holds, and frozen ones beside it."""
+        group_of, _ = self._look_up(param_groups)
+        members: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
+        for group in param_groups:
+            for p in group["params"]:
+                m = group_of[id(p)]
+                if m is not None:
+                    members[self.names[m]][id(p)] = p
+        for name, source in zip(self.names, self._sources, strict=True):
+            for p in _current(source):
+                if not p.requires_grad:
+                    members[name].setdefault(id(p), p)
+        return {name: list(parameters.values()) for name, parameters in members.items()}
+
+    def _look_up(
+        self, param_groups: ParamGroups
+    ) -> tuple[dict[int, int | None], list[tuple[Place, Tensor]]]:
+        """The group of each parameter by ``id``, and the places at which unknown tensors stand."""
+        known: dict[int, int | None] = {key: group for key, (_, group) in self._held.items()}
+        for m, source in enumerate(self._sources):
+            for p in _current(source):
+                known[id(p)] = m
+        # Before the first step an ``id`` alone may be that of a tensor that took its place.
+        described: dict[object, int | None] = {}
+        if not self._held:
+            for places in self._places:
+                for place in places:
+                    described[place.id, place.description] = place.group
+        standing = set()
+        for group in param_groups:
+            for p in group["params"]:
+                standing |= {id(p), (id(p), _description(p))}
         group_of: dict[int, int | None] = {}
-        strangers = 0
+        replaced = []
         for i, group in enumerate(param_groups):
             for j, p in enumerate(group["params"]):
                 before = self._place(i, j)
                 key = id(p), _description(p)
+                group_of[id(p)] = None
                 if id(p) in known:
                     group_of[id(p)] = known[id(p)]
                 elif before is not None and before.id == id(p):
                     group_of[id(p)] = before.group
                 elif key in described:
                     group_of[id(p)] = described[key]
-                elif before is not None and (before.id, before.description) not in standing:
-                    # The one that stood here is gone.
-                    strangers += p.shape != before.shape
-                    group_of[id(p)] = before.group if p.shape == before.shape else None
-        lost = {m for m in described.values() if m is not None} - set(group_of.values())
-        if (lost and strangers) or len(lost) == len(self.names):
-            raise RuntimeError(self._lost_message(lost, tensors))
-        self._remember(param_groups, group_of)
-
-    def parameters(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
-        """The parameters of each group that the optimizer holds, and frozen ones beside it."""
-        members: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
-        for group, places in zip(param_groups, self._places, strict=False):
-            for p, place in zip(group["params"], places, strict=False):
-                if place.group is not None:
-                    members[self.names[place.group]][id(p)] = p
-        for name, source in zip(self.names, self._sources, strict=True):
-            for p in _current(source):
-                if not p.requires_grad:
-                    members[name].setdefault(id(p), p)
-        return {name: list(parameters.values()) for name, parameters in members.items()}
+                elif before is not None and before.key(bool(self._held)) not in standing:
+                    replaced.append((before, p))
+                    if p.shape == before.shape:
+                        group_of[id(p)] = before.group
+        return group_of, replaced
 
     def _remember(self, param_groups: ParamGroups, group_of: Mapping[int, int | None]) -> None:
         self._places = []
@@ -293,11 +331,6 @@ class Membership:
             f"Got {got}. Call `remove()` and wrap the optimizer again with the parameters that it "
             f"has now. If an engine flattened them: {FLATTENED}"
         )
-
-
-def _flat(places: Iterable[Iterable[Place]]) -> Iterator[Place]:
-    for row in places:
-        yield from row
 
 
 def _description(p: Tensor) -> tuple[object, ...]:
@@ -336,6 +369,12 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
         raise ValueError(f"`optimizer` must hold parameters. Got empty `param_groups`. {way_out}")
     for name, own in labelled.items():
         trainable = [(label, p) for label, p in own if p.requires_grad]
+        if not any(id(p) in present or isinstance(p, nn.Parameter) for _, p in own):
+            raise ValueError(
+                f"`groups[{name!r}]` must hold parameters. Got tensors that are none, such as "
+                "`p.data`, `p.detach()` or the values of a `state_dict()`. "
+                "Pass the module, or `module.parameters()`."
+            )
         if not trainable:
             warnings.warn(
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and "

@@ -198,7 +198,8 @@ def _joint(norms: Sequence[Tensor]) -> Tensor:
     """The norm of each row over its parts in several places."""
     if len(norms) == 1:
         return norms[0]
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), dim=0)
+    dtype = wide(norms[0].device)
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), dim=0, dtype=dtype)
     return joint
 
 
@@ -223,10 +224,20 @@ def _norms_by_mesh(gradients: Gradients) -> dict["Mesh", Tensor]:
 def _norms(gradients: BucketGradients) -> list[Tensor]:
     """The norm of each gradient."""
     dtype = gradients.bucket.table.dtype
-    norms = list(torch._foreach_norm(gradients.read, 2.0, dtype=dtype))
-    if on_host(gradients.bucket.device):
-        for i, gradient in enumerate(gradients.read):
-            if gradient.numel() > CPU_PART:
-                parts = torch.split(gradient.reshape(-1), CPU_PART)
-                norms[i] = _joint(torch._foreach_norm(parts, 2.0, dtype=dtype))
+    if not on_host(gradients.bucket.device):
+        return list(torch._foreach_norm(gradients.read, 2.0, dtype=dtype))
+    parts: list[Tensor] = []
+    counts: list[int] = []
+    for gradient in gradients.read:
+        pieces: Sequence[Tensor] = [gradient]
+        if gradient.numel() > CPU_PART:
+            pieces = torch.split(gradient.reshape(-1), CPU_PART)
+        parts += pieces
+        counts.append(len(pieces))
+    of_parts = torch._foreach_norm(parts, 2.0, dtype=dtype)
+    norms = []
+    start = 0
+    for count in counts:
+        norms.append(_joint(of_parts[start : start + count]))
+        start += count
     return norms

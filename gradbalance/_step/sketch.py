@@ -83,7 +83,8 @@ class Sketch:
         is_plain = all(_is_plain(p, device) for p in everything)
         self.is_whole = self._takes_all and is_plain and on_host(device)
         self._members = members
-        width = ALIGNED * ceil(self._quota / ALIGNED)
+        # Each tensor has one entry at least, even beyond the quota.
+        width = ALIGNED * ceil((self._quota + self._most) / ALIGNED)
         # float64, in which no square of a float32 overflows or vanishes.
         self._entries = torch.zeros(n, 2, width, dtype=wide(device), device=device)
         self._transposed = self._entries.mT
@@ -283,7 +284,7 @@ def _chosen(group: Sequence[Tensor], most: int, enough: int) -> list[Tensor]:
 
 
 def _grid(p: Tensor, entries: int) -> Grid:
-    """A grid of about ``entries`` positions in ``p``."""
+    """A grid of at most ``entries`` positions in ``p``, and one at least."""
     strides = [1] * p.dim()
     shape = list(p.shape)
     # All axes alike: a few whole rows would say less, as rows differ more than entries within one.
@@ -292,6 +293,10 @@ def _grid(p: Tensor, entries: int) -> Grid:
         excess = prod(shape) / max(entries, 1)
         stride = ceil(excess ** (1 / (p.dim() - i)))
         strides[d] = max(1, min(p.shape[d], stride))
+        shape[d] = ceil(p.shape[d] / strides[d])
+    while prod(shape) > max(entries, 1):  # rounded up along several axes
+        d = max(range(p.dim()), key=lambda d: shape[d])
+        strides[d] += 1
         shape[d] = ceil(p.shape[d] / strides[d])
     sizes, offsets = local_slices(p)
     here = []
