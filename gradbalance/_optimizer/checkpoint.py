@@ -3,15 +3,16 @@
 Everything goes through the optimizer's own ways of saving, so that no user has to save a second
 object:
 
-- **Checkpoints.** torch.distributed.checkpoint drops unknown top-level keys of a ``state_dict``,
-  and loads a flattened one only for keys that the live ``param_groups`` have. So the first live
+- **Checkpoints.** torch.distributed.checkpoint drops unknown top-level keys of a ``state_dict`` and
+  loads a flattened one only for keys that the live ``param_groups`` have. So the first live
   param_group holds one key, :data:`KEY`, from construction on, empty but in a saved ``state_dict``.
   What a ``state_dict`` brings is checked before the optimizer loads it and taken after that, so
   that a load that fails changes nothing. Some loaders pass by the hooks of ``load_state_dict``;
-  what they leave under the key is taken before the next step. - **Copies and pickles.**
-  ``Optimizer.__getstate__`` drops hooks, so that a copy would train without the penalty.
-  ``__reduce_ex__`` on the instance, where ``copy`` and ``pickle`` look first, rebuilds the
-  optimizer and puts the penalty on it again.
+  what they leave under the key is taken before the next step.
+- **Copies and pickles.** ``Optimizer.__getstate__`` drops hooks, so that a copy would train without
+  the penalty. ``__reduce_ex__`` on the instance, where ``copy`` and ``pickle`` look first, rebuilds
+  the optimizer and puts the penalty on it again. Its groups are then lists of parameters, as a
+  module in the pickle of an optimizer would bring all that it holds.
 """
 
 import operator

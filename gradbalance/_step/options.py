@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from gradbalance.rules import Coherence, Rule
+from gradbalance.rules.base import check_number
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,16 +52,19 @@ class Options:
             raise ValueError(
                 f"`apply_to` must be one of {choices}. Got {self.apply_to!r}. Pick one of these."
             )
-        _check_number("smoothing", self.smoothing)
+        check_number("smoothing", self.smoothing)
         if not 0 <= self.smoothing < 1:
             raise ValueError(
                 f"`smoothing` must be in [0, 1). Got {self.smoothing}. "
                 "Choose a value inside the interval."
             )
-        if not _is_integer(self.every) or self.every < 1:
+        if not _is_integer(self.every):
+            raise TypeError(
+                f"`every` must be an integer. Got {self.every!r}. Take 1 to measure at each step."
+            )
+        if self.every < 1:
             raise ValueError(
-                f"`every` must be a positive integer. Got {self.every!r}. "
-                "Take 1 to measure at each step."
+                f"`every` must be positive. Got {self.every}. Take 1 to measure at each step."
             )
         _check_window(self.window)
         if self.late is not None and not isinstance(self.late, bool):
@@ -70,7 +74,7 @@ class Options:
             )
         _check_noise(self.noise)
         if self.max_norm is not None:
-            _check_number("max_norm", self.max_norm)
+            check_number("max_norm", self.max_norm)
             if not 0 < self.max_norm < inf:
                 raise ValueError(
                     f"`max_norm` must be in (0, inf). Got {self.max_norm}. Take None not to clip."
@@ -112,15 +116,10 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a plain Python number.")
-
-
 def _check_noise(noise: float | Mapping[str, float]) -> None:
     amounts = list(noise.values()) if isinstance(noise, Mapping) else [noise]
     for amount in amounts:
-        _check_number("noise", amount)
+        check_number("noise", amount)
         if not 0 <= amount < inf:
             raise ValueError(
                 f"`noise` must be in [0, inf). Got {amount}. Choose a value inside the interval."

@@ -1,5 +1,6 @@
 """What a rule is given, and what it returns."""
 
+from numbers import Real
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -56,6 +57,16 @@ class Measured(NamedTuple):
     scale_free: bool
     coefficients: Vector
     step: int
+
+
+def check_number(name: str, value: object) -> None:
+    """Check the kind of an option.
+
+    Raises:
+        TypeError: If it is not a real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number. Got {value!r}. Pass a Python number.")
 
 
 class Rule(Protocol):

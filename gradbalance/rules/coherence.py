@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradbalance.rules.base import Measured, Vector
+from gradbalance.rules.base import Measured, Vector, check_number
 
 TINY = 1e-150  # below any share: shares are divided by
 
@@ -74,6 +74,7 @@ class Coherence:
     limit: ClassVar[float] = 20.0  # of a starved branch under SGD
 
     def __post_init__(self) -> None:
+        check_number("most", self.most)
         if not 1 <= self.most < math.inf:
             raise ValueError(
                 f"`most` must be finite and >= 1. Got {self.most}. "
@@ -81,6 +82,7 @@ class Coherence:
             )
         for name in ("chance", "clear"):
             value = getattr(self, name)
+            check_number(name, value)
             if not 0 < value < math.inf:
                 raise ValueError(
                     f"`{name}` must be finite and > 0. Got {value}. A coherence is at most 1."

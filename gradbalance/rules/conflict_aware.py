@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gradbalance.rules.base import Measured, Vector
+from gradbalance.rules.base import Measured, Vector, check_number
 
 Flags = NDArray[np.bool_]
 
@@ -64,6 +64,8 @@ class ConflictAware:
         _check_range("alpha", self.alpha, 0, math.inf)
         _check_range("eta", self.eta, 0, 1)
         _check_range("threshold", self.threshold, 1, math.inf)
+        if not isinstance(self.centred, bool):
+            raise TypeError(f"`centred` must be a bool. Got {self.centred!r}. Pass True or False.")
 
     def __call__(self, measured: Measured) -> tuple[Vector, Flags]:
         """The coefficients, in [0, 1], shape ``[N]``, and the conflicts, bool, shape ``[N, N]``."""
@@ -83,13 +85,8 @@ class ConflictAware:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    try:
-        valid = low <= value <= high and value < math.inf
-    except TypeError:
-        raise TypeError(
-            f"`{name}` must be a number. Got {value!r}. Pass a Python number."
-        ) from None
-    if not valid:
+    check_number(name, value)
+    if not low <= value <= high or value == math.inf:
         raise ValueError(
             f"`{name}` must be finite and in [{low}, {high}]. Got {value}. "
             "Choose a value inside the interval."

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gradbalance.rules.base import Measured, Rule, Vector
+from gradbalance.rules.base import Measured, Rule, Vector, check_number
 
 
 class ByHand:
@@ -39,13 +39,8 @@ class ByHand:
 
     def __init__(self, /, **factors: float) -> None:
         for name, factor in factors.items():
-            try:
-                valid = 0 <= factor < math.inf
-            except TypeError:
-                raise TypeError(
-                    f"`{name}` must be a number >= 0. Got {factor!r}. Pass the factor of the group."
-                ) from None
-            if not valid:
+            check_number(name, factor)
+            if not 0 <= factor < math.inf:
                 raise ValueError(
                     f"`{name}` must be a finite factor >= 0. Got {factor}. "
                     "Take 1 to leave the group alone."
@@ -74,6 +69,9 @@ class Watch:
     Args:
         rule: A rule whose answers are recorded as ``proposed`` and not applied. None proposes 1.
 
+    Raises:
+        TypeError: If the rule is not callable.
+
     Example:
         >>> import torch
         >>> from gradbalance import attach
@@ -90,6 +88,11 @@ class Watch:
     acts = False
 
     def __init__(self, rule: Rule | None = None) -> None:
+        if rule is not None and (isinstance(rule, type) or not callable(rule)):
+            raise TypeError(
+                f"`rule` must be a callable from Measured to coefficients. Got {rule!r}. "
+                "Pass an instance, such as rules.ConflictAware(), or a function."
+            )
         self.rule = rule
 
     def __call__(self, measured: Measured) -> ArrayLike | tuple[ArrayLike, ArrayLike]:

@@ -360,8 +360,7 @@ OUT_OF_RANGE = {
         "updates",
         "`apply_to` must be one of 'update', 'gradient', 'learning_rate', 'displacement'. Got 'updates'.",
     ),
-    "every": (0, "`every` must be a positive integer. Got 0."),
-    "every ": (1.5, "`every` must be a positive integer. Got 1.5."),
+    "every": (0, "`every` must be positive. Got 0."),
     "window": (
         (5, 5),
         "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (5, 5).",
@@ -392,6 +391,7 @@ OF_THE_WRONG_KIND = {
     "persist": (None, "`persist` must be a bool. Got None."),
     "generator": (0, "`generator` must be a torch.Generator. Got 0."),
     "late": (1, "`late` must be True, False or None. Got 1."),
+    "every": (1.5, "`every` must be an integer. Got 1.5."),
 }
 
 OF_OBSERVE = {
