@@ -150,6 +150,9 @@ def _condensed(names: Iterable[str], among: Iterable[str]) -> list[str]:
     return list(chosen)
 
 
+Key = tuple[int, tuple[object, ...]]
+
+
 class Place(NamedTuple):
     """What is remembered of a parameter of the optimizer, without holding it.
 
@@ -213,11 +216,42 @@ class Membership:
         # From the first step on the parameters are held, so that no ``id`` is given again: those of
         # the optimizer, and those that were taken out of it and may come back.
         self._held: dict[int, tuple[Tensor, int | None]] = {}
+        # Before that an ``id`` alone may be that of a tensor that took the place of a parameter.
+        self._described: dict[Key, int | None] = {}
         given: dict[int, int | None] = {}
         for m, own in enumerate(labelled.values()):
             for _, p in own:
                 given[id(p)] = m
         self._remember(param_groups, given)
+
+    @classmethod
+    def of_copy(
+        cls,
+        param_groups: ParamGroups,
+        names: tuple[str, ...],
+        positions: Sequence[Sequence[int | None]],
+        frozen: Mapping[str, list[Tensor]],
+    ) -> "Membership":
+        """The membership of a copy of an optimizer.
+
+        Args:
+            param_groups: Of the copy.
+            names: The groups.
+            positions: Index of the group of each parameter in each of the ``param_groups``.
+            frozen: Parameters of each group that the optimizer does not hold.
+        """
+        membership = cls.__new__(cls)
+        membership.names = names
+        membership._sources = [frozen[name] for name in names]
+        membership._places = []
+        membership._held = {}
+        membership._described = {}
+        group_of = {}
+        for group, of in zip(param_groups, positions, strict=True):
+            for p, m in zip(group["params"], of, strict=True):
+                group_of[id(p)] = m
+        membership._remember(param_groups, group_of)
+        return membership
 
     def update(self, param_groups: ParamGroups) -> None:
         """Look up the groups of an optimizer's parameters again, after they have changed.
@@ -247,24 +281,33 @@ class Membership:
             )
         for place, _ in replaced:
             self._held.pop(place.id, None)
+            self._described.pop((place.id, place.description), None)
         for p in tensors:
             self._held[id(p)] = p, group_of[id(p)]
         self._remember(param_groups, group_of)
 
-    def parameters(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
-        """The parameters of each group that the optimizer holds, and frozen ones beside it."""
+    def positions(self, param_groups: ParamGroups) -> list[list[int | None]]:
+        """Index of the group of each parameter in each of the ``param_groups``, None for none."""
         group_of, _ = self._look_up(param_groups)
-        members: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
-        for group in param_groups:
-            for p in group["params"]:
-                m = group_of[id(p)]
-                if m is not None:
-                    members[self.names[m]][id(p)] = p
+        return [[group_of[id(p)] for p in group["params"]] for group in param_groups]
+
+    def frozen(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
+        """Frozen parameters of each group that the optimizer does not hold."""
+        present = {id(p) for group in param_groups for p in group["params"]}
+        frozen = {}
         for name, source in zip(self.names, self._sources, strict=True):
-            for p in _current(source):
-                if not p.requires_grad:
-                    members[name].setdefault(id(p), p)
-        return {name: list(parameters.values()) for name, parameters in members.items()}
+            absent = [p for p in _current(source) if id(p) not in present]
+            frozen[name] = [p for p in absent if not p.requires_grad]
+        return frozen
+
+    def sizes(self, param_groups: ParamGroups) -> dict[str, int]:
+        """Number of trainable entries of each group."""
+        sizes = dict.fromkeys(self.names, 0)
+        for group, of in zip(param_groups, self.positions(param_groups), strict=True):
+            for p, m in zip(group["params"], of, strict=True):
+                if m is not None and p.requires_grad:
+                    sizes[self.names[m]] += p.numel()
+        return sizes
 
     def _look_up(
         self, param_groups: ParamGroups
@@ -274,12 +317,6 @@ class Membership:
         for m, source in enumerate(self._sources):
             for p in _current(source):
                 known[id(p)] = m
-        # Before the first step an ``id`` alone may be that of a tensor that took its place.
-        described: dict[object, int | None] = {}
-        if not self._held:
-            for places in self._places:
-                for place in places:
-                    described[place.id, place.description] = place.group
         standing = set()
         for group in param_groups:
             for p in group["params"]:
@@ -295,8 +332,8 @@ class Membership:
                     group_of[id(p)] = known[id(p)]
                 elif before is not None and before.id == id(p):
                     group_of[id(p)] = before.group
-                elif key in described:
-                    group_of[id(p)] = described[key]
+                elif key in self._described:
+                    group_of[id(p)] = self._described[key]
                 elif before is not None and before.key(bool(self._held)) not in standing:
                     replaced.append((before, p))
                     if p.shape == before.shape:
@@ -311,6 +348,7 @@ class Membership:
             for p in group["params"]:
                 m = group_of.get(id(p))
                 places.append(Place(id(p), _description(p), p.shape, m))
+                self._described[id(p), _description(p)] = m
                 if m is not None and p.requires_grad:
                     self.group_of[id(p)] = m
             self._places.append(places)

@@ -41,7 +41,7 @@ class Penalty:
 
     Args:
         optimizer: The optimizer.
-        groups: As for :class:`ConflictAwarePenalty`.
+        groups: As for :class:`ConflictAwarePenalty`; or the membership of a copy.
         options: Those of :class:`ConflictAwarePenalty`.
 
     Example:
@@ -51,7 +51,7 @@ class Penalty:
         ('text', 'audio')
     """
 
-    def __init__(self, optimizer: Optimizer, groups: Groups, options: Options) -> None:
+    def __init__(self, optimizer: Optimizer, groups: Groups | Membership, options: Options) -> None:
         reader, stepper = unwrap(optimizer)
         check_optimizer(stepper)
         if penalty_of(stepper) is not None:
@@ -68,7 +68,9 @@ class Penalty:
                 UserWarning,
                 stacklevel=3,
             )
-        membership = Membership(reader.param_groups, groups)
+        membership = groups
+        if not isinstance(membership, Membership):
+            membership = Membership(reader.param_groups, membership)
         scaling = None
         if acts and not in_gradients:
             scaling = scaling_for(optimizer, options.apply_to)
@@ -170,8 +172,7 @@ class Penalty:
         if reader is None:
             return "Penalty(on an optimizer that is gone)"
         sizes = []
-        for name, members in self._engine.membership.parameters(reader.param_groups).items():
-            size = sum(p.numel() for p in members if p.requires_grad)
+        for name, size in self._engine.membership.sizes(reader.param_groups).items():
             sizes.append(f"{name}: {size:,}")
         where = "on nothing"
         if not getattr(self._options.rule, "acts", True):
@@ -188,7 +189,9 @@ class Penalty:
         reader = self._reader()
         if stepper is None or reader is None:
             raise ReferenceError("The optimizer must exist to be copied. Got none. Keep it.")
-        groups = self._engine.membership.parameters(reader.param_groups)
+        membership = self._engine.membership
+        positions = membership.positions(reader.param_groups)
+        groups = (self.names, positions, membership.frozen(reader.param_groups))
         saved = self._engine.save()
         return reduce(stepper, protocol, _put_on_again, (groups, self._options, saved))
 
@@ -197,10 +200,15 @@ class Penalty:
 
 
 def _put_on_again(
-    optimizer: Optimizer, groups: Groups, options: Options, saved: dict[str, Any]
+    optimizer: Optimizer,
+    groups: tuple[tuple[str, ...], list[list[int | None]], dict[str, list[Tensor]]],
+    options: Options,
+    saved: dict[str, Any],
 ) -> None:
-    with warnings.catch_warnings(action="ignore"):  # the original has warned of a frozen group
-        penalty = Penalty(optimizer, groups, options)
+    reader, _ = unwrap(optimizer)
+    membership = Membership.of_copy(reader.param_groups, *groups)
+    with warnings.catch_warnings(action="ignore"):  # the original has warned
+        penalty = Penalty(optimizer, membership, options)
     penalty._engine.load(saved)
 
 

@@ -75,9 +75,10 @@ class Checkpoint:
                 saved = group.get(KEY)
                 if saved and self._persist:
                     self._check(saved)
-                    self._memory.load(saved[0])
                 if saved:
                     group[KEY] = ()
+                if saved and self._persist:
+                    self._memory.load(saved[0])
 
     def remove(self) -> None:
         """Leave the checkpoints alone from now on."""
@@ -117,10 +118,11 @@ class Checkpoint:
     def _check(self, saved: Sequence[Saved]) -> None:
         try:
             self._memory.check(saved[0])
-        except (KeyError, TypeError, IndexError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            what = f"without {error}" if isinstance(error, KeyError) else f"with {error}"
             raise ValueError(
                 f"`state_dict` must hold what the penalty saved under {KEY!r} in its first "
-                f"param_group. Got {type(saved).__name__} without {error}. "
+                f"param_group. Got {type(saved).__name__} {what}. "
                 "Load a checkpoint of this version, or build with `persist=False`."
             ) from error
 

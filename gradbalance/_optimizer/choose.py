@@ -82,7 +82,7 @@ def scaling_for(optimizer: object, apply_to: str) -> Scaling:
         trial = _tried(*wrappers, stepper)
         if not trial.moves or not trial.follows(kind):
             why = f"which changes what the steps of {type(stepper).__name__} do"
-            raise _refusal(wrappers[0], why, OTHER)
+            raise _refusal(wrappers[0], why, CHOICE)
     return _checked(kind, stepper)
 
 

@@ -1,5 +1,6 @@
 """The engine: at each step of an optimizer it measures the groups, decides, and acts."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from weakref import proxy
 
@@ -13,7 +14,7 @@ from gradbalance._step.gradients import Gradients, Layout, on_host
 from gradbalance._step.measure import Reading, average, measure, world_size
 from gradbalance._step.observed import ObservedErrors
 from gradbalance._step.options import Options
-from gradbalance._step.sketch import Sketch
+from gradbalance._step.sketch import Sketch, parse
 from gradbalance._step.state import State, name_of
 from gradbalance._step.write import add_noise_, clip_factor, scale_, spreads
 from gradbalance.balance import Balance
@@ -251,7 +252,7 @@ class Engine:
         if self._sketch is not None:
             sketch = self._sketch.save(self.state.names)
         saved = {"rule": name_of(self._options.rule), **self.state.save(), "sketch": sketch}
-        saved["phase"] = self._steps % self._options.every
+        saved["phase"] = int(self._steps % self._options.every)
         if hasattr(self._options.rule, "state_dict"):
             saved["rule_state"] = self._options.rule.state_dict()
         return saved
@@ -260,21 +261,25 @@ class Engine:
         """Check what :meth:`save` gave.
 
         Raises:
-            KeyError: If something is missing in it.
+            KeyError, TypeError: If it is damaged.
             ValueError: If it is that of another rule or of other groups.
         """
         name = name_of(self._options.rule)
-        for key in ("rule", "sketch", "phase"):
-            saved[key]
         if saved["rule"] != name:
             raise ValueError(
                 f"`state_dict` must be of the rule {name}. Got that of {saved['rule']}. "
                 "Build with the same rule, or with `persist=False`."
             )
-        self.state.check(saved)
+        self.state.parse(saved)
+        parse(self.state.names, saved["sketch"])
+        operator.index(saved["phase"])
+        if hasattr(self._options.rule, "load_state_dict"):
+            saved["rule_state"]
 
     def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, checked."""
+        if hasattr(self._options.rule, "load_state_dict"):
+            self._options.rule.load_state_dict(saved["rule_state"])
         self._reading = None
         self.state.load(saved)
         self._steps = saved["phase"]
@@ -282,8 +287,6 @@ class Engine:
             self._loaded_sketch = saved["sketch"]
         else:
             self._sketch.load(self.state.names, saved["sketch"])
-        if "rule_state" in saved and hasattr(self._options.rule, "load_state_dict"):
-            self._options.rule.load_state_dict(saved["rule_state"])
 
 
 def _refuse_capture(device: torch.device) -> None:

@@ -79,6 +79,11 @@ def _checked(name: str, error: object) -> Tensor | float:
         value = error.detach()
         if value.is_complex():
             raise TypeError(f"`{name}` must be real. Got {value.dtype}. Pass the mean error.")
+        if value.layout is not torch.strided or value.device.type == "meta":
+            raise TypeError(
+                f"`{name}` must be a dense tensor with a value. Got {value.layout} on "
+                f"{value.device}. Pass the mean error."
+            )
         if value.numel() != 1:
             raise ValueError(
                 f"`{name}` must be a scalar. Got shape {tuple(value.shape)}. "

@@ -1,5 +1,6 @@
 """The cosine between a group's gradient and the last one that it had, on some of its entries."""
 
+import operator
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -187,10 +188,8 @@ class Sketch:
 
     def load(self, names: Sequence[str], saved: Saved) -> None:
         """Take what :meth:`save` gave."""
-        for m, name in enumerate(names):
-            group = saved.get(name, {"seen": [], "entries": None})
-            packed = group["entries"]
-            self._load_group(m, set(group["seen"]), None if packed is None else _unpacked(packed))
+        for m, (seen, row) in enumerate(parse(names, saved)):
+            self._load_group(m, seen, row)
 
     def _slots(self) -> list[Tensor]:
         """The slots of this step of the groups that have a gradient."""
@@ -338,6 +337,23 @@ def _read_sparse(gradient: Tensor, slices: tuple[slice, ...]) -> Tensor:
     return entries.index_add_(0, rows // stride, torch.where(is_picked, values, 0))
 
 
+def parse(names: Sequence[str], saved: Saved) -> list[tuple[set[int], Vector | None]]:
+    """What :meth:`Sketch.save` gave of each group: which parameters were sampled, and the entries.
+
+    Raises:
+        KeyError, TypeError: If it is damaged.
+    """
+    groups = []
+    for name in names:
+        group = saved.get(name, {"seen": [], "entries": None})
+        packed = group["entries"]
+        row = None
+        if packed is not None:
+            row = _unpacked(packed)
+        groups.append((set(map(operator.index, group["seen"])), row))
+    return groups
+
+
 def _packed(row: Vector) -> str:
     """The numbers of a row as bytes in base64, in float32 where that holds them exactly."""
     narrow = row.astype(np.float32)
@@ -347,4 +363,9 @@ def _packed(row: Vector) -> str:
 
 def _unpacked(packed: str) -> Vector:
     kind, _, entries = packed.partition(":")
-    return np.frombuffer(b64decode(entries), kind).astype(np.float64)
+    if kind not in ("f4", "f8"):
+        raise TypeError(f"entries of the kind {kind!r}")
+    try:
+        return np.frombuffer(b64decode(entries), kind).astype(np.float64)
+    except ValueError as error:
+        raise TypeError("entries that cannot be decoded") from error

@@ -1,5 +1,6 @@
 """What is remembered between steps: running means and their errors, the last decision, warnings."""
 
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from math import inf, isfinite, isnan, nan, sqrt
@@ -255,40 +256,48 @@ class State:
             groups[name] = group | {"decided": decided}
         return {"step": self.step, "errors": self.has_errors, "groups": groups}
 
-    def check(self, saved: Saved) -> None:
-        """Check what :meth:`save` gave.
+    def parse(self, saved: Saved) -> tuple[list[Means], list[float], int, bool]:
+        """Read what :meth:`save` gave, of the same groups in any order, and change nothing.
 
         Raises:
-            KeyError: If something is missing in it.
+            KeyError, TypeError: If it is damaged.
             ValueError: If it is that of other groups.
         """
-        own = self.save()
-        for key in own:
-            saved[key]
-        names = saved["groups"]
-        if set(names) != set(self.names):
+        groups = saved["groups"]
+        if set(groups) != set(self.names):
             raise ValueError(
                 "`state_dict` must hold the state of the groups "
-                f"{', '.join(self.names)}. Got {', '.join(names)}. "
+                f"{', '.join(self.names)}. Got {', '.join(groups)}. "
                 "Load a checkpoint of the same groups, or build with `persist=False`."
             )
-        for name, group in names.items():
-            for key in own["groups"][name]:
-                group[key]
+        means = []
+        decided = []
+        for name in self.names:
+            group = groups[name]
+            means.append(Means(**{key: _parsed_mean(group[key]) for key in Means._fields}))
+            decided.append(_parsed_number(group["decided"]))
+            if not 0 <= decided[-1] < inf:
+                raise TypeError(f"a coefficient of {decided[-1]}")
+        return means, decided, operator.index(saved["step"]), bool(saved["errors"])
 
     def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, of the same groups in any order."""
-        groups = [saved["groups"][name] for name in self.names]
-        self.means = []
-        for group in groups:
-            means = {key: RunningMean(*group[key]) for key in Means._fields}
-            self.means.append(Means(**means))
+        self.means, decided, self.step, self.has_errors = self.parse(saved)
         if not getattr(self._rule, "is_constant", False):
-            self.decided = [float(group["decided"]) for group in groups]
-        self.step = int(saved["step"])
-        self.has_errors = bool(saved["errors"])
-        self.norms = [0.0] * len(groups)
+            self.decided = decided
+        self.norms = [0.0] * len(decided)
         self.conflicts = None
+
+
+def _parsed_mean(saved: Sequence[object]) -> RunningMean:
+    mean, variance, number = saved if len(saved) == 3 else (None, None, None)
+    return RunningMean(_parsed_number(mean), _parsed_number(variance), int(_parsed_number(number)))
+
+
+def _parsed_number(saved: object) -> float:
+    if isinstance(saved, bool) or not isinstance(saved, int | float):
+        raise TypeError(f"{saved!r} in the place of a number")
+    return float(saved)
 
 
 class Watchdog:
@@ -326,7 +335,7 @@ class Watchdog:
             elif not has_finite_errors:
                 why = "The observed errors are not finite"
             elif silent:
-                why = f"No parameter of {listed} has a gradient"
+                why = f"No parameter of {listed} has a gradient other than 0"
             else:
                 why = "Fewer than two groups have a gradient in the same step"
             self._warn(
@@ -334,8 +343,9 @@ class Watchdog:
             )
         elif silent:
             self._warn(
-                f"No parameter of {listed} has had a gradient for {PATIENCE} measured steps. Was a "
-                "module replaced after the optimizer was wrapped, or is its output not used?"
+                f"No parameter of {listed} has had a gradient other than 0 for {PATIENCE} measured "
+                "steps. Was a module replaced after the optimizer was wrapped, or is its output "
+                "not used?"
             )
 
     def _warn(self, message: str) -> None:

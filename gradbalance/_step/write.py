@@ -25,18 +25,19 @@ def scale_(
     # A gradient with a graph (create_graph=True) takes the factor into it.
     with torch.enable_grad():
         for bucket, _, write in gradients:
-            of_each = [factors[row] for row in bucket.rows]
-            common = clip
+            on_device = clip
+            common = 1.0
             if clip is not None and on_host(clip.device):
-                of_each = [factor * clip.item() for factor in of_each]
-                common = None
+                on_device = None
+                common = clip.item()
+            of_each = [common * factors[row] for row in bucket.rows]
             is_scaled = [factor != 1 for factor in of_each]
             scaled = list(compress(write, is_scaled))
             if scaled:
                 torch._foreach_mul_(scaled, list(compress(of_each, is_scaled)))
-            if common is not None and write:
+            if on_device is not None and write:
                 # In the dtype of the gradients, for one launch.
-                torch._foreach_mul_(write, common.to(bucket.device, write[0].dtype))
+                torch._foreach_mul_(write, on_device.to(bucket.device, write[0].dtype))
 
 
 def clip_factor(norms: Tensor, factors: Sequence[float], max_norm: float) -> Tensor:
