@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from math import nan
 from weakref import proxy
 
 import torch
@@ -137,13 +138,12 @@ class Engine:
         cosines: list[float] | None = None
         if self._sketch is not None and "products" in numbers:
             lengths, cosines = self._sketch.compare(numbers["products"])
-        if numbers.get("found_inf", 0.0) > 0:  # GradScaler skips the step
-            active = [False] * n
-        elif reading.is_measured:
-            scale = numbers.get("grad_scale", 1.0)
+        is_skipped = numbers.get("found_inf", 0.0) > 0  # by GradScaler
+        if reading.is_measured:
+            scale = nan if is_skipped else numbers.get("grad_scale", 1.0)
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
             active = self.state.learn(norms, cosines, numbers.get("errors"))
-        elif sum(active) < 2:  # all that is known of a step whose norms are not measured
+        elif is_skipped or sum(active) < 2:  # all that is known of a step that is not measured
             active = [False] * n
         is_inside = self.state.is_inside(self._options.window)
         if any(active):
