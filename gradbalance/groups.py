@@ -205,7 +205,7 @@ class Membership:
         _check_held(param_groups, labelled)
         # Modules and names are asked anew whenever the parameters change. Of the other groups those
         # parameters are held which the optimizer does not have, as they are frozen.
-        present = {id(p) for group in param_groups for p in group["params"]}
+        present = set(map(id, _tensors(param_groups)))
         self._sources: list[nn.Module | Sequence[Tensor]] = []
         for group, own in zip(groups.values(), labelled.values(), strict=True):
             if isinstance(group, nn.Module | NamedParameters):
@@ -214,7 +214,7 @@ class Membership:
                 self._sources.append([p for _, p in own if id(p) not in present])
         self._places: list[list[Place]] = []
         # From the first step on the parameters are held, so that no ``id`` is given again: those of
-        # the optimizer, and those that were taken out of it and may come back.
+        # the optimizer, and those of lists that were taken out of it and may come back.
         self._held: dict[int, tuple[Tensor, int | None]] = {}
         # Before that an ``id`` alone may be that of a tensor that took the place of a parameter.
         self._described: dict[Key, int | None] = {}
@@ -260,31 +260,39 @@ class Membership:
             RuntimeError: If other tensors have taken the place of the parameters of a group, as
                 under engines that flatten them.
         """
-        tensors = [p for group in param_groups for p in group["params"]]
+        tensors = _tensors(param_groups)
         if any(map(_is_flattened, tensors)):
             raise RuntimeError(
                 "The optimizer must hold the parameters of the groups. "
                 f"Got flattened ones. {FLATTENED}"
             )
         group_of, replaced = self._look_up(param_groups)
+        remaining = set(group_of.values())
+        lost: list[int] = []
+        for m in range(len(self.names)):
+            stood = any(place.group == m for places in self._places for place in places)
+            if stood and m not in remaining:
+                lost.append(m)
         misshapen = any(place.shape != p.shape for place, p in replaced)
-        before = {place.group for places in self._places for place in places}
-        lost = {m for m in before - set(group_of.values()) if m is not None}
         if (lost and misshapen) or len(lost) == len(self.names):
             raise RuntimeError(self._lost_message(lost, tensors))
-        for m in sorted(lost):
-            warnings.warn(
-                f"The optimizer holds no parameter of group `{self.names[m]}` any more: the group "
-                "takes no part. If they are to come back, give the group as a module.",
-                UserWarning,
-                stacklevel=2,
-            )
         for place, _ in replaced:
             self._held.pop(place.id, None)
             self._described.pop((place.id, place.description), None)
+        # A module knows its parameters itself, and parameters of no group need not be known.
+        for p, group in list(self._held.values()):
+            if group is None or not isinstance(self._sources[group], list):
+                del self._held[id(p)]
         for p in tensors:
             self._held[id(p)] = p, group_of[id(p)]
         self._remember(param_groups, group_of)
+        for m in lost:
+            warnings.warn(
+                f"The optimizer holds no parameter of group `{self.names[m]}` any more: the group "
+                "takes no part.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def positions(self, param_groups: ParamGroups) -> list[list[int | None]]:
         """Index of the group of each parameter in each of the ``param_groups``, None for none."""
@@ -293,11 +301,13 @@ class Membership:
 
     def frozen(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
         """Frozen parameters of each group that the optimizer does not hold."""
-        present = {id(p) for group in param_groups for p in group["params"]}
-        frozen = {}
+        present = set(map(id, _tensors(param_groups)))
+        frozen: dict[str, list[Tensor]] = {}
         for name, source in zip(self.names, self._sources, strict=True):
-            absent = [p for p in _current(source) if id(p) not in present]
-            frozen[name] = [p for p in absent if not p.requires_grad]
+            frozen[name] = []
+            for p in _current(source):
+                if id(p) not in present and not p.requires_grad:
+                    frozen[name].append(p)
         return frozen
 
     def sizes(self, param_groups: ParamGroups) -> dict[str, int]:
@@ -313,14 +323,15 @@ class Membership:
         self, param_groups: ParamGroups
     ) -> tuple[dict[int, int | None], list[tuple[Place, Tensor]]]:
         """The group of each parameter by ``id``, and the places at which unknown tensors stand."""
-        known: dict[int, int | None] = {key: group for key, (_, group) in self._held.items()}
+        known: dict[int, int | None] = {}
+        for held, m in self._held.values():
+            known[id(held)] = m
         for m, source in enumerate(self._sources):
             for p in _current(source):
                 known[id(p)] = m
         standing = set()
-        for group in param_groups:
-            for p in group["params"]:
-                standing |= {id(p), (id(p), _description(p))}
+        for p in _tensors(param_groups):
+            standing |= {id(p), (id(p), _description(p))}
         group_of: dict[int, int | None] = {}
         replaced = []
         for i, group in enumerate(param_groups):
@@ -358,8 +369,8 @@ class Membership:
             return self._places[i][j]
         return None
 
-    def _lost_message(self, lost: set[int], tensors: Sequence[Tensor]) -> str:
-        names = ", ".join(f"`{self.names[m]}`" for m in sorted(lost))
+    def _lost_message(self, lost: list[int], tensors: Sequence[Tensor]) -> str:
+        names = ", ".join(f"`{self.names[m]}`" for m in lost)
         if not tensors:
             got = "empty `param_groups`"
         else:
@@ -369,6 +380,14 @@ class Membership:
             f"Got {got}. Call `remove()` and wrap the optimizer again with the parameters that it "
             f"has now. If an engine flattened them: {FLATTENED}"
         )
+
+
+def _tensors(param_groups: ParamGroups) -> list[Tensor]:
+    """All parameters of an optimizer."""
+    tensors: list[Tensor] = []
+    for group in param_groups:
+        tensors += group["params"]
+    return tensors
 
 
 def _description(p: Tensor) -> tuple[object, ...]:
@@ -400,13 +419,19 @@ def _is_flattened(parameter: Tensor) -> bool:
 
 def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
     """Check that the optimizer has the trainable parameters of the groups."""
-    present = {id(p) for group in param_groups for p in group["params"]}
+    present = set(map(id, _tensors(param_groups)))
     flattened = any(_is_flattened(p) for own in labelled.values() for _, p in own)
     if not present:
         way_out = FLATTENED if flattened else "Build it from the parameters of the model."
         raise ValueError(f"`optimizer` must hold parameters. Got empty `param_groups`. {way_out}")
     for name, own in labelled.items():
-        trainable = [(label, p) for label, p in own if p.requires_grad]
+        trainable = []
+        missing = []
+        for label, p in own:
+            if p.requires_grad:
+                trainable.append((label, p))
+                if id(p) not in present:
+                    missing.append((label, p))
         if not any(id(p) in present or isinstance(p, nn.Parameter) for _, p in own):
             raise ValueError(
                 f"`groups[{name!r}]` must hold parameters. Got tensors that are none, such as "
@@ -420,7 +445,6 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
                 UserWarning,
                 stacklevel=5,
             )
-        missing = [(label, p) for label, p in trainable if id(p) not in present]
         if missing:
             label, p = missing[0]
             if flattened:

@@ -106,7 +106,7 @@ class Layout:
 
     Attributes:
         members: Trainable parameters of each group that are not on the device "meta".
-        device: That of the first of them, where what is measured comes together.
+        device: The first accelerator of them, else the host, where measurements come together.
         rows: N, or N + 1 with the rest.
     """
 
@@ -128,8 +128,9 @@ class Layout:
         self.rows = n_groups + with_rest
         self.device = torch.device("cpu")
         for members in reversed(self.members):
-            if members:
-                self.device = members[0].device
+            for p in reversed(members):
+                if not on_host(p.device):
+                    self.device = p.device
         self._parameters: list[Tensor] = []
         self._row_of: list[int] = []
         for row in range(self.rows):

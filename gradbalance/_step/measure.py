@@ -142,7 +142,7 @@ def _reduce(
     is_averaged = False
     for mesh, local_norms in _norms_by_mesh(gradients).items():
         if mesh is None:
-            norms.append(local_norms.to(device, wide(device)))
+            norms.append(local_norms.to(device, wide(device), non_blocking=not on_host(device)))
             continue
         message = [local_norms.square()]
         if mesh in entries:
@@ -217,8 +217,17 @@ def _norms_by_mesh(gradients: Gradients) -> dict["Mesh", Tensor]:
         parts.setdefault(bucket.mesh, []).append(norms)
     joint = {}
     for mesh, of_buckets in parts.items():
-        joint[mesh] = _joint([norms.to(of_buckets[0]) for norms in of_buckets])
+        joint[mesh] = _joint(_on_one_device(of_buckets))
     return joint
+
+
+def _on_one_device(norms: list[Tensor]) -> list[Tensor]:
+    """All on the first accelerator, if there is one, without a wait."""
+    device = norms[0].device
+    for part in reversed(norms):
+        if not on_host(part.device):
+            device = part.device
+    return [part.to(device, wide(device), non_blocking=not on_host(device)) for part in norms]
 
 
 def _norms(gradients: BucketGradients) -> list[Tensor]:

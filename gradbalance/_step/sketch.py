@@ -125,7 +125,8 @@ class Sketch:
                 slots.append(slot)
                 entries.append(_read(pick, slot))
         if slots:
-            torch._foreach_copy_(slots, entries)
+            # From the host to an accelerator without a wait; the other way does not occur.
+            torch._foreach_copy_(slots, entries, non_blocking=not on_host(self._entries.device))
         return self._sums
 
     def products(self, summed: Mapping["DeviceMesh | None", Tensor]) -> Tensor:
