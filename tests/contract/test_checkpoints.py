@@ -1,16 +1,19 @@
 """Checkpoints: by the names of the groups and of the rule, through files, torch.distributed.checkpoint and a kill."""
 
+import copy
+import io
 import os
 import signal
 from multiprocessing import get_context
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from gradbalance import ConflictAwarePenalty, rules
+from gradbalance import ConflictAwarePenalty, attach, rules
 from tests.contract.oracle import (
     SMOOTHING,
     Toy,
@@ -216,3 +219,78 @@ def test_a_checkpoint_taken_before_the_first_step_takes_a_running_optimizer_back
     torch.testing.assert_close(
         optimizer.balance.coherences, other.balance.coherences, equal_nan=True
     )
+
+
+DAMAGE = {
+    "a mean": lambda saved: saved["groups"]["text"].update(share=3),
+    "values of a mean": lambda saved: saved["groups"]["text"].update(share=["a", "b", "c"]),
+    "a coefficient": lambda saved: saved["groups"]["text"].update(decided="x"),
+    "a negative coefficient": lambda saved: saved["groups"]["text"].update(decided=-5.0),
+    "a coefficient of NaN": lambda saved: saved["groups"]["text"].update(decided=float("nan")),
+    "the groups": lambda saved: saved.update(groups=[]),
+    "the step": lambda saved: saved.update(step="x"),
+    "the phase": lambda saved: saved.update(phase=None),
+    "the sketch": lambda saved: saved.update(sketch="x"),
+    "no sketch": lambda saved: saved.update(sketch=None),
+    "a group of the sketch": lambda saved: saved["sketch"].update(text={}),
+    "entries of the sketch": lambda saved: saved["sketch"]["text"].update(entries="f4:x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("late", [None, True])
+def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_as_before(damage, late):
+    model, twin = Toy(), Toy()
+    optimizer, other = (
+        put_on(torch.optim.AdamW(m.parameters(), lr=0.02), m, rule="coherence", late=late)
+        for m in (model, twin)
+    )
+    train(model, optimizer, range(3))
+    train(twin, other, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    damage(state["param_groups"][0]["gradbalance"][0])
+    with pytest.raises(ValueError, match="`state_dict` must hold "):
+        optimizer.load_state_dict(state)
+    train(model, optimizer, range(3, 6))
+    train(twin, other, range(3, 6))
+    assert_same_parameters(model, twin, 0)
+
+
+def test_a_rule_that_refuses_its_own_state_leaves_everything_and_blocks_nothing():
+    class Picky:
+        needs_coherence = False
+
+        def __call__(self, measured):
+            return measured.shares.min() / measured.shares
+
+        def state_dict(self):
+            return {"n": 1}
+
+        def load_state_dict(self, state):
+            if "n" not in state:
+                raise LookupError("no n")
+
+    model = Toy()
+    optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.02), model, rule=Picky())
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["gradbalance"][0]["rule_state"] = {}
+    before = optimizer.balance
+    with pytest.raises(LookupError, match="no n"):
+        optimizer.load_state_dict(state)
+    assert optimizer.balance.shares.tolist() == before.shares.tolist()
+    train(model, optimizer, range(2, 4))
+    assert optimizer.balance.step == 4
+
+
+def test_a_checkpoint_holds_builtin_types_whatever_kind_of_integer_the_options_are():
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    penalty = put_on(
+        optimizer, model, by=attach, every=np.int64(4), window=(np.int64(0), np.int64(9))
+    )
+    train(model, optimizer, range(3), penalty=penalty)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    torch.load(buffer, weights_only=True)

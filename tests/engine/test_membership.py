@@ -1,8 +1,11 @@
 """Whose a parameter is: by identity, whatever becomes of the optimizer and the model after wrapping."""
 
 import copy
+import gc
 import math
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -499,3 +502,134 @@ def test_a_param_group_that_is_gone_is_no_error_as_long_as_it_took_no_group_alon
     optimizer = ConflictAwarePenalty(inner, groups_of(model), ByHand(text=0.0))
     del inner.param_groups[2]
     assert moved(model, optimizer) == [False] * 2 + [True] * 2 + [False] * 2
+
+
+# Several changes at once.
+
+
+def two_branches_apart(form="lists"):
+    """Two branches in a param_group each, and SGD by which audio alone is to move."""
+    text, audio = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = SGD([{"params": text.parameters()}, {"params": audio.parameters()}], lr=0.1)
+    groups = {"text": text, "audio": audio}
+    if form == "lists":
+        groups = {name: list(module.parameters()) for name, module in groups.items()}
+    attach(optimizer, groups, ByHand(text=0))
+    return text, audio, optimizer
+
+
+def feed(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+
+
+def which_move(optimizer, *modules):
+    """Whether each of the modules moves in a step."""
+    feed(optimizer)
+    before = [module.weight.detach().clone() for module in modules]
+    optimizer.step()
+    return [
+        not torch.equal(module.weight, old) for module, old in zip(modules, before, strict=True)
+    ]
+
+
+each_copy = pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+
+
+@each_copy
+@pytest.mark.parametrize("form", ["lists", "modules"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_copy_made_after_the_param_groups_were_reordered_keeps_the_groups(
+    copied, form, steps_before
+):
+    text, audio, optimizer = two_branches_apart(form)
+    for _ in range(steps_before):
+        feed(optimizer)
+        optimizer.step()
+    optimizer.param_groups.reverse()
+    text, audio, optimizer = copied((text, audio, optimizer))
+    assert which_move(optimizer, text, audio) == [False, True]
+
+
+@each_copy
+def test_an_optimizer_that_has_lost_a_group_can_be_copied(copied):
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in "abc")
+    optimizer = SGD([{"params": [p]} for p in (a, b, c)], lr=0.1)
+    attach(optimizer, {"a": [a], "b": [b], "c": [c]}, ByHand(a=0.5))
+    optimizer.param_groups.pop()
+    twin = copied(optimizer)
+    feed(twin)
+    twin.step()
+    assert [p.tolist() for g in twin.param_groups for p in g["params"]] == [
+        pytest.approx([0.95, 0.95]),
+        pytest.approx([0.9, 0.9]),
+    ]
+
+
+@pytest.mark.parametrize("form", ["lists", "modules"])
+@pytest.mark.parametrize("change", ["cast", "resize"])
+def test_a_change_of_the_data_and_of_the_order_at_once_keep_the_groups(form, change):
+    text, audio, optimizer = two_branches_apart(form)
+    feed(optimizer)
+    optimizer.step()
+    for module in (text, audio):
+        if change == "cast":
+            module.double()
+        else:
+            module.weight.data = torch.ones(3, 2)
+            module.weight.grad = None
+    optimizer.param_groups.reverse()
+    assert which_move(optimizer, text, audio) == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:The optimizer holds no parameter")
+@pytest.mark.parametrize("form", ["lists", "modules"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("one", [True, False], ids=["one of them", "all of them"])
+def test_parameters_that_leave_the_optimizer_for_a_step_and_come_back_keep_their_group(
+    form, steps_before, one
+):
+    text, audio, optimizer = two_branches_apart(form)
+    for _ in range(steps_before):
+        feed(optimizer)
+        optimizer.step()
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = parameters[1:] if one else []
+    feed(optimizer)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = parameters
+    assert which_move(optimizer, text, audio) == [False, True]
+
+
+def test_parameters_of_a_module_that_left_the_optimizer_are_not_kept_alive():
+    *_, optimizer = two_branches_apart("modules")
+    adapter = nn.Parameter(torch.ones(3))
+    alive = weakref.ref(adapter)
+    optimizer.add_param_group({"params": [adapter]})
+    feed(optimizer)
+    optimizer.step()
+    optimizer.param_groups.pop()
+    feed(optimizer)
+    optimizer.step()
+    del adapter
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        lambda module: list(module.state_dict().values()),
+        lambda module: [p.data for p in module.parameters()],
+        lambda module: [p.detach() for p in module.parameters()],
+    ],
+    ids=["state_dict", "data", "detach"],
+)
+def test_tensors_that_share_the_memory_of_parameters_are_refused(tensors):
+    text, audio = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = SGD([*text.parameters(), *audio.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"`groups\['text'\]` must hold parameters\. Got tensors"):
+        attach(optimizer, {"text": tensors(text), "audio": audio})
