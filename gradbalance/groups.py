@@ -273,8 +273,8 @@ class Membership:
             stood = any(place.group == m for places in self._places for place in places)
             if stood and m not in remaining:
                 lost.append(m)
-        misshapen = any(place.shape != p.shape for place, p in replaced)
-        if (lost and misshapen) or len(lost) == len(self.names):
+        taken = [place for place, p in replaced if place.group in lost and place.shape != p.shape]
+        if taken or len(lost) == len(self.names):
             raise RuntimeError(self._lost_message(lost, tensors))
         for place, _ in replaced:
             self._held.pop(place.id, None)

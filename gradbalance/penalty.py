@@ -404,6 +404,12 @@ class ConflictAwarePenalty(Optimizer):
         """See :meth:`torch.optim.Optimizer.register_load_state_dict_post_hook`."""
         return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer.__setstate__(state)
+
+    def _patch_step_function(self) -> None:
+        self.optimizer._patch_step_function()
+
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not there yet: to look for it would not end
             raise AttributeError(name)

@@ -231,7 +231,7 @@ class Engine:
         """One decision for norms that were measured elsewhere, one of each group."""
         if errors is not None:
             self.observed.add(errors)
-        parts = {"norms": torch.tensor(norms, dtype=torch.float64)}
+        parts = {"norms": torch.tensor(norms, dtype=torch.float64, device="cpu")}
         observed = self.observed.take(torch.device("cpu"))
         observed = average(observed, self._options.process_group)
         if observed is not None:

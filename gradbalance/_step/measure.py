@@ -68,7 +68,10 @@ class Transfer:
         self._vector = vector
         self._arrived: torch.cuda.Event | None = None
         if vector.device.type == "cuda":
-            self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            # The device is named, as the default one may be another.
+            self._vector = torch.empty(
+                vector.shape, dtype=vector.dtype, device="cpu", pin_memory=True
+            )
             self._vector.copy_(vector, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(vector.device))

@@ -63,7 +63,7 @@ class ObservedErrors:
         self.sums = {}
         self._counts = {}
         if not any(isinstance(mean, Tensor) for mean in means) and world_size() == 1:
-            return torch.tensor(means, dtype=torch.float64)
+            return torch.tensor(means, dtype=torch.float64, device="cpu")
         vector = []
         for mean in means:
             if isinstance(mean, Tensor):

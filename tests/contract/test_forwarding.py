@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Optimizer
 
 from gradbalance import ConflictAwarePenalty, rules
-from tests.contract.oracle import Toy, groups_of, loss_of
+from tests.contract.oracle import Toy, groups_of, loss_of, put_on
 
 PUBLIC_METHODS = [
     name
@@ -133,3 +133,15 @@ def test_a_method_of_the_wrapped_optimizer_alone_is_called_on_it():
     assert optimizer.eval(False) == (inner, False)
     with pytest.raises(AttributeError, match="train"):
         optimizer.train()
+
+
+def test_a_state_that_is_set_on_the_wrapper_is_that_of_the_wrapped_optimizer():
+    model = Toy()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = put_on(inner, model)
+    optimizer.__setstate__({"state": {}, "param_groups": optimizer.param_groups, "mark": 1})
+    assert inner.mark == 1
+    assert not {"state", "param_groups", "mark"} & set(vars(optimizer))
+    before = vars(type(optimizer))["step"]
+    optimizer._patch_step_function()
+    assert vars(type(optimizer))["step"] is before
