@@ -1,12 +1,13 @@
 """Groups of parameters: by name, and which parameter of an optimizer is in which group."""
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Size, Tensor, nn
+
+from gradbalance._warn import warn
 
 __all__ = ["groups_by_name"]
 
@@ -161,7 +162,7 @@ class Place(NamedTuple):
 
     Attributes:
         id: Of the parameter.
-        description: Its class, dtype, device and shape: an ``id`` may be given again.
+        description: Its class and shape: an ``id`` may be given again.
         shape: Its shape.
         group: Index of its group, None for none.
     """
@@ -287,11 +288,9 @@ class Membership:
             self._held[id(p)] = p, group_of[id(p)]
         self._remember(param_groups, group_of)
         for m in lost:
-            warnings.warn(
+            warn(
                 f"The optimizer holds no parameter of group `{self.names[m]}` any more: the group "
-                "takes no part.",
-                UserWarning,
-                stacklevel=2,
+                "takes no part."
             )
 
     def positions(self, param_groups: ParamGroups) -> list[list[int | None]]:
@@ -391,7 +390,7 @@ def _tensors(param_groups: ParamGroups) -> list[Tensor]:
 
 
 def _description(p: Tensor) -> tuple[object, ...]:
-    return type(p), p.dtype, p.device, p.shape
+    return type(p), p.shape
 
 
 def _current(source: nn.Module | Sequence[Tensor]) -> Iterable[Tensor]:
@@ -439,11 +438,9 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
                 "Pass the module, or `module.parameters()`."
             )
         if not trainable:
-            warnings.warn(
+            warn(
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and "
-                "takes no part.",
-                UserWarning,
-                stacklevel=5,
+                "takes no part."
             )
         if missing:
             label, p = missing[0]

@@ -15,6 +15,7 @@ from gradbalance._optimizer.hooks import StepHooks, hooks_of
 from gradbalance._optimizer.unwrap import check_optimizer, unwrap
 from gradbalance._step.engine import Engine
 from gradbalance._step.options import COHERENCE, SMOOTHING, ApplyTo, Options
+from gradbalance._warn import warn
 from gradbalance.balance import Balance
 from gradbalance.groups import Groups, Membership
 from gradbalance.rules import ConflictAware, Rule
@@ -62,11 +63,9 @@ class Penalty:
         acts = getattr(options.rule, "acts", True)
         in_gradients = options.apply_to == "gradient"
         if acts and in_gradients and not isinstance(stepper, torch.optim.SGD):
-            warnings.warn(
+            warn(
                 f'`apply_to="gradient"` does nothing lasting under {type(stepper).__name__}, which '
-                'cancels a constant factor on the gradient. Use `apply_to="update"`.',
-                UserWarning,
-                stacklevel=3,
+                'cancels a constant factor on the gradient. Use `apply_to="update"`.'
             )
         membership = groups
         if not isinstance(membership, Membership):

@@ -1,7 +1,6 @@
 """What is remembered between steps: running means and their errors, the last decision, warnings."""
 
 import operator
-import warnings
 from collections.abc import Iterable, Sequence
 from math import inf, isfinite, isnan, nan, sqrt
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from gradbalance._optimizer.checkpoint import Saved
 from gradbalance._step.measure import UNSEEN
+from gradbalance._warn import warn
 from gradbalance.balance import Balance
 from gradbalance.rules import Measured, Rule
 
@@ -350,7 +350,7 @@ class Watchdog:
 
     def _warn(self, message: str) -> None:
         self._has_warned = True
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warn(message)
 
 
 def checked_answer(rule: Rule, answer: object, n: int) -> tuple[list[float], Flags | None]:

@@ -633,3 +633,13 @@ def test_tensors_that_share_the_memory_of_parameters_are_refused(tensors):
     optimizer = SGD([*text.parameters(), *audio.parameters()], lr=0.1)
     with pytest.raises(ValueError, match=r"`groups\['text'\]` must hold parameters\. Got tensors"):
         attach(optimizer, {"text": tensors(text), "audio": audio})
+
+
+def test_a_warning_in_a_step_points_at_the_line_of_the_user():
+    text, audio, optimizer = two_branches_apart()
+    for p in audio.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="No step has counted") as caught:
+        for _ in range(100):
+            optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
