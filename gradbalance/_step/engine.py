@@ -252,6 +252,7 @@ class Engine:
         if self._sketch is not None:
             sketch = self._sketch.save(self.state.names)
         saved = {"rule": name_of(self._options.rule), **self.state.save(), "sketch": sketch}
+        saved["observed"] = self.observed.save()
         saved["phase"] = int(self._steps % self._options.every)
         if hasattr(self._options.rule, "state_dict"):
             saved["rule_state"] = self._options.rule.state_dict()
@@ -272,6 +273,7 @@ class Engine:
             )
         self.state.parse(saved)
         parse(self.state.names, saved["sketch"])
+        self.observed.parse(saved["observed"])
         operator.index(saved["phase"])
         if hasattr(self._options.rule, "load_state_dict"):
             saved["rule_state"]
@@ -282,6 +284,7 @@ class Engine:
             self._options.rule.load_state_dict(saved["rule_state"])
         self._reading = None
         self.state.load(saved)
+        self.observed.load(saved["observed"])
         self._steps = saved["phase"]
         if self._sketch is None:
             self._loaded_sketch = saved["sketch"]

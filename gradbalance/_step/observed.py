@@ -1,6 +1,6 @@
 """The errors that the user observes between two steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import numpy as np
@@ -71,6 +71,32 @@ class ObservedErrors:
             else:  # filled on the device: a copy from the host would wait
                 vector.append(torch.full((), mean, dtype=wide(device), device=device))
         return torch.stack(vector)
+
+    def save(self) -> dict[str, list[float]]:
+        """Sum and number of the errors of each observed group since the last step."""
+        saved = {}
+        for name, total in self.sums.items():
+            saved[name] = [float(total), float(self._counts[name])]
+        return saved
+
+    def parse(self, saved: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, int]]:
+        """Read what :meth:`save` gave, and change nothing.
+
+        Raises:
+            TypeError, KeyError: If it is damaged.
+        """
+        parsed = {}
+        for name, (total, count) in saved.items():
+            if name not in self._names:
+                raise TypeError(f"an error of {name!r}")
+            parsed[name] = total + 0.0, int(count + 0)
+        return parsed
+
+    def load(self, saved: Mapping[str, Sequence[float]]) -> None:
+        """Take what :meth:`save` gave."""
+        parsed = self.parse(saved)
+        self.sums = {name: total for name, (total, _) in parsed.items()}
+        self._counts = {name: count for name, (_, count) in parsed.items()}
 
 
 def _checked(name: str, error: object) -> Tensor | float:

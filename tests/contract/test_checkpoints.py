@@ -294,3 +294,26 @@ def test_a_checkpoint_holds_builtin_types_whatever_kind_of_integer_the_options_a
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_errors_observed_since_the_last_measured_step_are_in_the_checkpoint(every):
+    def errors_are_seen(resumed):
+        model = Toy()
+        optimizer = put_on(torch.optim.SGD(model.parameters(), lr=0.02), model, every=every)
+        train(model, optimizer, range(2))
+        loss_of(model, 2).backward()
+        optimizer.observe(text=1.0, audio=3.0)
+        if resumed:
+            state = copy.deepcopy(optimizer.state_dict())
+            other = Toy()
+            other.load_state_dict(model.state_dict())
+            fresh = put_on(torch.optim.SGD(other.parameters(), lr=0.02), other, every=every)
+            fresh.load_state_dict(state)
+            for p, q in zip(other.parameters(), model.parameters(), strict=True):
+                p.grad = q.grad
+            model, optimizer = other, fresh
+        optimizer.step()
+        return optimizer.balance.errors.tolist()
+
+    assert repr(errors_are_seen(True)) == repr(errors_are_seen(False))
