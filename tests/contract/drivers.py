@@ -17,6 +17,7 @@ from tests.reference import Mean
 
 GROUPS = ("text", "audio", "visual")
 KEY = "gradbalance"
+MARK = "_step_supports_amp_scaling"
 FAULTS: set[str] = set()  # where an exception is raised, while it is in here
 
 
@@ -116,11 +117,9 @@ class Run:
         self.seen.append(self.shown())
         may_fail("hook after")
 
-    def call_hooks(self, after=False):
+    def call_hooks(self):
         """Those of a step that goes no further."""
         self._before()
-        if after:
-            self._after()
 
     @property
     def inner(self):
@@ -163,9 +162,11 @@ class Run:
             self.optimizer = self.inner
 
     def copied(self, way):
-        """A copy with hooks of its own, as they are not copied."""
-        model, optimizer, penalty = way((self.model, self.optimizer, self.penalty))
-        return Run(model, optimizer, penalty, self.rate)
+        """A copy, with what torch itself does not copy: hooks, and a mark of fused optimizers."""
+        run = Run(*way((self.model, self.optimizer, self.penalty)))
+        if hasattr(self.inner, MARK):
+            setattr(run.inner, MARK, True)
+        return run
 
     def rebuilt(self, make, by, options, load_first):
         """A fresh pair that loads what this one has saved."""
@@ -196,7 +197,8 @@ class Run:
             if way in ("scaler", "skipped"):
                 scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
                 scaler.scale(torch.ones(()))
-                for p in self.parameters.values():
+                held = [p for group in self.optimizer.param_groups for p in group["params"]]
+                for p in held:
                     if p.grad is not None:
                         p.grad = p.grad * (math.inf if way == "skipped" else 8.0)
                 scaler.step(self.optimizer)
@@ -234,19 +236,20 @@ class Run:
 
         Args:
             factors: Of each parameter that a group moves, by name.
-            options: Of the penalty.
+            options: Of the penalty, empty without one.
             moved: The names of those that move at all.
         """
         parameters = self.parameters
         held = [name for names in self.structure() for name in names]
         with_gradient = [name for name in held if parameters[name].grad is not None]
-        if options["apply_to"] == "gradient":
+        apply_to, max_norm = options.get("apply_to"), options.get("max_norm")
+        if apply_to == "gradient":
             for name in with_gradient:
                 parameters[name].grad *= factors.get(name, 1.0)
         trained = [parameters[name] for name in with_gradient if parameters[name].requires_grad]
-        if options["max_norm"] and trained:
+        if max_norm and trained:
             total = math.hypot(*(p.grad.norm().item() for p in trained))
-            clip = min(1.0, options["max_norm"] / (total + 1e-6))
+            clip = min(1.0, max_norm / (total + 1e-6))
             for p in trained if math.isfinite(total) else ():
                 p.grad *= clip
         before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -257,7 +260,7 @@ class Run:
         for name, p in parameters.items():
             p.grad = gradients[name]
             c = factors.get(name, 1.0)
-            if c != 1 and options["apply_to"] != "gradient":
+            if c != 1 and apply_to != "gradient":
                 p.data = before[name] + c * (p.data - before[name])
         return fault
 
@@ -289,6 +292,8 @@ class Expected:
         for name, own in members.items():
             if not own:
                 self.means[name] = self._unknown()
+            if list(own) != list(self.last.get(name, {})):  # they are compared entry by entry
+                self.last.pop(name, None)
         every = self.options["every"]
         start, stop = self.options["window"] or (0, None)
         is_inside = start <= self.counted and (stop is None or self.counted < stop)
@@ -352,7 +357,7 @@ class Expected:
         return getattr(self.rule, "needs_coherence", True)
 
     def _cosine(self, now, last):
-        if last is None or last.keys() != now.keys():
+        if last is None:
             return None
         pairs = [pair for name in now for pair in zip(now[name], last[name], strict=True)]
         lengths = math.hypot(*(x for x, _ in pairs)) * math.hypot(*(y for _, y in pairs))
