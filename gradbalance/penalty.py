@@ -80,7 +80,7 @@ class Penalty:
         # as it is let go.
         self._reader = ref(reader)
         self._stepper = ref(stepper)
-        before = (self._checkpoint.load_pending, self._engine.before_step)
+        before = (self._checkpoint.before_step, self._engine.before_step)
         StepHooks(stepper, self, before, self._engine.after_step)
         vars(stepper)["__reduce_ex__"] = self._reduce_optimizer
 

@@ -58,6 +58,8 @@ class Checkpoint:
         self._memory = memory
         self._persist = persist
         self._handles: list[RemovableHandle] = []
+        # Loaded since the last step. ZeroRedundancyOptimizer puts it into its param_groups again.
+        self._recent: object = None
         self.load_pending()
         if persist:
             self._put_key()
@@ -73,12 +75,19 @@ class Checkpoint:
         for optimizer in self._steppers:  # ZeroRedundancyOptimizer copies from one to the other
             for group in optimizer.param_groups:
                 saved = group.get(KEY)
-                if saved and self._persist:
+                is_new = self._persist and saved and saved != self._recent
+                if is_new:
                     self._check(saved)
                 if saved:
                     group[KEY] = ()
-                if saved and self._persist:
+                if is_new:
+                    self._recent = saved
                     self._memory.load(saved[0])
+
+    def before_step(self) -> None:
+        """Take what some loaders leave; from now on the same checkpoint may be loaded again."""
+        self.load_pending()
+        self._recent = None
 
     def remove(self) -> None:
         """Leave the checkpoints alone from now on."""

@@ -35,12 +35,11 @@ from tests.contract.drivers import (
 )
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
-CLOSE = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
-PROPORTIONAL = {"rel": 1e-9, "abs": 0.0}
-EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+EXACT = {"rtol": 0.0, "atol": 0.0}
 
 # Branches that have no gradient at a step; mostly none, as a step needs two groups to count.
-absences = st.sampled_from(["", "", "", "text", "audio", "visual head", "text audio"]).map(str.split)
+absences = st.sampled_from([[], [], [], ["text"], ["audio"], ["visual", "head"], ["text", "audio"]])
 zeroings = st.sampled_from([True, False, None])  # set_to_none, or not called
 names = st.sampled_from([f"{b}.{p}" for b in (*GROUPS, "head") for p in ("weight", "bias")])
 indices = st.integers(0, 5)
@@ -66,6 +65,18 @@ def by_file(state):
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda run: pickle.loads(pickle.dumps(run))}
+
+
+def assert_same(actual, expected, tolerance):
+    """Tensors, None, numbers or dicts of these agree; ``torch.testing`` takes too long for so many."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(actual[key], value, tolerance)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.allclose(actual, expected, **tolerance, equal_nan=True), (actual, expected)
+    else:
+        assert actual == expected
 
 
 def rule(**strategies):
@@ -113,7 +124,7 @@ class Training(RuleBasedStateMachine):
     def _put_on(self, by):
         for run in self.ours:
             run.put_on(by, self.options)
-        self.is_copied = False  # a copy knows parameters, not modules: what comes later is in no group
+        self.is_copied = False  # a copy knows parameters, not modules
         is_sgd = isinstance(self.plain.optimizer, torch.optim.SGD)
         self.expected = Expected(self.options, scale_free=not is_sgd)
 
@@ -142,6 +153,11 @@ class Training(RuleBasedStateMachine):
 
     # Steps
 
+    @rule(times=st.integers(1, 4), absent=absences)
+    def train(self, times, absent):
+        for _ in range(times):
+            self._step("plain", absent, True)
+
     @rule(
         times=st.integers(1, 4),
         way=st.sampled_from(["plain", "closure", "scaler", "again"]),
@@ -162,7 +178,7 @@ class Training(RuleBasedStateMachine):
         self._step("plain", (), zero, nan=True)
 
     @rule(
-        fault=st.sampled_from(["rule", "hook before", "hook after", "closure"]),
+        fault=st.sampled_from(["rule", "rule", "hook before", "hook after", "closure"]),
         way=st.sampled_from(["plain", "closure"]),
         absent=absences,
         rate=st.sampled_from([None, 0.04]),
@@ -204,7 +220,7 @@ class Training(RuleBasedStateMachine):
             assert list(map(id, run.optimizer.param_groups)) == groups
             if way == "skipped" or fault in ("hook before", "closure") or str(raised) == "rule":
                 for name, p in run.parameters.items():
-                    torch.testing.assert_close(p.data, start[name].data, **EXACT)
+                    assert_same(p.data, start[name].data, EXACT)
         for run in self.runs:
             run.rate = None
             if raised or way in ("scaler", "skipped"):
@@ -260,7 +276,7 @@ class Training(RuleBasedStateMachine):
             self.recent.clear()
             for run in self.ours:
                 shown = run.penalty.coefficients()
-                assert shown == pytest.approx(expected, **PROPORTIONAL), f"{shown} != {expected}"
+                assert shown == pytest.approx(expected, rel=1e-9), f"{shown} != {expected}"
             for group, members in self.members().items():
                 factors |= dict.fromkeys(members, shown[group])
         if way == "skipped":
@@ -272,11 +288,6 @@ class Training(RuleBasedStateMachine):
         return by_hand
 
     # What lies between steps
-
-    @rule(set_to_none=st.booleans())
-    def zero_grad(self, set_to_none):
-        for run in self.runs:
-            run.optimizer.zero_grad(set_to_none=set_to_none)
 
     @rule(chosen=st.sets(names, min_size=1, max_size=4), trains=st.booleans())
     def freeze_or_unfreeze(self, chosen, trains):
@@ -313,7 +324,8 @@ class Training(RuleBasedStateMachine):
         if len({n.split(".")[0] for ns in rest for n in ns} & set(GROUPS)) >= 2:
             self.recent.add("removed")
             taken = structure[i % len(structure)]
-            if not any(name.startswith("audio") for name in taken):  # a list may forget who has left
+            # A list may forget who has left before the first step.
+            if not any(name.startswith("audio") for name in taken):
                 self.removed.append(taken)
             for run in self.runs:
                 group = run.optimizer.param_groups.pop(i % len(structure))
@@ -429,9 +441,10 @@ class Training(RuleBasedStateMachine):
             assert sum(keys) <= (self.expected is not None)
             self._compare_with_the_twin(run)
         for other in self.ours[1:]:
+            others = other.parameters
             for name, p in self.ours[0].parameters.items():
-                torch.testing.assert_close(p.data, other.parameters[name].data, **EXACT)
-            torch.testing.assert_close(self.ours[0].state(), other.state(), **EXACT)
+                assert_same(p.data, others[name].data, EXACT)
+            assert_same(other.state(), self.ours[0].state(), EXACT)
         for run in self.runs:
             run.seen.clear()
 
@@ -440,12 +453,12 @@ class Training(RuleBasedStateMachine):
         for name, p in run.parameters.items():
             is_grouped = name.split(".")[0] in GROUPS
             tolerance = CLOSE if is_grouped or self.options["max_norm"] else EXACT
-            torch.testing.assert_close(p.data, twin[name].data, **tolerance)
-            torch.testing.assert_close(p.grad, twin[name].grad, **CLOSE)
-        torch.testing.assert_close(run.state(), self.plain.state(), **CLOSE)
+            assert_same(p.data, twin[name].data, tolerance)
+            assert_same(p.grad, twin[name].grad, CLOSE)
+        assert_same(run.state(), self.plain.state(), CLOSE)
 
 
 Training.TestCase.settings = settings(
-    max_examples=EXAMPLES or 60, stateful_step_count=25, derandomize=not EXAMPLES, deadline=None
+    max_examples=EXAMPLES or 80, stateful_step_count=25, derandomize=not EXAMPLES, deadline=None
 )
 TestTraining = Training.TestCase
