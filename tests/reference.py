@@ -192,3 +192,58 @@ def coherent_coefficients(
     paid = (max(p.values()) / max(x[m] * p[m] for m in known)) ** (1 - beta) if known else 1.0
     c = {m: x[m] * paid if scale_free else min(x[m] * paid, limit) for m in known}
     return [c.get(m, 1.0) for m in range(len(coherences))]
+
+
+def useful_coefficients(
+    useful: Floats,
+    useful_errors: Sequence[float],
+    coherences: Floats,
+    coherence_errors: Sequence[float],
+    shares: Sequence[float],
+    scale_free: bool,
+    *,
+    most: float = 10.0,
+    limit: float = 20.0,
+) -> list[float]:
+    """``rules.Useful``, one pair of groups at a time; its defaults written once more."""
+    known = []
+    for m in range(len(useful)):
+        values = useful[m], useful_errors[m], coherences[m], coherence_errors[m]
+        if all(value is not None and math.isfinite(value) for value in values):
+            known.append(m)
+
+    def beside(k: int, m: int, values: Floats, errors: Sequence[float]) -> float:
+        """How large the value of k is beside that of m, as far as it can be told from chance."""
+        large, small = max(values[m], 0.0), max(values[k], 0.0)
+        difference = large - small
+        variance = errors[m] ** 2 + errors[k] ** 2
+        if difference <= 0 or difference**2 <= variance:
+            return 1.0
+        return 1 - (difference - variance / difference) / large
+
+    def clearer(m: int, k: int) -> float:
+        ratio = beside(k, m, coherences, coherence_errors)
+        return 1e300 if ratio < 1e-150 else 1 / ratio**2
+
+    def slower(k: int, m: int) -> float:
+        a_k, a_m = max(coherences[k], 0.0), max(coherences[m], 0.0)
+        highest = min(1.0, a_k + math.hypot(coherence_errors[k], coherence_errors[m]))
+        spared = max(1.0, highest / max(a_m, 1e-150)) ** 2
+        ratio = beside(k, m, useful, useful_errors)
+        return min(max(ratio * spared, 1 / most), 1.0)
+
+    def further(m: int, k: int) -> float:
+        longer = max(1.0, shares[k] / shares[m])
+        ratio = clearer(m, k)
+        return min(ratio, longer, most) * longer ** min(1.0, math.log2(ratio))
+
+    coefficients = [1.0] * len(useful)
+    if scale_free:
+        for k in known:
+            coefficients[k] = min(slower(k, m) for m in known)
+    elif known:
+        x = {m: max(further(m, k) for k in known) for m in known}
+        longest = max(shares[m] for m in known) / max(x[m] * shares[m] for m in known)
+        for m in known:
+            coefficients[m] = min(x[m] * longest, limit)
+    return coefficients

@@ -21,5 +21,6 @@ from gradbalance.rules.base import Measured, Rule
 from gradbalance.rules.coherence import Coherence
 from gradbalance.rules.conflict_aware import ConflictAware
 from gradbalance.rules.constant import ByHand, Watch
+from gradbalance.rules.useful import Useful
 
-__all__ = ["ByHand", "Coherence", "ConflictAware", "Measured", "Rule", "Watch"]
+__all__ = ["ByHand", "Coherence", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
