@@ -365,6 +365,7 @@ class Training(RuleBasedStateMachine):
 
     # Saving, copying, taking off
 
+    @precondition(lambda self: "moved" not in self.recent)
     @rule()
     def save(self):
         states = [by_file(run.optimizer.state_dict()) for run in self.runs]
