@@ -117,6 +117,8 @@ class Penalty:
                 count, as with NaN.
             TypeError: If an error is not a real number.
         """
+        # A checkpoint that a loader has left in the param_groups comes first: it holds errors too.
+        self._checkpoint.load_pending()
         self._engine.observed.add(errors)
 
     def coefficients_for(
