@@ -358,7 +358,10 @@ class Membership:
             for p in group["params"]:
                 m = group_of.get(id(p))
                 places.append(Place(id(p), _description(p), p.shape, m))
-                self._described[id(p), _description(p)] = m
+                # Not of a module, which is asked: it may let go of a parameter, whose `id` then
+                # comes back as that of another tensor.
+                if m is None or isinstance(self._sources[m], list):
+                    self._described[id(p), _description(p)] = m
                 if m is not None and p.requires_grad:
                     self.group_of[id(p)] = m
             self._places.append(places)
