@@ -16,22 +16,6 @@ from examples.mosi.top import top
 from gradbalance import PAPER, ConflictAwarePenalty, rules
 
 
-def others(config: Config, dataset: Dataset) -> list[str]:
-    """The non-text modalities that the configuration asks for."""
-    known = ["text", *dataset.widths]
-    for name in config.modalities:
-        if name not in known:
-            hint = (
-                " It leaks into the standard split: use `--split poria`."
-                if name == "visual"
-                else ""
-            )
-            raise ValueError(
-                f"`modalities` must be among {known}. Got {name!r}.{hint} Choose others."
-            )
-    return [name for name in known[1:] if not config.modalities or name in config.modalities]
-
-
 def build(config: Config, dataset: Dataset, names: list[str], draw: Draw) -> Model:
     text, width = None, config.fused
     if not config.modalities or "text" in config.modalities:
@@ -68,18 +52,18 @@ def optimizer_of(
     optimizer = torch.optim.AdamW(parts, weight_decay=config.weight_decay, fused=True)
     groups = {name: trainable(module) for name, module in model.groups().items()}
     beside_text = [name for name in groups if name != "text"]
-    if config.balance == "paper" and len(beside_text) < 2:
-        raise ValueError(
-            '`modalities` must hold two beside text with balance="paper", which compares these alone. '
-            f"Got {sorted(groups)}. Add a modality, or balance in another way."
-        )
     if len(groups) < 2:
         return optimizer  # nothing to balance
     options = balancing(config, steps, beside_text) | {"max_norm": config.max_norm or None}
     with warnings.catch_warnings():
         # The paper's penalty acts under AdamW through its noise and its changes alone, which is what is studied.
         warnings.filterwarnings("ignore", '`apply_to="gradient"` does nothing lasting')
-        return ConflictAwarePenalty(optimizer, groups, generator=noise, **options)
+        try:
+            return ConflictAwarePenalty(optimizer, groups, generator=noise, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"`penalty` must hold options of ConflictAwarePenalty. Got {config.penalty}, and: {error}. Correct it."
+            ) from error
 
 
 def balancing(config: Config, steps: int, beside_text: list[str]) -> dict[str, Any]:

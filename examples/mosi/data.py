@@ -80,14 +80,15 @@ class Batch(NamedTuple):
     world: int = 1
 
     def shard(self, rank: int, world: int) -> "Batch":
+        """The rows of one process; where none is left for it, one that counts for nothing stands in."""
+
         def part(x: Tensor) -> Tensor:
-            return x[rank::world]
+            return x[rank % self.size :: world]
 
         tensors = (part(self.index), part(self.labels), part(self.text), part(self.mask))
-        parts = [
-            {name: part(x) for name, x in group.items()} for group in (self.features, self.masks)
-        ]
-        return Batch(*tensors, *parts, self.size, rank, world)
+        features = {name: part(x) for name, x in self.features.items()}
+        masks = {name: part(x) & (rank < self.size) for name, x in self.masks.items()}
+        return Batch(*tensors, features, masks, self.size, rank, world)
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (x.to(device) for x in self[:4])
@@ -105,14 +106,23 @@ class Dataset:
         corpus: The utterances.
         tokens: Token numbers, or frozen states, of each utterance.
         word_of: For each token the number of its word in the utterance, -1 for special tokens.
+        scaling: Mean and standard deviation of each modality, where they are not those of this training split.
     """
 
-    def __init__(self, corpus: Corpus, tokens: Ragged, word_of: Tensor) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokens: Ragged,
+        word_of: Tensor,
+        scaling: dict[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.corpus, self.tokens = corpus, tokens
-        self.rows, self.at = {}, {}
+        self.rows, self.at, self.scaling = {}, {}, dict(scaling or {})
         utterance = torch.repeat_interleave(torch.arange(len(corpus.ids)), tokens.lengths)
         for name, (rows, at, per) in corpus.features.items():
-            self.rows[name] = standardise(rows, used=at.pad(corpus.split["train"]))
+            if scaling is None:
+                self.scaling[name] = scale_of(rows, used=at.pad(corpus.split["train"]))
+            self.rows[name] = standardise(rows, *self.scaling[name])
             if per == "word":
                 row = at.rows[(at.offset[utterance] + word_of).clamp(0, len(at.rows) - 1)]
                 at = Ragged(row.where(word_of >= 0, -1), tokens.offset)
@@ -147,13 +157,18 @@ class Dataset:
         return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
 
 
-def standardise(rows: Tensor, used: tuple[Tensor, Tensor]) -> Tensor:
-    """Zero mean and unit variance over the rows `used` in training; a constant column becomes 0, outliers end at 10."""
+def scale_of(rows: Tensor, used: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the rows `used` in training; that of a constant column is infinite."""
     row, exists = used
     train = rows[row[exists & (row >= 0)]].double()
     mean, std = train.mean(0), train.std(0, correction=0)
     constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
-    return ((rows - mean) / std.where(~constant, torch.inf)).clamp(-10, 10).float()
+    return mean, std.where(~constant, torch.inf)
+
+
+def standardise(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Zero mean and unit variance in training; a constant column becomes 0, outliers end at 10."""
+    return ((rows - mean) / std).clamp(-10, 10).float()
 
 
 def load(data: str = "auto", split: str = "standard") -> Corpus:
@@ -178,12 +193,16 @@ def load(data: str = "auto", split: str = "standard") -> Corpus:
     if data not in ("auto", "simulated"):
         return read(Path(data), split)
     if data == "auto":
-        places = [Path(p) for p in (os.environ.get("GRADBALANCE_DATA"),) if p]
-        places += [cache_folder(), Path(__file__).resolve().parents[2] / "../shared/data"]
-        for place in places:
+        for place in places():
             if utterance_file(place).is_file():
                 return read(place, split)
     return simulate()
+
+
+def places() -> list[Path]:
+    """Where ``auto`` looks for the data, in this order."""
+    named = [Path(place) for place in (os.environ.get("GRADBALANCE_DATA"),) if place]
+    return [*named, cache_folder(), Path(__file__).resolve().parents[3] / "shared/data"]
 
 
 def cache_folder() -> Path:

@@ -18,7 +18,7 @@ class Draw:
         self.size, self.rows = 1, slice(None)
 
     def begin(self, batch: Batch) -> None:
-        self.size, self.rows = batch.size, slice(batch.rank, None, batch.world)
+        self.size, self.rows = batch.size, slice(batch.rank % batch.size, None, batch.world)
 
     def __call__(self, sampler: Callable[..., Tensor], like: Tensor) -> Tensor:
         options = {"generator": self.generator, "device": like.device, "dtype": like.dtype}

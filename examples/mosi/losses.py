@@ -18,9 +18,9 @@ def losses(
     """The terms of the objective, unweighted, and the error of each head: means over the whole batch.
 
     A process of several divides its sums by its fair share of the batch, so that the average over the processes (of
-    gradients and of errors) is exact for uneven shares too.
+    gradients and of errors) is exact for uneven shares too. What stands in for an empty share has no weight.
     """
-    share = batch.size / batch.world
+    share = batch.size / batch.world if batch.rank < batch.size else math.inf
     regression = F.l1_loss if config.task == "l1" else F.mse_loss
     terms = {"task": regression(output.prediction, batch.labels, reduction="sum") / share}
     if output.heads:
@@ -54,6 +54,6 @@ def losses(
 
 
 def entropy(z: Tensor) -> Tensor:
-    """Entropy of softmax(z) as a share of its maximum, [B, Z] -> [B] in [0, 1]."""
+    """Entropy of softmax(z) as a share of its maximum, [B, Z] -> [B] in [0, 1]; 0 for a single feature."""
     logs = z.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1) / math.log(z.shape[-1])
+    return -(logs.exp() * logs).sum(-1) / math.log(max(2, z.shape[-1]))

@@ -3,6 +3,18 @@
 import torchmetrics.functional as M
 from torch import Tensor
 
+# The names of the same metrics in MMSA.
+MMSA = {
+    "mae": "MAE",
+    "corr": "Corr",
+    "acc2_nonneg": "Has0_acc_2",
+    "f1_nonneg": "Has0_F1_score",
+    "acc2_nonzero": "Non0_acc_2",
+    "f1_nonzero": "Non0_F1_score",
+    "acc5": "Mult_acc_5",
+    "acc7": "Mult_acc_7",
+}
+
 
 def metrics(prediction: Tensor, label: Tensor) -> dict[str, float]:
     """MAE, Corr, both Acc-2 and F1, Acc-5 and Acc-7; the Corr of a constant prediction is 0.

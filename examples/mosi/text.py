@@ -1,6 +1,10 @@
 """Text encoders: tokens of every utterance, and the states of frozen layers, computed once and cached."""
 
+import hashlib
 import os
+import sys
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +16,9 @@ from examples.mosi.config import Config
 from examples.mosi.data import Corpus, Dataset, Ragged, atomic, cache_folder, fingerprint, load
 from examples.mosi.top import check_split
 
+# What decides what an encoder does.
+FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
+
 
 class Tokens(NamedTuple):
     rows: Ragged  # token numbers [R], or states [R, width]
@@ -21,13 +28,15 @@ class Tokens(NamedTuple):
 def prepare(config: Config) -> Dataset:
     """The data set that a configuration asks for, its text as token numbers or as cached states."""
     corpus = load(config.data, config.split)
+    config.others(corpus.features)  # refuses what is not there before the text is encoded
     return Dataset(corpus, *text_of(corpus, config))
 
 
-def text_of(corpus: Corpus, config: Config) -> Tokens:
+def text_of(corpus: Corpus, config: Config, *, kept: bool = True) -> Tokens:
+    """Token numbers, or states; `kept=False` leaves the cache alone, for a few sentences."""
     if config.text == "finetune":
         return tokenise(corpus, config.text_encoder)
-    return states(corpus, config)
+    return states(corpus, config, kept=kept)
 
 
 def locate(encoder: str) -> str:
@@ -52,7 +61,7 @@ def transformer(encoder: str) -> nn.Module:
     except Exception as error:  # missing, damaged, of another kind: half a dozen kinds of error
         raise ValueError(
             "`text_encoder` must be minilm, a folder with config.json and weights, or a name on the hub. "
-            f"Got {encoder}, and: {str(error).splitlines()[0]} Copy the whole folder, or give another."
+            f"Got {encoder}, and: {reason(error)}. Copy the whole folder, or give another."
         ) from error
     if hasattr(model, "pooler"):
         model.pooler = None  # unused here, and parameters without gradient would stall DDP
@@ -69,7 +78,7 @@ def tokenise(corpus: Corpus, encoder: str) -> Tokens:
     except Exception as error:  # as above
         raise ValueError(
             f"`text_encoder` must be minilm, a folder with a tokenizer, or a name on the hub. Got {encoder}, and: "
-            f"{str(error).splitlines()[0]} Copy the whole folder, or give another."
+            f"{reason(error)}. Copy the whole folder, or give another."
         ) from error
     encoded = tokenizer(corpus.words, is_split_into_words=True, truncation=True, max_length=512)
     word_of = [
@@ -81,7 +90,7 @@ def tokenise(corpus: Corpus, encoder: str) -> Tokens:
     )
 
 
-def states(corpus: Corpus, config: Config) -> Tokens:
+def states(corpus: Corpus, config: Config, *, kept: bool = True) -> Tokens:
     """What is computed once, from the cache if it has it: the mean of the last layers, or what enters the top ones."""
     encoder, part = (
         config.text_encoder,
@@ -89,17 +98,36 @@ def states(corpus: Corpus, config: Config) -> Tokens:
     )
     key = fingerprint(repr((corpus.words, part)).encode(), identity(encoder).encode())
     path = cache_folder() / f"{Path(encoder).name}-{key}.pt"
-    saved = stored(path)
+    saved = stored(path) if kept else None
     if saved is None:
+        if kept:
+            print(f"Encoding the text with {encoder}, once: kept in {path.parent}", file=sys.stderr)
         tokens = tokenise(corpus, encoder)
         saved = {
             "states": encode(tokens.rows, *part, encoder),
             "offset": tokens.rows.offset,
             "word_of": tokens.word_of,
         }
+        if kept:
+            keep(path, saved)
+    return Tokens(Ragged(saved["states"], saved["offset"]), saved["word_of"])
+
+
+def keep(path: Path, saved: dict[str, Tensor]) -> None:
+    try:
         with atomic(path) as temporary:
             torch.save(saved, temporary)
-    return Tokens(Ragged(saved["states"], saved["offset"]), saved["word_of"])
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+        warnings.warn(
+            f"The encoded text could not be kept in {path.parent}, and will be encoded again next time. "
+            f"Got: {reason(error)}. Set $GRADBALANCE_CACHE to a folder that can be written.",
+            stacklevel=2,
+        )
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def stored(path: Path) -> dict[str, Tensor] | None:
@@ -111,12 +139,28 @@ def stored(path: Path) -> dict[str, Tensor] | None:
 
 
 def identity(encoder: str) -> str:
-    """Changes when the encoder does: name, size and time of each file of a folder, or the name on the hub."""
+    """A fingerprint of the encoder: of the files in its folder, wherever that lies, or of the commit on the hub."""
     folder = Path(locate(encoder))
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return encoder + repr(
-        [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    )
+    if folder.is_dir():
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in FILES]
+        stamps = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return digest_of(tuple(files), tuple(stamps))
+    from transformers import AutoConfig
+
+    try:
+        return f"{encoder} {AutoConfig.from_pretrained(encoder)._commit_hash}"
+    except Exception:  # half a dozen kinds of error; `transformer` says what is missing
+        return encoder
+
+
+@cache
+def digest_of(files: tuple[Path, ...], stamps: tuple) -> str:
+    """Of names and contents, read once as long as sizes and times stay."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -137,7 +181,10 @@ def encode(tokens: Ragged, text: str, count: int, encoder: str) -> Tensor:
     out = torch.empty(len(tokens.rows), model.config.hidden_size)
     parts = tokens.lengths.argsort(stable=True).split(32)  # similar lengths: hardly any padding
     for index in tqdm(
-        parts, desc=f"encoding the text with {encoder}", disable=os.environ.get("RANK", "0") != "0"
+        parts,
+        desc="encoding",
+        leave=False,
+        disable=True if os.environ.get("RANK", "0") != "0" else None,  # None: on a terminal
     ):
         numbers, mask = tokens.pad(index)
         every = model(

@@ -1,9 +1,11 @@
 """Training: one process or several, resumable bit for bit after any kill."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from examples.mosi import run
-from examples.mosi.build import build, optimizer_of, others, ramp
+from examples.mosi.build import build, optimizer_of, ramp
 from examples.mosi.config import Config
-from examples.mosi.data import Dataset
+from examples.mosi.data import Batch, Dataset
 from examples.mosi.draw import Draw
 from examples.mosi.losses import losses
 from examples.mosi.metrics import metrics
@@ -33,6 +35,8 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     bars: bool = False,
+    keep_checkpoint: bool = False,
+    log: Any = None,
     also: Callable[[Model, Dataset, list[str]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Trains, and returns the test metrics of the epoch with the best validation MAE.
@@ -41,17 +45,27 @@ def train(
         config: All settings.
         dataset: Shared by runs of one process; otherwise prepared from the configuration.
         out: The run folder; without it nothing is written.
-        resume: Go on from the checkpoint in `out`: the result is bitwise that of the uninterrupted run.
+        resume: Go on from the checkpoint in `out`: the result is bitwise that of the uninterrupted run. A finished run
+            without a checkpoint returns what it has stored.
         bars: Show progress.
+        keep_checkpoint: Keep what a resume needs when the run is finished; model.pt holds what a prediction needs.
+        log: Where losses, validation metrics and the balance of each step go: the folder of a SummaryWriter as a Path,
+            a SummaryWriter, or a function of a dict.
         also: What to add to the result, from the tested model, the data and the names of the non-text modalities.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device(config.device)
+    device = device_of(config)
+    writes = out is not None and rank == 0
+    if resume and (result := run.finished(out, config)):
+        return result
+    if writes:
+        run.check_free(out, resume)
+    if isinstance(log, Path):
+        import_module("torch.utils.tensorboard")  # before any work, where it is not installed
     dataset = prepare_once(config, rank, world) if dataset is None else dataset
-    names = others(config, dataset)
-    corpus, writes = dataset.corpus, out is not None and rank == 0
-    if bars:
-        print(corpus.banner)
+    names = config.others(dataset.widths)
+    corpus = dataset.corpus
+    record = run.record_of(config, corpus) if out else {}
 
     torch.manual_seed(config.seed)
     draw, noise = Draw(device), torch.Generator(device)
@@ -66,12 +80,18 @@ def train(
     state: dict[str, Any] = {"epoch": 0, "best_epoch": -1, "best_mae": float("inf"), "history": []}
 
     if resume:
-        state = run.restore(out, config, corpus)
+        state = run.restore(out, config, record)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
     elif writes:
-        run.start(out, config, corpus)
+        run.start(out, config, record)
+
+    def say(line: str) -> None:
+        if bars:
+            print(line, flush=True)
+        if writes:
+            run.log(out, line)
 
     def save() -> None:
         state.update(
@@ -80,46 +100,98 @@ def train(
             scheduler=scheduler.state_dict(),
         )
         if writes:
-            run.save(out, state, config, corpus)
+            run.save(out, state, config, record)
 
+    say(corpus.banner)
     if not resume:
         save()
     while (
         state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] <= config.patience
     ):
-        epoch = state["epoch"]
+        epoch, started = state["epoch"], time.perf_counter()
         # Every epoch has seeds of its own: a checkpoint between two epochs needs no generator's state.
         seed = 4 * (10_000 * config.seed + epoch)
         draw.generator.manual_seed(seed + 1)
         noise.manual_seed(seed + 2)
         torch.manual_seed(seed + 3 + (rank << 32))
         batches = dataset.batches("train", size, torch.Generator().manual_seed(seed))
-        title = f"epoch {epoch}" + (
-            f", valid MAE {state['history'][-1]['valid']['mae']:.3f}" if epoch else ""
-        )
-        with tqdm(batches, desc=title, leave=False, disable=not bars or rank > 0) as bar:
+        # None: on a terminal alone, so that a log has no carriage returns.
+        hidden = None if bars and rank == 0 else True
+        with tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=hidden) as bar:
             shards = (dataset.batch(index, names).shard(rank, world).to(device) for index in bar)
-            line = {"epoch": epoch} | train_epoch(network, optimizer, scheduler, shards, config)
-        valid = metrics(
-            predict(model, dataset, "valid", names), corpus.labels[corpus.split["valid"]]
-        )
-        state["history"].append(line | {"valid": valid})
+            line, recorder = train_epoch(network, optimizer, scheduler, shards, config)
+        prediction = predict(model, dataset, "valid", names)
+        if not prediction.isfinite().all():
+            raise FloatingPointError(
+                "`prediction` must stay finite. Got NaN or infinity. Lower `lr`."
+            )
+        valid = metrics(prediction, corpus.labels[corpus.split["valid"]])
+        state["history"].append({"epoch": epoch} | line | {"valid": valid})
         if valid["mae"] < state["best_mae"]:
             state |= {"best_mae": valid["mae"], "best_epoch": epoch}
             state["best"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         state["epoch"] = epoch + 1
         save()
+        say(told(state, time.perf_counter() - started))
+        if log and rank == 0:
+            send(state["history"][-1], recorder, log)
 
     model.load_state_dict(state["best"])
-    index = corpus.split["test"]
-    prediction = predict(model, dataset, "test", names)
-    test = metrics(prediction, corpus.labels[index])
+    parts = corpus.split if out else ("test",)
+    predictions = {part: predict(model, dataset, part, names) for part in parts}
+    test = metrics(predictions["test"], corpus.labels[corpus.split["test"]])
     test |= {"data": corpus.source, "banner": corpus.banner, "best_epoch": state["best_epoch"]}
     if writes:
-        run.finish(out, test, corpus, index, prediction, state["history"])
+        run.finish(out, test, state, config, record, dataset, predictions)
+        if not keep_checkpoint:
+            (out / run.CHECKPOINT).unlink()
     if also:
         test |= also(model, dataset, names)
     return test | {"history": state["history"]}
+
+
+def device_of(config: Config) -> torch.device:
+    available = torch.cuda.is_available()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    if name == "cuda" and not available:
+        raise ValueError(
+            '`device` must be "cpu" or "auto" where there is no GPU that torch can use. Got "cuda". Leave it out.'
+        )
+    if name == "cuda" and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise ValueError(
+            '`precision` must be "float32" on this GPU. Got "bf16", which it lacks. Leave it out.'
+        )
+    return torch.device(name)
+
+
+def told(state: dict[str, Any], seconds: float) -> str:
+    """The last epoch in one line."""
+    line = state["history"][-1]
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in line["train"].items())
+    best = " (best)" if state["best_epoch"] == line["epoch"] else ""
+    return f"epoch {line['epoch']}  loss: {terms}  validation MAE {line['valid']['mae']:.3f}{best}  {seconds:.1f} s"
+
+
+def send(line: dict[str, Any], recorder: Recorder | None, log: Any) -> None:
+    """Losses and validation metrics of an epoch, and what `Recorder.log_to` sends of its steps."""
+    if isinstance(log, Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(log) as writer:
+            send(line, recorder, writer)
+        return
+    scalars = {
+        f"{part}/{name}": value for part in ("train", "valid") for name, value in line[part].items()
+    }
+    if hasattr(log, "add_scalar"):
+        for name, value in scalars.items():
+            log.add_scalar(name, value, line["epoch"])
+    else:
+        log({"epoch": line["epoch"]} | scalars)
+    if recorder:
+        recorder.log_to(log)
 
 
 def prepare_once(config: Config, rank: int, world: int) -> Dataset:
@@ -133,8 +205,8 @@ def prepare_once(config: Config, rank: int, world: int) -> Dataset:
 
 
 def train_epoch(
-    network: nn.Module, optimizer, scheduler, batches, config: Config
-) -> dict[str, Any]:
+    network: nn.Module, optimizer, scheduler, batches: Iterable[Batch], config: Config
+) -> tuple[dict[str, Any], Recorder | None]:
     """One epoch; the mean of each loss and, where there are modalities to balance, how they were balanced."""
     network.train()
     weights = {
@@ -169,14 +241,18 @@ def train_epoch(
             raise FloatingPointError(
                 f"`{name}` loss must stay finite. Got {value}. Lower `lr` or its weight."
             )
-    return line | ({"balance": balance_of(recorder)} if watched else {})
+    return line | ({"balance": balance_of(recorder)} if watched else {}), recorder
 
 
 def balance_of(recorder: Recorder) -> dict[str, Any]:
     """The summary of an epoch, without what was not measured, and the histogram of the coefficients."""
-    summary = {
-        name: value for name, value in recorder.summary()._asdict().items() if not unmeasured(value)
-    }
+    try:
+        summary = recorder.summary()._asdict()
+    except RuntimeError as error:
+        raise FloatingPointError(
+            "`gradients` must be finite at some step of an epoch. Got none. Lower `lr`, or the weight of a loss."
+        ) from error
+    summary = {name: value for name, value in summary.items() if not unmeasured(value)}
     return summary | {"histogram": histogram(recorder)}
 
 

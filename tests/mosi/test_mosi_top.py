@@ -250,9 +250,13 @@ def test_bf16_keeps_weights_losses_and_statistics_in_float32(small, monkeypatch)
 
 
 def test_bf16_is_refused_where_the_gpu_lacks_it(monkeypatch):
+    with pytest.raises(ValueError, match=r'`device` must be "cpu" or "auto" where there is no GPU'):
+        train.device_of(Config(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert train.device_of(Config(device="auto")).type == "cuda"
     with pytest.raises(ValueError, match=r'`precision` must be "float32" on this GPU'):
-        Config(precision="bf16", device="cuda")
+        train.device_of(Config(precision="bf16", device="cuda"))
 
 
 def test_dropout_draws_for_the_whole_batch_on_every_process(small):

@@ -35,9 +35,10 @@ FILES = {
     "config.json",
     "metrics.jsonl",
     "test.json",
-    "checkpoint.pt",
+    "model.pt",
     "trajectory.png",
     "predictions.csv",
+    "log.txt",
 }
 
 
@@ -64,8 +65,9 @@ def encoder(tmp_path_factory):
 def assert_same_run(one: Path, other: Path):
     for name in ("metrics.jsonl", "test.json", "predictions.csv", "trajectory.png"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other)]
-    assert flat(states[0]) == flat(states[1])
+    for name in ("checkpoint.pt", "model.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        assert flat(states[0]) == flat(states[1])
 
 
 def flat(state):
@@ -96,36 +98,41 @@ def fail_at(monkeypatch, step):
 )
 def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, balance, step):
     config = Config(**SMALL, balance=balance)
-    whole = train.train(config, data, out=tmp_path / "whole")
+    whole = train.train(config, data, out=tmp_path / "whole", keep_checkpoint=True)
     with monkeypatch.context() as patch:
         fail_at(patch, step)
         with pytest.raises(KeyboardInterrupt):
             train.train(config, data, out=tmp_path / "killed")
     assert not (tmp_path / "killed/test.json").exists()
-    resumed = train.train(config, data, out=tmp_path / "killed", resume=True)
+    killed = tmp_path / "killed"
+    resumed = train.train(config, data, out=killed, resume=True, keep_checkpoint=True)
     assert resumed == whole
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_finished_run_may_be_resumed_and_stays_as_it_is(data, tmp_path):
-    config = Config(**SMALL)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_finished_run_may_be_resumed_and_stays_as_it_is(data, tmp_path, kept):
+    config, out = Config(**SMALL), tmp_path / "run"
+    states = []
     for resume in (False, True):
-        train.train(config, data, out=tmp_path / "run", resume=resume)
-        before = {
-            path.name: path.read_bytes()
-            for path in (tmp_path / "run").iterdir()
-            if path.suffix != ".pt"
-        }
-        assert set(before) == FILES - {"checkpoint.pt"}
-    assert before == {
-        p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".pt"
-    }
+        result = train.train(config, data, out=out, resume=resume, keep_checkpoint=kept)
+        assert {path.name for path in out.iterdir()} == FILES | (
+            {"checkpoint.pt"} if kept else set()
+        )
+        files = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "log.txt"}
+        states.append((result, files))
+    assert states[0] == states[1]
+    with pytest.raises(ValueError, match=r"same configuration. Got seed=1 for 0"):
+        train.train(Config(**SMALL, seed=1), data, out=out, resume=True)
 
 
 def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     config = Config(**SMALL, lr=0.3, max_norm=0.0)  # the last epoch is not the best
     result = train.train(config, data, out=tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    log = (tmp_path / "run/log.txt").read_bytes().decode().splitlines(keepends=True)
+    assert [line.split("  ")[0] for line in log[1:]] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert all(line.endswith(" s\n") and "validation MAE" in line for line in log[1:])
     test = json.loads((tmp_path / "run/test.json").read_text())
     assert test["data"] == "simulated"
     assert "SIMULATED" in test["banner"]
@@ -135,9 +142,9 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     assert history == result["history"]
     assert test["best_epoch"] == min(range(3), key=lambda epoch: history[epoch]["valid"]["mae"])
 
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    state = torch.load(tmp_path / "run/model.pt", weights_only=True)
     model = build.build(config, data, ["audio", "timing"], Draw(torch.device("cpu")))
-    model.load_state_dict(state["best"])
+    model.load_state_dict(state["weights"])
     valid = train.predict(model, data, "valid", ["audio", "timing"])
     best = history[test["best_epoch"]]["valid"]["mae"]
     assert (
@@ -147,8 +154,15 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     prediction = train.predict(model, data, "test", ["audio", "timing"])
     with (tmp_path / "run/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["id"] for row in rows] == [data.corpus.ids[i] for i in data.corpus.split["test"]]
-    assert [float(row["prediction"]) for row in rows] == prediction.tolist()
+    index = [i for part in data.corpus.split.values() for i in part.tolist()]
+    assert [row["id"] for row in rows] == [data.corpus.ids[i] for i in index]
+    assert [row["text"] for row in rows] == [" ".join(data.corpus.words[i]) for i in index]
+    assert [float(row["label"]) for row in rows] == pytest.approx(
+        data.corpus.labels[index].tolist()
+    )
+    tested = [float(row["prediction"]) for row in rows if row["split"] == "test"]
+    assert tested == prediction.tolist()
+    assert test["mmsa"]["Has0_acc_2"] == test["acc2_nonneg"]
     assert test["mae"] == pytest.approx(
         (prediction - data.corpus.labels[data.corpus.split["test"]]).abs().mean().item()
     )
@@ -217,11 +231,11 @@ def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatc
     )
     data = train.prepare(config)
     data.corpus.split.update({part: index[:20] for part, index in data.corpus.split.items()})
-    train.train(config, data, out=tmp_path / "whole")
+    train.train(config, data, out=tmp_path / "whole", keep_checkpoint=True)
     fail_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         train.train(config, data, out=tmp_path / "killed")
-    train.train(config, data, out=tmp_path / "killed", resume=True)
+    train.train(config, data, out=tmp_path / "killed", resume=True, keep_checkpoint=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     first = build.build(
         config, data, ["audio", "timing"], Draw(torch.device("cpu"))
@@ -236,7 +250,7 @@ def test_a_text_encoder_may_be_trained_and_resumed(encoder, tmp_path, monkeypatc
 
 def test_a_checkpoint_of_other_settings_or_data_is_refused(data, tmp_path):
     out = tmp_path / "run"
-    train.train(Config(**SMALL), data, out=out)
+    train.train(Config(**SMALL), data, out=out, keep_checkpoint=True)
     with pytest.raises(
         ValueError, match=r"same configuration. Got seed=1 for 0, balance='off' for 'default'"
     ):
@@ -246,7 +260,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(data, tmp_path):
             Config(**SMALL), samples.dataset(simulate(seed=1), limit=44), out=out, resume=True
         )
     (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"checkpoint.pt` must be a checkpoint of this example"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt` must be a whole file of this example"):
         train.train(Config(**SMALL), data, out=out, resume=True)
 
 
@@ -271,8 +285,24 @@ def test_a_folder_in_use_is_not_written_to(data, tmp_path):
         ),
         ({"balance": "sometimes"}, r"`balance` must be one of .* Got 'sometimes'"),
         ({"uni": 0.0, "balance": "errors"}, r"`uni` must be positive"),
-        ({"lr": -1.0}, r"`lr` must be finite and at least 0. Got -1.0"),
-        ({"epochs": 0}, r"`epochs` must be at least 1"),
+        ({"lr": -1.0}, r"`lr` must be from 0 to 1e\+06. Got -1.0"),
+        ({"lr": float("nan")}, r"`lr` must be from 0 to 1e\+06. Got nan"),
+        ({"recon": 1e38}, r"`recon` must be from 0 to 1e\+06"),
+        ({"epochs": 0}, r"`epochs` must be from 1"),
+        ({"hidden": 0}, r"`hidden` must be from 1"),
+        ({"hidden": -1}, r"`hidden` must be from 1"),
+        ({"fused": 0}, r"`fused` must be from 1"),
+        ({"latent": -1}, r"`latent` must be from 0"),
+        ({"warmup": 2.0}, r"`warmup` must be from 0 to 1\. Got 2"),
+        ({"dropout": 1.5}, r"`dropout` must be from 0 to 0.99. Got 1.5"),
+        ({"seed": -1}, r"`seed` must be from 0"),
+        ({"hidden": 8.0}, r"`hidden` must be an integer. Got 8.0"),
+        ({"ame": 1}, r"`ame` must be true or false. Got 1"),
+        ({"lr": "1"}, r"`lr` must be a number. Got '1'"),
+        ({"modalities": "text"}, r"`modalities` must be a list of names. Got 'text'"),
+        ({"data": "simulated:0"}, r"`data` must be simulated:N .* Got 'simulated:0'"),
+        ({"data": "simulated:x"}, r"`data` must be simulated:N"),
+        ({"penalty": {"rool": 1}}, r"`penalty` must hold options of ConflictAwarePenalty"),
         ({"split": "mine"}, r"`split` must be one of"),
     ],
 )
@@ -285,7 +315,12 @@ def test_a_diverging_run_says_so(data):
     with pytest.raises(
         FloatingPointError, match=r"loss must stay finite. Got (nan|inf). Lower `lr`"
     ):
-        train.train(Config(**SMALL, lr=1e30), data)
+        train.train(Config(**SMALL, lr=1e6, max_norm=0.0, task="mse"), data)
+
+
+def settings(*flags):
+    """The configuration and the seeds that flags of the command stand for."""
+    return command.settings(*command.parse([str(flag) for flag in flags]))
 
 
 def test_flags_become_settings_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch, data):
@@ -305,23 +340,25 @@ def test_flags_become_settings_and_a_resumed_run_keeps_its_own(tmp_path, monkeyp
     flags += ["--text", "frozen"]
     monkeypatch.setattr(sys, "argv", ["mosi", "--out", str(tmp_path / "run"), *flags])
     assert command.main() == 0
-    stored = run.stored_config(tmp_path / "run")
+    stored, record = run.stored_config(tmp_path / "run")
     assert stored == Config(
         seed=3, modalities=("text", "audio"), gate=False, epochs=1, batch_size=16, text="frozen"
     )
-    assert command.settings({"seed": 3}, tmp_path / "run") == stored
+    assert (record["threads"], record["data"]) == (1, "simulated")
+    assert settings("--seed", "3", "--resume", tmp_path / "run") == (stored, [])
+    assert settings("--config", tmp_path / "run/config.json") == (stored, [])
+    assert settings("--config", tmp_path / "run/config.json", "--seed", 5)[0].seed == 5
     with pytest.raises(ValueError, match=r"`seed` must be that of the run in .*: 3. Got 4"):
-        command.settings({"seed": 4}, tmp_path / "run")
+        settings("--seed", 4, "--resume", tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"`resume` must be a run folder"):
-        command.settings({}, tmp_path / "nowhere")
+        settings("--resume", tmp_path / "nowhere")
 
 
 def test_bad_input_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["mosi", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
     )
-    with pytest.raises(SystemExit, match="2"):
-        command.main()
+    assert command.main() == 2
     assert capsys.readouterr().err.startswith("error: `data` must be a folder with")
     assert not (tmp_path / "run").exists()
 
@@ -344,7 +381,7 @@ def start(encoder, tmp_path_factory):
             "16",
         ]
         settings += ["--text", "top", "--text-layers", "1", "--draws", "4"]
-        settings = [] if "--resume" in flags else settings
+        settings = ["--keep-checkpoint"] + ([] if "--resume" in flags else settings)
         return subprocess.Popen(
             [*launcher, "examples.mosi", *settings, *map(str, flags)],
             cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -364,7 +401,9 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert finish(start("--out", out, "--epochs", 16)).startswith("SIMULATED MOSI")
+    first, second, *_ = finish(start("--out", out, "--epochs", 16)).splitlines()
+    assert first.endswith("cpu, 1 thread.")
+    assert second == f"To {out}. Loading ..."
     return out
 
 
@@ -400,7 +439,7 @@ def test_distributed_training_equals_one_process_with_the_whole_batch(start, tmp
     flags = ("--epochs", 1, "--warmup", 0.5, "--task", "mse")
     finish(start("--out", tmp_path / "one", "--batch-size", 62, *flags))
     finish(start("--out", tmp_path / "two", "--batch-size", 31, *flags, launcher=torchrun))
-    assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
+    assert {path.name for path in (tmp_path / "two").iterdir()} == FILES | {"checkpoint.pt"}
     tests = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "two")]
     assert tests[0]["mae"] == pytest.approx(tests[1]["mae"], abs=1e-4)
     states = [
