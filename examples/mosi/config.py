@@ -104,12 +104,6 @@ class Config:
         for item in dataclasses.fields(self):
             check(item, getattr(self, item.name))
         object.__setattr__(self, "modalities", tuple(self.modalities))
-        kind, _, share = self.data.partition(":")
-        if kind == "simulated" and share and not (share.isdecimal() and 1 <= int(share) <= 50):
-            raise ValueError(
-                f"`data` must be simulated:N for one utterance in N, N from 1 to 50. Got {self.data!r}. "
-                "Give such a number."
-            )
         if self.balance in ("errors", "paper") and not self.uni:
             raise ValueError(
                 f"`uni` must be positive with balance={self.balance!r}: the errors are those of the heads. Got 0. "

@@ -161,6 +161,8 @@ def scale_of(rows: Tensor, used: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
     """Mean and standard deviation over the rows `used` in training; that of a constant column is infinite."""
     row, exists = used
     train = rows[row[exists & (row >= 0)]].double()
+    if not len(train):
+        return torch.zeros(rows.shape[1]), torch.full((rows.shape[1],), torch.inf)
     mean, std = train.mean(0), train.std(0, correction=0)
     constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
     return mean, std.where(~constant, torch.inf)
@@ -193,16 +195,12 @@ def load(data: str = "auto", split: str = "standard") -> Corpus:
     if data not in ("auto", "simulated"):
         return read(Path(data), split)
     if data == "auto":
-        for place in places():
+        places = [Path(p) for p in (os.environ.get("GRADBALANCE_DATA"),) if p]
+        places += [cache_folder(), Path(__file__).resolve().parents[2] / "../shared/data"]
+        for place in places:
             if utterance_file(place).is_file():
                 return read(place, split)
     return simulate()
-
-
-def places() -> list[Path]:
-    """Where ``auto`` looks for the data, in this order."""
-    named = [Path(place) for place in (os.environ.get("GRADBALANCE_DATA"),) if place]
-    return [*named, cache_folder(), Path(__file__).resolve().parents[3] / "shared/data"]
 
 
 def cache_folder() -> Path:

@@ -207,10 +207,11 @@ def test_the_losses_are_those_of_the_equations(data):
     assert_close(errors["audio"], (output.heads["audio"] - y).abs().mean())
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_average_to_the_losses_of_the_whole_batch(data, world):
+@pytest.mark.parametrize(("world", "size"), [(2, 7), (3, 7), (2, 1), (3, 1), (3, 2)])
+def test_processes_average_to_the_losses_of_the_whole_batch(data, world, size):
+    """Also where the batch has fewer utterances than there are processes."""
     config = Config(stat=0.0)
-    model, batch = built(config), batch_of(data, *range(7))
+    model, batch = built(config), batch_of(data, *range(size))
     whole, whole_errors = losses(drawn(model, batch), batch, config)
     shards = [batch.shard(rank, world) for rank in range(world)]
     parts = [losses(drawn(model, shard), shard, config) for shard in shards]
@@ -227,6 +228,23 @@ def test_entropy_is_a_share_that_ignores_shifts_and_order(shift, seed, scale):
     assert_close(entropy(z + shift), entropy(z), atol=1e-4, rtol=1e-4)
     assert_close(entropy(z.flip(-1)), entropy(z))
     assert_close(entropy(torch.full((1, 7), shift)), torch.ones(1))
+
+
+def test_a_share_without_utterances_has_no_gradient_and_counts_in_no_statistic(data):
+    config = Config()
+    model, empty = built(config), batch_of(data, 0).shard(1, 2)
+    terms, errors = losses(drawn(model, empty._replace(world=1)), empty._replace(world=1), config)
+    sum(terms.values()).backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert not any(errors.values())
+    assert not any(mask.any() for mask in empty.masks.values())
+
+
+def test_the_entropy_of_one_feature_is_zero():
+    z = torch.randn(3, 1, requires_grad=True)
+    entropy(z).sum().backward()
+    assert entropy(z).tolist() == [0, 0, 0]
+    assert z.grad.tolist() == [[0], [0], [0]]
 
 
 def test_pooling_ignores_padding_and_is_zero_where_nothing_is_left():

@@ -1,5 +1,7 @@
 """The top layers of a text encoder, trained on the cached states below them: the same as the whole encoder."""
 
+import os
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -13,6 +15,7 @@ from examples.mosi.config import Config
 from examples.mosi.data import Ragged
 from examples.mosi.draw import Draw
 from examples.mosi.model import Transformer
+from examples.mosi.predict import load
 from examples.mosi.simulated import simulate
 from examples.mosi.top import check_split, top
 from tests.mosi import samples
@@ -177,6 +180,34 @@ def test_a_cache_that_was_being_written_leaves_nothing(corpus, small, tmp_path, 
     with pytest.raises(ZeroDivisionError):
         text.states(corpus, Config(**small))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(corpus, small, tmp_path, monkeypatch):
+    first = text.states(corpus, Config(**small))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path / "file/cache"))
+    with pytest.warns(UserWarning, match=r"could not be kept in .*file/cache.* Not a directory"):
+        again = text.states(corpus, Config(**small))
+    assert torch.equal(first.rows.rows, again.rows.rows)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "top", "finetune"])
+def test_a_run_goes_on_and_predicts_with_its_own_encoder_alone(small, tmp_path, kind):
+    config = Config(**small | {"text": kind})
+    out, weights = tmp_path / "run", tmp_path / "encoder/model.safetensors"
+    train.train(config, out=out, keep_checkpoint=True)
+    os.utime(weights)  # copied, but the same
+    train.train(config, out=out, resume=True, keep_checkpoint=True)
+    expected = load(out)(["good"])
+    moved = shutil.copytree(tmp_path / "encoder", tmp_path / "moved")
+    assert torch.equal(load(out, text_encoder=str(moved))(["good"]), expected)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"must be of the same text encoder. Got other files"):
+        train.train(config, out=out, resume=True)
+    with pytest.raises(ValueError, match=r"must be the one that the run was trained with"):
+        load(out)
 
 
 @pytest.mark.parametrize(
