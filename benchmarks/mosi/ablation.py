@@ -24,7 +24,7 @@ from benchmarks.mosi.noise import with_noise
 from benchmarks.mosi.probe import diagnostics
 from benchmarks.mosi.rows import config, study
 from benchmarks.mosi.search import search
-from examples.mosi.config import Config
+from examples.mosi.config import PRESETS, Config
 from examples.mosi.data import Dataset, load
 from examples.mosi.text import prepare, text_of
 from examples.mosi.train import train
@@ -44,14 +44,7 @@ STUDIES = {
         "precision": "bf16",
         "draws": 32,
     },
-    # The paper's own settings, for a GPU.
-    "finetune": {
-        "text": "finetune",
-        "text_encoder": "microsoft/deberta-v3-base",
-        "text_lr": 1e-5,
-        "epochs": 30,
-        "batch_size": 8,
-    },
+    "finetune": PRESETS["paper"],  # the paper's own settings and data, for a GPU
 }
 
 

@@ -87,7 +87,9 @@ def settings(given: dict[str, Any], options: argparse.Namespace) -> tuple[Config
             raise ValueError(
                 f"`seed` must not be given with `seeds`. Got {given['seed']}. Name it there."
             )
-        return Config(**base | stored | given | ({"seed": seeds[0]} if seeds else {})), seeds
+        own = base | stored | given
+        configs = [Config(**own | {"seed": seed}) for seed in seeds]  # each is checked
+        return (configs or [Config(**own)])[0], seeds
     for name in ("out", "seeds", "config", "preset"):
         if getattr(options, name):
             raise ValueError(
@@ -144,18 +146,20 @@ def runs(
     from dataclasses import replace
 
     from examples.mosi import run
-    from examples.mosi.train import train
+    from examples.mosi.train import prepare_once, train
 
-    def one(config: Config, out: Path, resume: bool) -> dict[str, Any]:
+    def one(config: Config, out: Path, resume: bool, dataset: Any = None) -> dict[str, Any]:
         log = out / "tensorboard" if options.log else None
-        keep = options.keep_checkpoint
-        return train(config, out=out, resume=resume, bars=bars, keep_checkpoint=keep, log=log)
+        keep = {"keep_checkpoint": options.keep_checkpoint}
+        return train(config, dataset, out=out, resume=resume, bars=bars, log=log, **keep)
 
     if not seeds:
         yield one(config, out, options.resume is not None)
         return
+    if bars:
+        run.check_free(out, options.resume is not None)
+    dataset = prepare_once(config)
     if bars and not options.resume:
-        run.check_free(out, resume=False)
         run.start(out, config, {"seeds": seeds})
     for seed in seeds:
         folder = out / f"seed-{seed}"
@@ -164,7 +168,7 @@ def runs(
             if not resume:  # killed before its first checkpoint
                 (folder / "config.json").unlink(missing_ok=True)
             print(f"Seed {seed}", flush=True)
-        yield one(replace(config, seed=seed), folder, resume)
+        yield one(replace(config, seed=seed), folder, resume, dataset)
 
 
 def table(result: dict[str, Any], config: Config) -> str:

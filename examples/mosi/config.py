@@ -8,97 +8,66 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHARE, WIDTH = (0, 1), (1, 65_536)
+COUNT, WIDEST = (1, 10_000), 65_536
 WEIGHT = (0, 1e6)  # of a loss or a rate: far beyond it float32 overflows
+BOOL = argparse.BooleanOptionalAction
 
 
-def setting(default: Any, help: str, *, within: tuple | None = None, **flag: Any) -> Any:
-    return field(default=default, metadata={"help": help, "within": within, **flag})
+def setting(default: Any, help: str, choices: tuple = (), within: tuple = (), **flag: Any) -> Any:
+    choice = {"choices": choices} if choices else {}
+    return field(default=default, metadata={"help": help, "within": within, **choice, **flag})
 
 
 @dataclass(frozen=True)
 class Config:
-    data: str = setting(
-        "auto", "folder or file of the data, 'simulated', or 'auto': where it is usually found"
-    )
+    data: str = setting("auto", "a folder or file, simulated, or auto: where data usually is")
     split: str = setting(
-        "standard",
-        "standard, or poria (with leaking visual features)",
-        choices=("standard", "poria"),
+        "standard", "or poria, with leaking visual features", ("standard", "poria")
     )
-    modalities: tuple[str, ...] = setting(
-        (), "text and others, e.g. text audio; default: all", nargs="+"
-    )
+    modalities: tuple[str, ...] = setting((), "text and others; default: all", nargs="+")
     seed: int = setting(0, "of weights, batches, dropout and noise", within=(0, 2**31 - 1))
-    epochs: int = setting(4, "at most", within=(1, 10_000))
+    epochs: int = setting(4, "at most", within=COUNT)
     patience: int = setting(
-        10,
-        "epochs without a better validation MAE before the training stops",
-        within=(1, 10_000),
+        10, "epochs without a better validation MAE until it ends", within=COUNT
     )
-    batch_size: int = setting(32, "utterances a step and process", within=(1, 10**6))
+    batch_size: int = setting(32, "utterances a step and process", within=COUNT)
     text: str = setting(
         "top",
         "the encoder's states computed once, its top layers trained, or all of it",
-        choices=("frozen", "top", "finetune"),
+        ("frozen", "top", "finetune"),
     )
     text_encoder: str = setting("minilm", "minilm, a local folder, or a name on the hub")
-    text_layers: int = setting(
-        0, "top layers that are trained with --text top; 0: all", within=(0, 1000)
-    )
-    text_pool: int = setting(
-        1, "last layers whose mean is taken with --text frozen", within=(1, 1000)
-    )
-    precision: str = setting(
-        "float32", "of a text encoder that is trained", choices=("float32", "bf16")
-    )
+    text_layers: int = setting(0, "layers trained with --text top; 0: all", within=(0, 1000))
+    text_pool: int = setting(1, "last layers averaged with --text frozen", within=(1, 1000))
+    precision: str = setting("float32", "of a text encoder that is trained", ("float32", "bf16"))
     balance: str = setting(
         "default",
         "which rule of the penalty; default: the library's",
-        choices=("off", "default", "errors", "paper"),
+        ("off", "default", "errors", "paper"),
     )
-    penalty: dict[str, Any] = field(
-        default_factory=dict
-    )  # further options of ConflictAwarePenalty, for studies
+    # Further options of ConflictAwarePenalty, for studies.
+    penalty: dict[str, Any] = field(default_factory=dict)
     lr: float = setting(1e-3, "peak learning rate of AdamW", within=WEIGHT)
     text_lr: float = setting(
-        0.0,
-        "the same for a trained text encoder; 0: 1e-4 at a width of 384, 5e-5 at 768",
-        within=WEIGHT,
+        0.0, "of a trained text encoder; 0: 1e-4 at a width of 384, 5e-5 at 768", within=WEIGHT
     )
     weight_decay: float = setting(1e-2, "of AdamW", within=WEIGHT)
-    warmup: float = setting(0.1, "share of the steps before the peak", within=SHARE)
-    max_norm: float = setting(
-        1.0, "at which the gradient is clipped; 0 leaves it as it is", within=WEIGHT
-    )
-    dropout: float = setting(
-        0.1, "everywhere but in the text encoder, which has its own", within=(0, 0.99)
-    )
-    hidden: int = setting(64, "width of the encoders' hidden layer", within=WIDTH)
-    fused: int = setting(64, "width of the gated fusion", within=WIDTH)
-    latent: int = setting(0, "width of z; 0: that of the modality", within=(0, WIDTH[1]))
-    ame: bool = setting(
-        True, "adaptive modality encoders; otherwise z = mu", action=argparse.BooleanOptionalAction
-    )
-    draws: int = setting(
-        16, "of the latent noise, whose mean prediction is evaluated", within=(1, 10_000)
-    )
-    gate: bool = setting(
-        True, "gated fusion; otherwise the mean", action=argparse.BooleanOptionalAction
-    )
+    warmup: float = setting(0.1, "share of the steps before the peak", within=(0, 1))
+    max_norm: float = setting(1.0, "at which gradients are clipped; 0: they are not", within=WEIGHT)
+    dropout: float = setting(0.1, "but in the text encoder, which has its own", within=(0, 0.99))
+    hidden: int = setting(64, "width of the encoders' hidden layer", within=(1, WIDEST))
+    fused: int = setting(64, "width of the gated fusion", within=(1, WIDEST))
+    latent: int = setting(0, "width of z; 0: that of the modality", within=(0, WIDEST))
+    ame: bool = setting(True, "adaptive modality encoders; otherwise z = mu", action=BOOL)
+    draws: int = setting(16, "of latent noise, whose mean prediction is evaluated", within=COUNT)
+    gate: bool = setting(True, "gated fusion; otherwise the mean", action=BOOL)
     beta: float = setting(0.1, "weight of the fused modalities beside the text", within=WEIGHT)
-    task: str = setting("l1", "loss of the prediction and of the heads", choices=("l1", "mse"))
-    recon: float = setting(
-        0.1,
-        "weight of the reconstruction loss; 0 leaves it out, as for the next three",
-        within=WEIGHT,
-    )
+    task: str = setting("l1", "loss of the prediction and of the heads", ("l1", "mse"))
+    recon: float = setting(0.1, "weight of the reconstruction loss; 0: left out", within=WEIGHT)
     uni: float = setting(0.1, "weight of the heads' losses", within=WEIGHT)
     div: float = setting(0.01, "weight of the diversity loss", within=WEIGHT)
     stat: float = setting(0.1, "weight of the statistical loss", within=WEIGHT)
-    device: str = setting(
-        "cpu", "cpu, cuda, or auto: cuda where there is one", choices=("cpu", "cuda", "auto")
-    )
+    device: str = setting("cpu", "auto: cuda where there is one", ("cpu", "cuda", "auto"))
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -134,30 +103,27 @@ class Config:
         return chosen
 
 
+KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+
+
 def check(item: dataclasses.Field, value: Any) -> None:
     """Refuses a value of another kind, or outside the choices or the range of a setting."""
-    name, choices, within = (
-        item.name,
-        item.metadata.get("choices"),
-        item.metadata.get("within"),
-    )
+    name, kind = item.name, KINDS.get(item.type)
     if name == "modalities":
         good = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
         kind = "a list of names"
     elif name == "penalty":
         good, kind = isinstance(value, dict), "a dict"
     else:
-        kinds = (int, float) if item.type is float else item.type
-        good = isinstance(value, kinds) and (item.type is bool or not isinstance(value, bool))
-        kind = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[
-            item.type
-        ]
+        good = isinstance(value, (int, float) if item.type is float else item.type)
+        good = good and (item.type is bool or not isinstance(value, bool))
     if not good:
         raise ValueError(f"`{name}` must be {kind}. Got {value!r}. Correct it.")
+    choices = item.metadata.get("choices")
     if choices and value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}. Got {value!r}. Choose one of them.")
-    if within and not within[0] <= value <= within[1]:
-        least, most = within
+    least, most = item.metadata.get("within") or (None, None)
+    if most is not None and not least <= value <= most:
         raise ValueError(
             f"`{name}` must be from {least:g} to {most:g}. Got {value}. Choose one in between."
         )
@@ -165,23 +131,10 @@ def check(item: dataclasses.Field, value: Any) -> None:
 
 # What the paper states [P]: encoder, optimizer, batches, epochs and the penalty. It tells of no clipping, and its data
 # has the visual features of mosi.pkl. The rest is as it is by default.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "modalities": ("text", "audio", "visual"),
-        "text": "finetune",
-        "text_encoder": "microsoft/deberta-v3-base",
-        "balance": "paper",
-        "epochs": 30,
-        "patience": 30,
-        "batch_size": 8,
-        "lr": 1e-5,
-        "text_lr": 1e-5,
-        "warmup": 0.1,
-        "max_norm": 0.0,
-        "beta": 1.0,
-        "task": "mse",
-    }
-}
+PAPER = {"text": "finetune", "text_encoder": "microsoft/deberta-v3-base", "balance": "paper"}
+PAPER |= {"epochs": 30, "patience": 30, "batch_size": 8, "lr": 1e-5, "text_lr": 1e-5, "warmup": 0.1}
+PAPER |= {"max_norm": 0.0, "beta": 1.0, "task": "mse", "modalities": ("text", "audio", "visual")}
+PRESETS = {"paper": PAPER}
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.mosi.config import Config
-from examples.mosi.data import Corpus, Dataset, Ragged, atomic, cache_folder, fingerprint, load
+from examples.mosi.data import (
+    Corpus,
+    Dataset,
+    Ragged,
+    atomic,
+    cache_folder,
+    check_present,
+    fingerprint,
+    load,
+)
 from examples.mosi.top import check_split
 
 # What decides what an encoder does.
@@ -28,7 +37,7 @@ class Tokens(NamedTuple):
 def prepare(config: Config) -> Dataset:
     """The data set that a configuration asks for, its text as token numbers or as cached states."""
     corpus = load(config.data, config.split)
-    config.others(corpus.features)  # refuses what is not there before the text is encoded
+    check_present(corpus, config.others(corpus.features))  # before the text is encoded
     return Dataset(corpus, *text_of(corpus, config))
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from examples.mosi import run
 from examples.mosi.build import build, optimizer_of, ramp
 from examples.mosi.config import Config
-from examples.mosi.data import Batch, Dataset
+from examples.mosi.data import Batch, Dataset, check_present
 from examples.mosi.draw import Draw
 from examples.mosi.losses import losses
 from examples.mosi.metrics import metrics
@@ -53,7 +53,7 @@ def train(
             a SummaryWriter, or a function of a dict.
         also: What to add to the result, from the tested model, the data and the names of the non-text modalities.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     device = device_of(config)
     writes = out is not None and rank == 0
     if resume and (result := run.finished(out, config)):
@@ -62,9 +62,10 @@ def train(
         run.check_free(out, resume)
     if isinstance(log, Path):
         import_module("torch.utils.tensorboard")  # before any work, where it is not installed
-    dataset = prepare_once(config, rank, world) if dataset is None else dataset
+    dataset = prepare_once(config) if dataset is None else dataset
     names = config.others(dataset.widths)
     corpus = dataset.corpus
+    check_present(corpus, names)
     record = run.record_of(config, corpus) if out else {}
 
     torch.manual_seed(config.seed)
@@ -194,8 +195,14 @@ def send(line: dict[str, Any], recorder: Recorder | None, log: Any) -> None:
         recorder.log_to(log)
 
 
-def prepare_once(config: Config, rank: int, world: int) -> Dataset:
+def ranks() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def prepare_once(config: Config) -> Dataset:
     """The first of several processes fills the cache of states, the others read it."""
+    rank, world = ranks()
     if rank > 0:
         dist.barrier()
     dataset = prepare(config)
@@ -272,7 +279,7 @@ def histogram(recorder: Recorder) -> dict[str, list[int]]:
 @torch.inference_mode()
 def predict(model: nn.Module, dataset: Dataset, part: str, names: list[str]) -> Tensor:
     """Predictions for a split, in its order; several processes share the work and all hold the result."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     device = next(model.parameters()).device
     model.eval()
     index = dataset.corpus.split[part]
