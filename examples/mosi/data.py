@@ -175,7 +175,7 @@ def standardise(rows: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((rows - mean) / std).clamp(-10, 10).float()
 
 
-def load(data: str = "auto", split: str = "standard") -> Corpus:
+def load(data: str | Path = "auto", split: str = "standard") -> Corpus:
     """The corpus at `data` (a folder, a file, ``simulated``, or ``auto``), ``standard`` or ``poria`` split."""
     from examples.mosi.door import find
 
@@ -183,7 +183,7 @@ def load(data: str = "auto", split: str = "standard") -> Corpus:
         raise ValueError(
             f'`split` must be "standard" or "poria". Got {split!r}. Choose one of them.'
         )
-    return find(data, split)
+    return find(str(data), split)
 
 
 def check_present(corpus: Corpus, names: Sequence[str]) -> None:

@@ -9,8 +9,8 @@ from examples.mosi.data import Corpus, cache_folder
 from examples.mosi.simulated import simulate
 
 KINDS = (
-    f"{files.UTTERANCES}, a pickle (mosi.pkl, aligned_50.pkl, or your own), or a folder with one of them or with "
-    f"{own.UTTERANCES}"
+    f"a folder with {own.UTTERANCES}, {files.UTTERANCES} or mosi.pkl, or such a file, or another pickle "
+    "(of MAG-BERT, MMSA, or your own)"
 )
 MAGIC = {
     b"\x93NUMPY": "one array, without texts and labels",
@@ -34,7 +34,7 @@ def find(data: str, split: str) -> Corpus:
             )
         return simulate(share=int(share or 1))
     if place != "auto":
-        return read(Path(place).expanduser(), split, name)
+        return read(Path(place), split, name)
     places = [cache_folder(), BESIDE]
     for folder in places:
         if found_in(folder):
@@ -63,18 +63,18 @@ def read(place: Path, split: str, name: str) -> Corpus:
                 "examples.mosi.download, or take --data simulated."
             )
         kind = kind_of(path)
-    except PermissionError as error:
-        raise ValueError(
-            f"`{name}` must be readable. Got {error}. Change its permissions, or give another."
-        ) from error
-    if kind == "npz":
-        return files.read(path, split)
-    if kind in READERS:
-        if split != "standard":
-            raise ValueError(
-                f'`split` must be "standard" with {path.name}, which has its own. Got {split!r}. Leave it out.'
-            )
-        return READERS[kind](path)
+        if kind == "npz":
+            return files.read(path, split)
+        if kind in READERS:
+            if split != "standard":
+                raise ValueError(
+                    f'`split` must be "standard" with {path.name}, which has its own. Got {split!r}. Leave it out.'
+                )
+            return READERS[kind](path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"`{name}` must be readable. Got {error}. Give another place.") from error
     raise ValueError(f"`{name}` must be {KINDS}. Got {path}, {kind}. Convert it, or give another.")
 
 
@@ -88,8 +88,11 @@ def kind_of(path: Path) -> str:
     suffix = path.suffix.lower()
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
-            names = zipfile.ZipFile(file).namelist()
+        if start.startswith(b"PK\x03\x04"):
+            try:
+                names = zipfile.ZipFile(file).namelist()
+            except (ValueError, NotImplementedError, zipfile.BadZipFile):
+                return "npz"  # a damaged one, as its reader says
             if any(name.endswith("/data.pkl") for name in names):
                 return "a file of PyTorch, as pt are"
             return "npz" if any(name.endswith(".npy") for name in names) else "a zip file"

@@ -32,7 +32,7 @@ def read(path: Path, split: str) -> Corpus:
         if column.ndim == 0 or len(column) != len(table["id"]):
             found = size_of(column, field, str(path))
             raise uneven(field, str(path), found, len(table["id"]))
-    ids = [name_of(name) for name in table["id"].tolist()]
+    ids = strings(table["id"]).tolist()
     rows = Rows(str(path), ids, [f"row {row}" for row in range(len(ids))])
     words = [words_of(text, row, rows) for row, text in enumerate(table["text"].tolist())]
     columns = {
@@ -45,7 +45,7 @@ def read(path: Path, split: str) -> Corpus:
     }
     if split == "poria":
         columns |= {
-            "split": hold_out(table["poria_split"], table["video"]),
+            "split": hold_out(strings(table["poria_split"]), strings(table["video"])),
             "visual": table[VISUAL],
         }
     return corpus(
@@ -53,9 +53,13 @@ def read(path: Path, split: str) -> Corpus:
         f"CMU-MOSI, real data, {split} split",
         where=str(path),
         known={"audio": "acoustic73", "visual": VISUAL},
-        videos=[name_of(video) for video in table["video"].tolist()],
+        videos=strings(table["video"]).tolist(),
         note=LEAK if split == "poria" else "",
     )
+
+
+def strings(column: np.ndarray) -> np.ndarray:
+    return np.array([name_of(value) for value in column.tolist()])
 
 
 def hold_out(split: np.ndarray, video: np.ndarray) -> np.ndarray:
@@ -138,5 +142,5 @@ def read_words(path: Path) -> dict[str, list[Word]]:
         ) from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"`{path}` must be a complete list of timed words. Got {error!r}. Copy it again."
+            f"`{path}` must be a complete list of timed words. Got {type(error).__name__}: {error!s:.200}. Copy it again."
         ) from error

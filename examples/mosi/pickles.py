@@ -8,12 +8,13 @@ nested tuple recurses without bound.
 import pickle
 import pickletools
 from collections.abc import Callable
-from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from examples.mosi.arrays import array_of
 
 MAX_OPCODES = 20_000_000  # MOSEI in the format of MAG-BERT takes about 2,000,000
 STRINGS = (
@@ -124,8 +125,6 @@ class Dtype:
         if not isinstance(code, str) or len(code) > 12:
             raise ValueError("dtype of a strange kind")
         self.value = None if code in ("O", "O8") else np.dtype(code)
-        if self.value is not None and (self.value.kind not in "biufUS" or self.value.subdtype):
-            raise ValueError(f"dtype {code!r}")
 
     def __setstate__(self, state: Any) -> None:
         """The state of numpy: (version, byte order, subdtype, names, fields, size, alignment, flags)."""
@@ -161,10 +160,9 @@ def array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Array:
         made[:] = data
         return made.view(Array)
     data = data.encode("latin1") if isinstance(data, str) else data
-    if not isinstance(data, bytes | bytearray) or prod(shape) * dtype.value.itemsize != len(data):
-        raise ValueError("array whose shape is not that of its bytes")
-    made = np.frombuffer(data, dtype.value)
-    return made.reshape(shape, order="F" if order == "F" else "C").view(Array)
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError("array without bytes")
+    return array_of(data, dtype.value, shape, order == "F").view(Array)
 
 
 def encode(text: Any, codec: Any) -> bytes:

@@ -266,7 +266,7 @@ def test_a_file_of_another_kind_is_named_and_so_are_those_that_can_be_read(tmp_p
     name, content = KINDS[kind]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"`data` must be mosi_utterance.npz, a pickle .*{name}, {kind}"
+        ValueError, match=rf"`data` must be a folder with utterances.csv, .*{name}, {kind}"
     ):
         load(str(tmp_path / name))
 
