@@ -104,8 +104,13 @@ class NamedGroups(dict[str, list[nn.Parameter]]):
 
 def _checked_patterns(model: nn.Module, group: str, patterns: object) -> list[str]:
     names: list[object] = [patterns]
-    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor):
+    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor | bytes):
         names = list(patterns)
+    if not names:
+        raise ValueError(
+            f"`{group}` must hold at least one name or glob. Got {patterns!r}. "
+            "Leave the group out, or name its modules."
+        )
     checked = []
     named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for pattern in names:

@@ -14,6 +14,7 @@ from gradbalance._optimizer.choose import scaling_for
 from gradbalance._optimizer.hooks import StepHooks, hooks_of
 from gradbalance._optimizer.unwrap import check_optimizer, unwrap
 from gradbalance._step.engine import Engine
+from gradbalance._step.observed import checked_scalar
 from gradbalance._step.options import COHERENCE, SMOOTHING, ApplyTo, Options
 from gradbalance._warn import warn
 from gradbalance.balance import Balance
@@ -139,8 +140,9 @@ class Penalty:
 
         Raises:
             RuntimeError: If the rule needs the coherence of gradients, which norms do not tell.
-            ValueError: If ``norms`` does not name exactly the groups; for errors as in
-                :meth:`observe`.
+            ValueError: If ``norms`` does not name exactly the groups, or a norm is negative or not
+                a scalar; for errors as in :meth:`observe`.
+            TypeError: If a norm is not a real number.
         """
         if getattr(self._options.rule, "needs_coherence", True):
             raise RuntimeError(
@@ -148,12 +150,25 @@ class Penalty:
                 f"Got {self._options.rule!r}, which needs the coherence of the gradients. "
                 "Build with `rule=rules.ConflictAware()`, say."
             )
+        for name, given in (("norms", norms), ("errors", {} if errors is None else errors)):
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"`{name}` must map groups to numbers. Got {type(given).__name__}. "
+                    "Pass a dict with a number for each group."
+                )
         if set(norms) != set(self.names):
             raise ValueError(
                 f"`norms` must name exactly the groups. Got {', '.join(norms) or 'none'}. "
                 f"The groups are: {', '.join(self.names)}."
             )
-        values = [float(norms[name]) for name in self.names]
+        values = []
+        for name in self.names:
+            norm = float(checked_scalar(name, norms[name], "Pass the norm of its gradient."))
+            if norm < 0:
+                raise ValueError(
+                    f"`{name}` must be a norm, >= 0. Got {norm}. Pass the norm of its gradient."
+                )
+            values.append(norm)
         self._engine.decide_for(values, errors)
         return self.coefficients()
 

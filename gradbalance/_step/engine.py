@@ -1,6 +1,5 @@
 """The engine: at each step of an optimizer it measures the groups, decides, and acts."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from weakref import proxy
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in
 from gradbalance._optimizer.scaling import Displacement, LearningRates
 from gradbalance._step.gradients import Gradients, Layout, on_host
 from gradbalance._step.measure import Reading, average, measure, world_size
@@ -274,7 +273,7 @@ class Engine:
         self.state.parse(saved)
         parse(self.state.names, saved["sketch"])
         self.observed.parse(saved["observed"])
-        operator.index(saved["phase"])
+        count_in(saved["phase"])
         if hasattr(self._options.rule, "load_state_dict"):
             saved["rule_state"]
 
@@ -285,7 +284,7 @@ class Engine:
         self._reading = None
         self.state.load(saved)
         self.observed.load(saved["observed"])
-        self._steps = saved["phase"]
+        self._steps = int(saved["phase"])
         if self._sketch is None:
             self._loaded_sketch = saved["sketch"]
         else:

@@ -1,6 +1,5 @@
 """The cosine between a group's gradient and the last one that it had, on some of its entries."""
 
-import operator
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in
 from gradbalance._optimizer.scaling import local
 from gradbalance._step.gradients import (
     Gradients,
@@ -351,7 +350,7 @@ def parse(names: Sequence[str], saved: Saved) -> list[tuple[set[int], Vector | N
         row = None
         if packed is not None:
             row = _unpacked(packed)
-        groups.append((set(map(operator.index, group["seen"])), row))
+        groups.append((set(map(count_in, group["seen"])), row))
     return groups
 
 

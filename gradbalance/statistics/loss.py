@@ -130,6 +130,7 @@ class StatisticalLoss(nn.Module):
                 f"Got statistics of shape {list(predicted['mean'].shape)} and "
                 f"{list(actual['mean'].shape)}. Project one onto the other's features."
             )
+        masked.check_device("target", target, predicted["mean"].device, "prediction")
         scale = None
         if self.normalise:
             # An infinite scale leaves out what has no spread, and lets NaN through.
@@ -184,6 +185,7 @@ class StatisticalLoss(nn.Module):
                 f"`prediction` must be a mean and a variance of one shape. Got {list(mean.shape)} "
                 f"and {list(variance.shape)}. Expand one of them."
             )
+        masked.check_device("prediction[1]", variance, mean.device, "prediction[0]")
         if unknown := set(self.moments) - {"mean", "variance"}:
             raise ValueError(
                 f"`moments` must be 'mean' or 'variance' for a pair. Got {sorted(unknown)}. "
@@ -279,6 +281,10 @@ def _checked_eps(eps: object) -> float:
     eps = masked.plain(eps)
     if not isinstance(eps, Real) or isinstance(eps, bool):
         raise TypeError(f"`eps` must be a positive number. Got {eps!r}. The default is 1e-6.")
-    if not 0 < float(eps) < math.inf:
+    try:
+        number = float(eps)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
         raise ValueError(f"`eps` must be positive and finite. Got {eps!r}. The default is 1e-6.")
-    return float(eps)
+    return number

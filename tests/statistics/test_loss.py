@@ -380,6 +380,27 @@ PAIR = (torch.zeros(4, 5, 3), torch.ones(4, 5, 3))
             r"`eps` must be a positive .* Got '1'\. The",
         ),
         (lambda x: StatisticalLoss(eps=True), TypeError, r"`eps` must be a positive .* Got True\."),
+        (lambda x: StatisticalLoss(eps=10**400), ValueError, r"`eps` must be .* Got 1000"),
+        (
+            lambda x: statistical_loss(x, x.to("meta")),
+            ValueError,
+            r"`target` must be on the device of `prediction`\. Got meta and cpu\. Move it",
+        ),
+        (
+            lambda x: statistical_loss(x, x, x[..., 0].to("meta") > 0),
+            ValueError,
+            r"`mask` must be on the device of `prediction`\. Got meta and cpu",
+        ),
+        (
+            lambda x: statistical_loss(x, x, x[..., 0] == 0, x[..., 0].to("meta") > 0),
+            ValueError,
+            r"`target_mask` must be on the device of `target`\. Got meta and cpu",
+        ),
+        (
+            lambda x: statistical_loss((x, x.to("meta")), x),
+            ValueError,
+            r"`prediction\[1\]` must be on the device of `prediction\[0\]`\. Got meta and cpu",
+        ),
         (lambda x: StatisticalLoss(eps=float("nan")), ValueError, r"`eps` must be .* Got nan\."),
         (
             lambda x: StatisticalLoss(process_group="gloo"),
