@@ -303,6 +303,16 @@ class Membership:
         group_of, _ = self._look_up(param_groups)
         return [[group_of[id(p)] for p in group["params"]] for group in param_groups]
 
+    def current(self, param_groups: ParamGroups) -> dict[int, int]:
+        """Index of the group of each grouped parameter that requires a gradient, by ``id``."""
+        known, _ = self._look_up(param_groups)
+        group_of = {}
+        for p in _tensors(param_groups):
+            m = known[id(p)]
+            if m is not None and p.requires_grad:
+                group_of[id(p)] = m
+        return group_of
+
     def frozen(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
         """Frozen parameters of each group that the optimizer does not hold."""
         present = set(map(id, _tensors(param_groups)))

@@ -292,7 +292,9 @@ class ConflictAwarePenalty(Optimizer):
         apply_to: ``"update"`` [R]: what the step does to a group is scaled, by the learning rate
             where the step is proportional to it, else by rescaling the finished update; decoupled
             weight decay too. ``"learning_rate"`` or ``"displacement"``: one of these two, without a
-            trial of the optimizer. ``"gradient"`` [P]: the gradient is scaled in place; Adam and
+            trial of the optimizer. Both scale the step of the innermost optimizer: they are wrong
+            inside a wrapper that changes its steps as a whole, one that normalises them for
+            example. ``"gradient"`` [P]: the gradient is scaled in place; Adam and
             most others but SGD cancel a constant factor there.
         smoothing: Weight of the past in the running means, in [0, 1). [P] 0.
         every: Measure and call the rule at one of so many steps, and keep the coefficients between.
