@@ -1,6 +1,5 @@
 """The engine: at each step of an optimizer it measures the groups, decides, and acts."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from weakref import proxy
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in
 from gradbalance._optimizer.scaling import Displacement, LearningRates
 from gradbalance._step.gradients import Gradients, Layout, on_host
 from gradbalance._step.measure import Reading, average, measure, world_size
@@ -72,14 +71,18 @@ class Engine:
         self.settle()
         layout = self._current_layout()
         _refuse_capture(layout.device)
-        gradients = layout.gather()
+        gradients = layout.gather(to_write=self._writes)
         is_inside = self.state.is_inside(self._options.window)
         reading, norms = self._measure(layout, gradients)
         active = gradients.plan.present
         if self._is_late(layout):
             self._reading = reading
-        else:
+        elif reading.is_measured or on_host(layout.device):
             active = self._decide(reading)
+        else:  # a step that is not measured does not wait
+            self._reading = reading
+            if sum(active) < 2:
+                active = [False] * len(active)
         self._steps += 1
         self.coefficients = self._in_force(active, is_inside)
         if self._writes:
@@ -250,13 +253,27 @@ class Engine:
         self.settle()
         sketch = self._loaded_sketch
         if self._sketch is not None:
-            sketch = self._sketch.save(self.state.names)
+            sketch = self._fitted_sketch(self._sketch).save(self.state.names)
         saved = {"rule": name_of(self._options.rule), **self.state.save(), "sketch": sketch}
         saved["observed"] = self.observed.save()
         saved["phase"] = int(self._steps % self._options.every)
         if hasattr(self._options.rule, "state_dict"):
             saved["rule_state"] = self._options.rule.state_dict()
         return saved
+
+    def _fitted_sketch(self, sketch: Sketch) -> Sketch:
+        """The sketch in the order that the optimizer has its parameters in now.
+
+        Whoever loads it knows no other.
+        """
+        param_groups = self._reader.param_groups
+        if self._layout is None or self._layout.fits(param_groups):
+            return sketch
+        group_of = self.membership.current(param_groups)
+        layout = Layout(param_groups, group_of, len(self.state.names), with_rest=False)
+        fitted = Sketch(layout.members, layout.device)
+        fitted.continue_from(sketch)
+        return fitted
 
     def check(self, saved: Saved) -> None:
         """Check what :meth:`save` gave.
@@ -274,7 +291,7 @@ class Engine:
         self.state.parse(saved)
         parse(self.state.names, saved["sketch"])
         self.observed.parse(saved["observed"])
-        operator.index(saved["phase"])
+        count_in(saved["phase"])
         if hasattr(self._options.rule, "load_state_dict"):
             saved["rule_state"]
 
@@ -285,7 +302,7 @@ class Engine:
         self._reading = None
         self.state.load(saved)
         self.observed.load(saved["observed"])
-        self._steps = saved["phase"]
+        self._steps = int(saved["phase"])
         if self._sketch is None:
             self._loaded_sketch = saved["sketch"]
         else:

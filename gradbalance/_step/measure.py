@@ -127,6 +127,11 @@ def world_size(process_group: "dist.ProcessGroup | None" = None) -> int:
     return 1
 
 
+def is_process_group(value: object) -> bool:
+    """Whether it is a group of ranks that this process belongs to."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
 def _reduce(
     gradients: Gradients,
     layout: Layout,

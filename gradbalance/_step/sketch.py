@@ -1,6 +1,5 @@
 """The cosine between a group's gradient and the last one that it had, on some of its entries."""
 
-import operator
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in
 from gradbalance._optimizer.scaling import local
 from gradbalance._step.gradients import (
     Gradients,
@@ -49,6 +48,7 @@ class Pick(NamedTuple):
         mesh: Of a DTensor, else None.
         slots: Where the entries go: two for a plain tensor, one in the sum over the mesh for a
             DTensor.
+        size: Number of entries on all ranks.
     """
 
     parameter: Tensor
@@ -57,6 +57,7 @@ class Pick(NamedTuple):
     copies: int
     mesh: "DeviceMesh | None"
     slots: list[Tensor]
+    size: int
 
 
 class Sketch:
@@ -175,8 +176,14 @@ class Sketch:
     def continue_from(self, other: "Sketch") -> None:
         """Take over what another sketch knows of the groups that have the same parameters."""
         for m, (mine, theirs) in enumerate(zip(self._members, other._members, strict=True)):
-            if list(map(id, mine)) == list(map(id, theirs)):
-                self._load_group(m, other._seen[m], other._last(m))
+            place = {id(p): i for i, p in enumerate(mine)}
+            if place.keys() == set(map(id, theirs)):
+                seen = {place[id(theirs[i])] for i in other._seen[m]}
+                self._load_group(m, seen, None)
+                entries = other._last_by_parameter(m)
+                picked = [id(pick.parameter) for pick in self._picks[m]]
+                if picked and entries.keys() >= set(picked):
+                    self._load_row(m, np.concatenate([entries[p] for p in picked]))
 
     def save(self, names: Sequence[str]) -> Saved:
         """The last entries of each group by name, as bytes in base64, in builtin types."""
@@ -202,11 +209,26 @@ class Sketch:
         row: Vector = self._entries[m, 1 - self._now[m], : self._lengths[m]].cpu().numpy()
         return row.copy()
 
+    def _last_by_parameter(self, m: int) -> dict[int, Vector]:
+        """The last entries of each parameter that is read, by ``id``, if they are known."""
+        row = self._last(m)
+        entries: dict[int, Vector] = {}
+        start = 0
+        for pick in self._picks[m]:
+            if row is not None:
+                entries[id(pick.parameter)] = row[start : start + pick.size]
+            start += pick.size
+        return entries
+
     def _load_group(self, m: int, seen: set[int], row: Vector | None) -> None:
         self._seen[m] = {i for i in seen if i < len(self._members[m])}
         self._is_known[m] = False
         self._pick(m)
-        if row is not None and len(row) == self._lengths[m]:
+        if row is not None:
+            self._load_row(m, row)
+
+    def _load_row(self, m: int, row: Vector) -> None:
+        if len(row) == self._lengths[m]:
             slot = self._entries[m, 1 - self._now[m], : len(row)]
             slot.copy_(torch.from_numpy(row))
             self._is_known[m] = True
@@ -248,7 +270,7 @@ class Sketch:
         place = slice(start, start + prod(grid.shape))
         slots = [row[place].view(grid.shape)[grid.there] for row in rows]
         is_plain = mesh is None and not p.is_complex()
-        return Pick(p, grid.here, is_plain, copies_of(p), mesh, slots)
+        return Pick(p, grid.here, is_plain, copies_of(p), mesh, slots, prod(grid.shape))
 
 
 class Grid(NamedTuple):
@@ -351,7 +373,7 @@ def parse(names: Sequence[str], saved: Saved) -> list[tuple[set[int], Vector | N
         row = None
         if packed is not None:
             row = _unpacked(packed)
-        groups.append((set(map(operator.index, group["seen"])), row))
+        groups.append((set(map(count_in, group["seen"])), row))
     return groups
 
 
