@@ -69,7 +69,7 @@ class Entries:
         entries = []
         for p, positions in self._picks:
             # Looked up now, as some steps put another tensor into `p.data`.
-            shard = local(p).detach()
+            shard = local(p)
             if shard.is_complex():
                 shard = shard.real
             own = shard.reshape(-1) if positions is None else shard.take(positions)
@@ -169,6 +169,8 @@ def _positions(p: Tensor, number: int) -> Tensor:
     distance = max(1, p.numel() // max(number, 1))
     while gcd(distance, p.numel()) > 1:
         distance -= 1
+    if not hasattr(p, "device_mesh"):
+        return torch.arange(0, p.numel(), distance, device=p.device)
     sizes, offsets = local_slices(p)
     every = np.arange(0, p.numel(), distance)
     whole = np.unravel_index(every, tuple(p.shape)) if p.dim() else ()
@@ -179,4 +181,4 @@ def _positions(p: Tensor, number: int) -> Tensor:
     own = np.zeros(is_inside.sum(), dtype=np.int64)
     for axis, size in zip(here, sizes, strict=True):
         own = own * size + axis[is_inside]
-    return torch.from_numpy(own).to(p.device)
+    return torch.from_numpy(own).to(p.device, non_blocking=True)
