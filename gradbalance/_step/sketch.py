@@ -60,6 +60,36 @@ class Pick(NamedTuple):
     size: int
 
 
+class Quota(NamedTuple):
+    """How much is read of each group.
+
+    Attributes:
+        takes_all: Whether all entries are.
+        entries: Number of entries.
+        tensors: Number of tensors at most, unless all are read.
+    """
+
+    takes_all: bool
+    entries: int
+    tensors: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Tensor]]) -> "Quota":
+        """That of each of several groups."""
+        n = len(groups)
+        largest = max(sum(p.numel() for p in group) for group in groups)
+        # Decided alike on whatever ranks and devices, as a checkpoint may go to others.
+        takes_all = n * largest <= SMALL
+        entries = largest if takes_all else ENTRIES // n
+        return cls(takes_all, entries, max(1, min(TENSORS, ALL_TENSORS // n)))
+
+    def choose(self, group: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a group that are read."""
+        if self.takes_all:
+            return list(group)
+        return _chosen(group, self.tensors, self.entries // self.tensors)
+
+
 class Sketch:
     """The same entries of each group's gradient at every step and on every rank.
 
@@ -77,16 +107,12 @@ class Sketch:
     def __init__(self, members: Sequence[Sequence[Tensor]], device: torch.device) -> None:
         n = len(members)
         everything = list(chain.from_iterable(members))
-        sizes = [sum(p.numel() for p in group) for group in members]
-        # Decided alike on whatever ranks and devices, as a checkpoint may go to others.
-        self._takes_all = n * max(sizes) <= SMALL
-        self._quota = max(sizes) if self._takes_all else ENTRIES // n
-        self._most = max(1, min(TENSORS, ALL_TENSORS // n))
+        self._quota = Quota.of(members)
         is_plain = all(_is_plain(p, device) for p in everything)
-        self.is_whole = self._takes_all and is_plain and on_host(device)
+        self.is_whole = self._quota.takes_all and is_plain and on_host(device)
         self._members = members
         # Each tensor has one entry at least, even beyond the quota.
-        width = ALIGNED * ceil((self._quota + self._most) / ALIGNED)
+        width = ALIGNED * ceil((self._quota.entries + self._quota.tensors) / ALIGNED)
         # float64, in which no square of a float32 overflows or vanishes.
         self._entries = torch.zeros(n, 2, width, dtype=wide(device), device=device)
         self._transposed = self._entries.mT
@@ -239,17 +265,16 @@ class Sketch:
             with_gradient = {i for i, p in enumerate(group) if has_gradient(p)}
             if not with_gradient <= self._seen[m]:
                 self._seen[m] |= with_gradient
-                if not (self._takes_all and self._picks[m]):
+                if not (self._quota.takes_all and self._picks[m]):
                     self._pick(m)
                     self._is_known[m] = False
 
     def _pick(self, m: int) -> None:
-        quota = self._quota
-        if self._takes_all:
-            chosen = list(self._members[m])
-        else:
-            candidates = [self._members[m][i] for i in sorted(self._seen[m])]
-            chosen = _chosen(candidates, self._most, quota // self._most)
+        quota = self._quota.entries
+        candidates = self._members[m]
+        if not self._quota.takes_all:
+            candidates = [candidates[i] for i in sorted(self._seen[m])]
+        chosen = self._quota.choose(candidates)
         total = sum(p.numel() for p in chosen)
         self._entries[m].zero_()
         self._picks[m] = []

@@ -105,3 +105,13 @@ def test_a_decision_at_once_is_that_of_the_next_step(trained, name):
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "watched"])
 def test_some_step_is_scaled(trained, name):
     assert any(a != b for step in coefficients(trained["late"]) for a, b in pairwise(step))
+
+
+def test_recording_launches_at_most_25_operators_more(shown):
+    """Three branches of a matrix and a bias: the fewer tensors, the fewer."""
+    trained = shown["trained"]
+    both = zip(
+        operators(trained["recorded"]["late"]), operators(trained["AdamW"]["late"]), strict=True
+    )
+    _, *added = [recorded - unrecorded for recorded, unrecorded in both]
+    assert 0 < max(added) <= 25
