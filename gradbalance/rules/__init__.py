@@ -18,9 +18,8 @@ Example:
 """
 
 from gradbalance.rules.base import Measured, Rule
-from gradbalance.rules.coherence import Coherence
 from gradbalance.rules.conflict_aware import ConflictAware
 from gradbalance.rules.constant import ByHand, Watch
 from gradbalance.rules.useful import Useful
 
-__all__ = ["ByHand", "Coherence", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
+__all__ = ["ByHand", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
