@@ -189,7 +189,7 @@ HOSTILE = {
     "a truncated array": (pickle.dumps(np.arange(100.0))[:-200], "Got "),
     "an empty file": (b"", "Got an empty file"),
     "no pickle": (b"<html>404</html>", "Got "),
-    "a deep list": (b"]" * 200_000 + b"a" * 199_999 + b".", "must be a dict"),
+    "a deep list": (b"]" * 60_000 + b"a" * 59_999 + b".", "must be a dict"),
     "a hash without end": (
         b"(" + b"(" * 9 + b"t" + b"\x85" * 50_000 + b"K\x01d.",
         "Got a key that is no string",
@@ -249,7 +249,7 @@ def test_a_hostile_stream_is_refused(tmp_path, name):
         (b"S'V8'\n", b"(K\x01t", b"S'xxxxxxxx'\n", r"an array of \|V8"),
         (b"S'U1'\n", b"(K\x01t", b"U\x04\xff\xff\xff\xff", "a string of letters that do not exist"),
         (b"S'f8'\n", b"(I-1\nt", b"S''\n", "array of a strange shape"),
-        (b"S'(2,)f8'\n", b"(K\x01t", b"S''\n", "dtype"),
+        (b"S'(2,)f8'\n", b"(K\x01t", b"S''\n", r"an array of .*f8"),
     ],
 )
 def test_a_hostile_array_is_refused(tmp_path, dtype, shape, data, message):
