@@ -237,14 +237,14 @@ class Recorder:
             )
         options = penalty._options
         rule = options.rule
-        watches_none = isinstance(rule, Watch) and rule.rule is None
-        needs_errors = getattr(rule, "needs_coherence", True) and not watches_none
+        proposing = rule.rule if isinstance(rule, Watch) else rule
+        needs_errors = getattr(proposing, "needs_coherence", True)
         self.names = penalty.names
         self.every = int(every)
         self._penalty = ref(penalty)  # a record does not keep the model in memory
         self._fewest = penalty._engine.state.fewest
         self._rule = repr(rule)
-        self._proposes = not watches_none
+        self._proposes = proposing is not None
         self._is_watched = not getattr(rule, "acts", True)
         self._memory = options.smoothing ** (options.every * self.every)
         self._extents: dict[str, Extent] = {}
@@ -441,11 +441,11 @@ class Recorder:
         if totals.recorded == 0:
             return "No step was recorded. Make the recorder before the training loop."
         if totals.not_finite:
-            why = f"Of {totals.recorded} recorded, {totals.not_finite} had gradients not finite"
-        elif self._fewest > 1 and totals.with_gradient.any():
-            why = f"In none of {totals.recorded} two groups had a gradient"
+            why = f"{totals.not_finite} of {totals.recorded} had gradients that are not finite"
+        elif self._fewest > 1:
+            why = f"None of {totals.recorded} had a gradient in two groups"
         else:
-            why = f"In none of {totals.recorded} a group had a gradient"
+            why = f"None of {totals.recorded} had a gradient in a group"
         return f"No step counted. {why}."
 
     def multipliers(self) -> Multipliers:
