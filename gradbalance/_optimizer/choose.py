@@ -2,13 +2,17 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradbalance._optimizer.hooks import StepHooks
@@ -35,13 +39,10 @@ SIDE = 8  # of a trial parameter
 # change so much that the steps do; at a lower one float32 could not tell the steps.
 RATE = 2e-3
 FAR = 100.0  # trial parameters are as large as that many steps, so that they change little
-RANDOM = (
-    *("bernoulli", "bernoulli_", "exponential_", "multinomial", "normal", "normal_", "rand"),
-    *("rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm"),
-    *("uniform_",),
-)
 NO_SETTINGS = ("params", "param_names", "initial_lr", "name", "gradbalance")
 PLAIN = (bool, int, float, str, tuple, type(None))
+
+_GLOBAL = RLock()  # held while generators that all threads share are used
 
 OTHER = "Use another optimizer."
 GRADIENT = 'Use `apply_to="gradient"`, or another optimizer.'
@@ -82,9 +83,8 @@ def scaling_for(optimizer: object, apply_to: str) -> Scaling:
         trial = _tried(*wrappers, stepper)
         if not trial.moves or not trial.follows(kind):
             why = f"which changes what the steps of {type(stepper).__name__} do"
-            # Both choices scale the step of the inner optimizer, which a wrapper may normalise.
-            helps = kind is LearningRates and trial.follows(Displacement)
-            raise _refusal(wrappers[0], why, 'Use `apply_to="displacement"`.' if helps else OTHER)
+            # Both choices scale the step of the inner optimizer, which the wrapper changes alike.
+            raise _refusal(wrappers[0], why, OTHER)
     return _checked(kind, stepper)
 
 
@@ -207,7 +207,7 @@ class _Trial:
                 parameters.append(p)
                 group_of[id(p)] = 2 * i // len(param_group["params"])
         self._factors = [FACTORS[m] for m in group_of.values()]
-        with _OwnRandomNumbers(parameters[0].device), torch.enable_grad():
+        with _untouched_random_numbers(), _OwnRandomNumbers(), torch.enable_grad():
             optimizer = type(original)(param_groups, **_options(original, self._rate))
             for wrapper in reversed(wrappers):
                 optimizer = _around(wrapper, optimizer, param_groups, self._rate)
@@ -269,18 +269,64 @@ class _Trial:
             optimizer.step()
 
 
-class _OwnRandomNumbers(TorchFunctionMode):
-    """What this thread draws comes from a generator of the trial, the same in each run."""
+class _OwnRandomNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What this thread draws in torch comes from generators of a run, the same in each."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._generator = torch.Generator(device).manual_seed(0)
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._draws: dict[object, bool] = {}  # whether an operator draws
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in RANDOM and not kwargs.get("generator"):
-            kwargs = {**kwargs, "generator": self._generator}
-        return func(*args, **kwargs)
+        draws = self._draws.get(func)
+        if draws is None:
+            draws = self._draws[func] = torch.Tag.nondeterministic_seeded in func.tags
+        if not draws or any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(0)
+        generator = self._generators[device]
+        drawing = _with_generator(func)
+        if drawing is not None:
+            return drawing(*args, **{**kwargs, "generator": generator})
+        # A few, such as fused dropout, draw from the global generator alone.
+        index = [] if device.type == "cpu" else [device]
+        kind = "cuda" if device.type == "cpu" else device.type
+        with _GLOBAL, torch.random.fork_rng(index, device_type=kind):
+            seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+            torch.manual_seed(seed.item())
+            return func(*args, **kwargs)
+
+
+def _with_generator(func: Any) -> Any:
+    """The overload of a random operator that takes a generator, None if there is none."""
+    packet = func.overloadpacket
+    wanted = {argument.name for argument in func._schema.arguments} | {"generator"}
+    for overload in (func, *(getattr(packet, name) for name in packet.overloads())):
+        if {argument.name for argument in overload._schema.arguments} == wanted:
+            return overload
+    return None
+
+
+@contextmanager
+def _untouched_random_numbers() -> Iterator[None]:
+    """Puts back what is drawn from numpy and Python, which have one generator for all threads.
+
+    So each run draws the same numbers. What another thread draws in the meantime comes again.
+    """
+    with _GLOBAL:
+        seed = torch.initial_seed()
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            if torch.initial_seed() != seed:  # set by a step; what torch draws goes elsewhere
+                torch.set_rng_state(before[2])
 
 
 def _trial_groups(

@@ -55,7 +55,7 @@ class Engine:
         self._writes = options.apply_to == "gradient" or is_clipped or any(self._amounts)
         smoothing = options.smoothing**options.every
         scale_free = not isinstance(stepper, torch.optim.SGD)
-        fewest = 2 if self._acts else 1  # one group alone can be watched
+        fewest = min(2, len(membership.names))  # one group alone can be watched
         self.state = State(membership.names, options.rule, smoothing, scale_free, fewest)
         self.observed = ObservedErrors(membership.names)
         self.coefficients = [1.0] * len(membership.names)

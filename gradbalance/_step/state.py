@@ -136,7 +136,7 @@ class State:
         self._scale_free = scale_free
         self._watchdog = Watchdog(names)
         if getattr(rule, "is_constant", False):
-            self.decided, _ = self._ask(self.means, [nan] * n)
+            self.decided, _ = self._ask(self.means, [nan] * n, has_errors=False)
 
     def learn(
         self, norms: list[float], cosines: list[float] | None, errors: list[float] | None
@@ -160,15 +160,16 @@ class State:
         self.norms = norms
         self.cosines = [nan] * len(norms) if cosines is None else cosines
         self.conflicts = None
-        self.has_errors |= errors is not None
         counts = is_finite and has_finite_errors and sum(active) >= self.fewest
         self._watchdog.see(active, is_finite, has_finite_errors, counts)
         if not counts:
             return [False] * len(norms)
         means = self._after(norms, cosines, errors)
+        has_errors = self.has_errors or errors is not None
         if sum(active) >= 2:  # a rule compares groups
-            self.decided, self.conflicts = self._ask(means, norms)
+            self.decided, self.conflicts = self._ask(means, norms, has_errors)
         self.means = means
+        self.has_errors = has_errors
         return active
 
     def _after(
@@ -195,7 +196,9 @@ class State:
             )
         return means
 
-    def _ask(self, means: list[Means], norms: list[float]) -> tuple[list[float], Flags | None]:
+    def _ask(
+        self, means: list[Means], norms: list[float], has_errors: bool
+    ) -> tuple[list[float], Flags | None]:
         """Call the rule."""
         with_coherence = getattr(self._rule, "needs_coherence", True)
         measured = Measured(
@@ -206,7 +209,7 @@ class State:
             coherence_errors=None,
             useful=None,
             useful_errors=None,
-            errors=_values([group.error for group in means]) if self.has_errors else None,
+            errors=_values([group.error for group in means]) if has_errors else None,
             active=np.array(norms) > 0,
             scale_free=self._scale_free,
             coefficients=np.array(self.decided),

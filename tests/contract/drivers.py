@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty
-from gradbalance.rules import Measured, Useful
+from gradbalance.rules import Measured
 from tests.reference import Mean
 
 GROUPS = ("text", "audio", "visual")
@@ -31,7 +31,7 @@ def may_fail(where):
 
 
 class Varying:
-    """A rule with a memory, whose answer tells apart steps, shares, coherences and numbers of calls."""
+    """A rule with a memory, whose answer tells apart all that is measured, and numbers of calls."""
 
     def __init__(self):
         self.calls = 0
@@ -41,7 +41,9 @@ class Varying:
         self.calls += 1
         known = 0 if measured.coherences is None else measured.coherences + 0.3 * measured.useful
         time = 0.2 * (measured.step % 3) + 0.05 * (self.calls % 4)
-        return np.nan_to_num(0.3 + time + measured.shares + 0.2 * np.nan_to_num(known), nan=1.0)
+        if measured.errors is not None:
+            known = np.nan_to_num(known) + np.nan_to_num(measured.errors, nan=-0.5)
+        return np.nan_to_num(0.4 + time + measured.shares + 0.2 * np.nan_to_num(known), nan=1.0)
 
     def state_dict(self):
         return {"calls": self.calls}
@@ -54,13 +56,7 @@ class Shares(Varying):
     needs_coherence = False
 
 
-class ByUse(Useful):
-    def __call__(self, measured):
-        may_fail("rule")
-        return super().__call__(measured)
-
-
-RULES = {"varying": Varying, "shares": Shares, "useful": ByUse}
+RULES = {"varying": Varying, "shares": Shares}
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -198,9 +194,10 @@ class Run:
                 scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
                 scaler.scale(torch.ones(()))
                 held = [p for group in self.optimizer.param_groups for p in group["params"]]
-                for p in held:
-                    if p.grad is not None:
-                        p.grad = p.grad * (math.inf if way == "skipped" else 8.0)
+                trained = [p for p in held if p.grad is not None]
+                for p in trained:  # the last one alone overflows, often one of no group
+                    overflows = way == "skipped" and p is trained[-1]
+                    p.grad = p.grad * (math.inf if overflows else 8.0)
                 scaler.step(self.optimizer)
                 scaler.update()
             elif way == "closure":
@@ -277,9 +274,11 @@ class Expected:
         self.decided = dict.fromkeys(GROUPS, 1.0)
         self.steps = self.counted = 0
         self.reading = None
+        self.observed = []  # since the last measured step, a dict for each call
+        self.has_errors = False
 
     def _unknown(self):
-        return {key: Mean(self.smoothing) for key in ("shares", "coherences", "useful")}
+        return {key: Mean(self.smoothing) for key in ("shares", "coherences", "useful", "errors")}
 
     def step(self, members, is_skipped=False):
         """The coefficients of a step.
@@ -292,7 +291,7 @@ class Expected:
         for name, own in members.items():
             if not own:
                 self.means[name] = self._unknown()
-            if list(own) != list(self.last.get(name, {})):  # they are compared entry by entry
+            if set(own) != set(self.last.get(name, {})):  # they are compared entry by entry
                 self.last.pop(name, None)
         every = self.options["every"]
         start, stop = self.options["window"] or (0, None)
@@ -306,6 +305,8 @@ class Expected:
             # The step before it too: coherence is that of successive gradients.
             "is_compared": any((self.steps + ahead) % every == 0 for ahead in (0, 1)),
         }
+        if reading["is_measured"]:
+            reading["errors"], self.observed = self.observed, []
         if self.options["late"]:
             self.reading = reading
         else:
@@ -318,7 +319,7 @@ class Expected:
         if reading:
             self._decide(**reading)
 
-    def _decide(self, vectors, active, is_skipped, is_measured, is_compared):
+    def _decide(self, vectors, active, is_skipped, is_measured, is_compared, errors=()):
         """Take a step into the means, if it counts; the groups on which its decision acts."""
         norms = {n: math.hypot(*(x for v in own.values() for x in v)) for n, own in vectors.items()}
         if is_measured:
@@ -327,18 +328,24 @@ class Expected:
         if is_skipped or not is_finite or len(active) < 2:
             return []
         if is_measured:
-            self._learn(vectors, norms)
+            self._learn(vectors, norms, errors)
         for name in GROUPS if is_compared else ():
             if 0 < norms[name] < math.inf:
                 self.last[name] = vectors[name]
         self.counted += 1
         return active
 
-    def _learn(self, vectors, norms):
-        before = copy.deepcopy(self.means)
+    def _learn(self, vectors, norms, errors):
+        before = copy.deepcopy((self.means, self.has_errors))
         total = math.fsum(norms.values())
+        self.has_errors |= bool(errors)
         for name in GROUPS:
             means = self.means[name]
+            own = [call[name] for call in errors if name in call]
+            if own:
+                means["errors"].values.append(math.fsum(own) / len(own))
+            elif errors:
+                means["errors"] = Mean(self.smoothing)
             if norms[name] > 0:
                 means["shares"].values.append(norms[name] / total)
                 cosine = self._cosine(vectors[name], self.last.get(name))
@@ -348,7 +355,7 @@ class Expected:
         try:
             answer = self.rule(self._measured(norms))
         except Fault:
-            self.means = before
+            self.means, self.has_errors = before
             raise
         self.decided = dict(zip(GROUPS, map(float, answer), strict=True))
 
@@ -378,7 +385,7 @@ class Expected:
             coherence_errors=nothing,
             useful=mean("useful") if self._needs_coherence else None,
             useful_errors=nothing,
-            errors=None,
+            errors=mean("errors") if self.has_errors else None,
             active=np.array([norm > 0 for norm in norms.values()]),
             scale_free=self.scale_free,
             coefficients=nothing,

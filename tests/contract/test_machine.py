@@ -293,12 +293,21 @@ class Training(RuleBasedStateMachine):
 
     # What lies between steps
 
-    @rule(chosen=st.sets(names, min_size=1, max_size=4), trains=st.booleans())
-    def freeze_or_unfreeze(self, chosen, trains):
+    @rule(chosen=st.sets(names, min_size=1, max_size=4), trains=st.booleans(), steps=st.booleans())
+    def freeze_or_unfreeze(self, chosen, trains, steps):
         self.recent.add("frozen")
         for run in self.runs:
             for name in chosen:
                 run.parameters[name].requires_grad_(trains)
+        if steps:  # on the gradients that are there
+            self._step("again", (), None)
+
+    @precondition(lambda self: self.expected is not None)
+    @rule(errors=st.dictionaries(st.sampled_from(GROUPS), st.floats(0, 2), min_size=2))
+    def observe(self, errors):
+        self.expected.observed.append(errors)
+        for run in self.ours:
+            run.penalty.observe(**errors)
 
     @rule(i=indices, lr=st.sampled_from([0.01, 0.2, 0.0]), as_tensor=st.booleans())
     def change_a_rate(self, i, lr, as_tensor):
@@ -365,7 +374,6 @@ class Training(RuleBasedStateMachine):
 
     # Saving, copying, taking off
 
-    @precondition(lambda self: "moved" not in self.recent)
     @rule()
     def save(self):
         states = [by_file(run.optimizer.state_dict()) for run in self.runs]
@@ -401,14 +409,13 @@ class Training(RuleBasedStateMachine):
                 run.optimizer.load_state_dict(state)
         self.expected.settle()
 
-    @precondition(lambda self: "moved" not in self.recent)
     @rule(way=st.sampled_from(list(COPIES)))
     def go_on_with_a_copy(self, way):
         self.is_copied = True
         self.removed.clear()
         self._go_on_with(self.ours[0].copied(COPIES[way]))
 
-    @precondition(lambda self: self.is_whole() and "moved" not in self.recent)
+    @precondition(lambda self: self.is_whole())
     @rule(by=adders, load_first=st.booleans())
     def resume_in_a_fresh_pair(self, by, load_first):
         self._go_on_with(self.ours[0].rebuilt(self.make, by, self.options, load_first))

@@ -109,3 +109,21 @@ def test_groups_may_have_the_names_of_arguments():
     optimizer.step()
     assert penalty.coefficients() == {"model": 0.25, "self": 0.5, "errors": 1.0}
     assert penalty.balance.errors.tolist() == [2.0, 1.0, 3.0]
+
+
+def test_errors_observed_before_a_step_that_does_not_count_leave_no_trace(model):
+    given = []
+
+    def rule(measured):
+        given.append(measured.errors)
+        return np.ones(2)
+
+    optimizer, penalty = penalty_on(model, rule=rule)
+    penalty.observe(text=1.0, audio=2.0)
+    backward(model)
+    model.text.weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    model.load_state_dict({name: torch.ones_like(p) for name, p in model.state_dict().items()})
+    backward(model)
+    optimizer.step()
+    assert given == [None]
