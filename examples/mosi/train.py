@@ -192,7 +192,7 @@ def send(line: dict[str, Any], recorder: Recorder | None, log: Any) -> None:
     else:
         log({"epoch": line["epoch"]} | scalars)
     if recorder:
-        recorder.log_to(log)
+        recorder.log_to(log, every=1)
 
 
 def ranks() -> tuple[int, int]:
