@@ -42,7 +42,7 @@ def read_arrays(path: Path, fields: Collection[str] | None = None) -> dict[str, 
     for name in fields or ():
         if name not in arrays:
             raise ValueError(
-                f"`{path}` must hold the fields {list(fields)}. Got no {name!r}. Copy it again."
+                f"`{path}` must hold the fields {list(fields)}. Got no {name!r}. Give another file."
             )
     return arrays
 
