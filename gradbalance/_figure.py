@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
@@ -18,9 +19,9 @@ POINTS = 50
 WIDTH, HEIGHT, NAMES = 9.0, 4.8, 22
 MEANINGS = {
     "Accuracy": "",
-    "Coherence": "cosine of successive gradients ± its error",
-    "Coefficient": "factor on the step of the group",
-    "Proposed": "factor that the watched rule would give",
+    "Coherence": "of successive gradients ± error",
+    "Coefficient": "on the step of the group",
+    "Proposed": "by the rule that is watched",
     "Gradient norm": "before it is scaled",
     "Moved": "length of a step / length of the parameters",
 }
@@ -97,7 +98,7 @@ def _draw_lines(axes: Axes, steps: np.ndarray, values: np.ndarray) -> list[Line2
     for m, line in enumerate(lines):
         line.set_marker(MARKERS[m % len(MARKERS)])
         # The later the thinner: of lines that coincide, all are seen.
-        line.set_linewidth(2.4 - 1.6 * m / len(lines))
+        line.set_linewidth(2.0 - 1.2 * m / len(lines))
     return lines
 
 
@@ -111,17 +112,15 @@ def _draw_bands(axes: Axes, steps: np.ndarray, values: np.ndarray, errors: np.nd
 
 def _draw_accuracy(axes: Axes, steps: np.ndarray, accuracy: Mapping[str, Curve]) -> None:
     greys = np.linspace(0.0, 0.6, len(accuracy))
-    for (name, curve), grey in zip(accuracy.items(), greys, strict=True):
+    for curve, grey in zip(accuracy.values(), greys, strict=True):
         if isinstance(curve, tuple):
             x, y = map(np.asarray, curve)
         else:
             y = np.asarray(curve)
             x = steps[0] + (steps[-1] - steps[0]) * np.arange(1, len(y) + 1) / len(y)
-        (line,) = axes.plot(x, y, color=str(grey), linewidth=1.6)
-        text = axes.annotate(
-            name, (x[-1], y[-1]), (-2, 3), textcoords="offset points", ha="right", fontsize="small"
-        )
-        text.set(color=line.get_color(), parse_math=False)
+        axes.plot(x, y, color=str(grey), linewidth=1.6)
+    legend = axes.legend(axes.lines, map(str, range(len(accuracy))), frameon=False)
+    _set_names(legend, list(accuracy))
 
 
 def _means(values: np.ndarray) -> np.ndarray:
@@ -138,7 +137,11 @@ def _write_names(figure: Figure, lines: list[Line2D], names: list[str]) -> None:
     numbers = map(str, range(len(names)))
     columns = math.ceil(len(names) / NAMES)
     legend = figure.legend(lines, numbers, loc="outside right upper", ncols=columns)
+    _set_names(legend, names)
+    figure.set_figwidth(WIDTH + legend.get_window_extent().width / figure.dpi)
+
+
+def _set_names(legend: Legend, names: list[str]) -> None:
     # Literally: a name may hold a `$` or begin with `_`, which matplotlib would take for its own.
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False, usetex=False, fontsize="small")
-    figure.set_figwidth(WIDTH + legend.get_window_extent().width / figure.dpi)

@@ -102,7 +102,7 @@ class Summary(NamedTuple):
         proposes = any(math.isfinite(row.proposed) for row in self.rows.values())
         table = [["", *HEADER, *["proposed"][:proposes]]]
         for name, row in self.rows.items():
-            coherence = _number(row.coherence, ".3f")
+            coherence = _number(row.coherence, "z.3f")
             if math.isfinite(row.coherence):
                 coherence += f" ± {row.coherence_error:.3f}"
             cells = [
@@ -113,9 +113,9 @@ class Summary(NamedTuple):
                 _part(row.steps, self.recorded),
                 _number(row.moved, ".1e"),
                 _number(row.norm_share, ".3f"),
-                _number(row.useful_share, ".3f"),
+                _number(row.useful_share, "z.3f"),
                 coherence,
-                _number(row.noise_scale, ".3g"),
+                _number(row.noise_scale, ".3g" if row.noise_scale < 100 else ",.0f"),
                 _with_spread(row.coefficient, row.coefficient_spread),
             ]
             if proposes:
@@ -184,7 +184,7 @@ class Multipliers(dict[str, tuple[float, float]]):
             if name in self._modules:
                 parameters += ".parameters()"
             entry = f'{{"params": {parameters}, "lr": {factor:.3g} * lr}},'
-            lines.append((entry, f"# ± {error:.2g}"))
+            lines.append((entry, f"# ± {error:.3f}"))
         width = max(len(entry) for entry, _ in lines)
         printed = [f"    {entry:{width}}  {error}" for entry, error in lines]
         return "\n".join(["[", *printed, "]"])

@@ -118,7 +118,8 @@ def test_accuracies_are_drawn_over_all_steps_or_over_the_steps_given_with_them(t
     assert alone.get_xdata()[-1] == 21
     assert np.diff(alone.get_xdata()).tolist() == pytest.approx([20 / 3, 20 / 3])
     assert balanced.get_xdata().tolist() == [5, 20]
-    assert [text.get_text() for text in panels["Accuracy"].texts] == list(accuracy)
+    names = [text.get_text() for text in panels["Accuracy"].get_legend().get_texts()]
+    assert names == list(accuracy)
 
 
 def test_the_figure_is_at_most_half_as_tall_as_it_is_wide(tmp_path):
