@@ -21,6 +21,18 @@ from gradbalance.rules.base import Measured, Rule
 from gradbalance.rules.coherence import Coherence
 from gradbalance.rules.conflict_aware import ConflictAware
 from gradbalance.rules.constant import ByHand, Watch
+from gradbalance.rules.of_others import OGM, ClipGroups, Epochwise
 from gradbalance.rules.useful import Useful
 
-__all__ = ["ByHand", "Coherence", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
+__all__ = [
+    "OGM",
+    "ByHand",
+    "ClipGroups",
+    "Coherence",
+    "ConflictAware",
+    "Epochwise",
+    "Measured",
+    "Rule",
+    "Useful",
+    "Watch",
+]
