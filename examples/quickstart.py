@@ -61,4 +61,4 @@ def train(title: str, rule: rules.Rule, epochs: int = 60) -> Recorder:
 
 if __name__ == "__main__":
     train("AdamW alone, only watched", rules.Watch())
-    train("Balanced", rules.Coherence()).plot("quickstart.png")
+    train("Balanced", rules.Useful()).plot("quickstart.png")

@@ -14,7 +14,7 @@ from gradbalance._optimizer.choose import scaling_for
 from gradbalance._optimizer.hooks import StepHooks, hooks_of
 from gradbalance._optimizer.unwrap import check_optimizer, unwrap
 from gradbalance._step.engine import Engine
-from gradbalance._step.options import COHERENCE, SMOOTHING, ApplyTo, Options
+from gradbalance._step.options import SMOOTHING, USEFUL, ApplyTo, Options
 from gradbalance._warn import warn
 from gradbalance.balance import Balance
 from gradbalance.groups import Groups, Membership
@@ -226,11 +226,9 @@ class ConflictAwarePenalty(Optimizer):
 
     At every step the gradients of the groups are measured, a rule gives each group a coefficient,
     and what the step does to the group is scaled by it. A *group* is the parameters of one branch
-    of a
-    model: an encoder, a modality, a tower, a head. The default rule,
-    :class:`gradbalance.rules.Coherence`, compares how much the gradients of a group agree from step
-    to step; its docstring says when that helps and when it does not. The class has the name of the
-    paper's rule, :class:`gradbalance.rules.ConflictAware`, which ``PAPER`` sets.
+    of a model: an encoder, a modality, a tower, a head. The default rule,
+    :class:`gradbalance.rules.Useful`, slows the groups whose gradients are of little use; its
+    docstring says when that helps and when it does not. The class has the name of the paper's rule, :class:`gradbalance.rules.ConflictAware`, which ``PAPER`` sets.
 
     Parameters of no group are never touched; leave fusion layers and joint heads out. Everything
     that this class does not add is forwarded to the wrapped optimizer, reading, calling and
@@ -303,7 +301,7 @@ class ConflictAwarePenalty(Optimizer):
         self,
         optimizer: Optimizer,
         groups: Groups,
-        rule: Rule = COHERENCE,
+        rule: Rule = USEFUL,
         *,
         apply_to: ApplyTo = "update",
         smoothing: float = SMOOTHING,
@@ -455,7 +453,7 @@ def _rewrap(cls: type[ConflictAwarePenalty], optimizer: Optimizer) -> ConflictAw
 def attach(
     optimizer: Optimizer,
     groups: Groups,
-    rule: Rule = COHERENCE,
+    rule: Rule = USEFUL,
     *,
     apply_to: ApplyTo = "update",
     smoothing: float = SMOOTHING,

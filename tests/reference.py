@@ -157,43 +157,6 @@ def paper_coefficients(
     return coefficients
 
 
-def coherent_coefficients(
-    coherences: Floats,
-    shares: Sequence[float],
-    scale_free: bool,
-    *,
-    most: float = 3.0,
-    chance: float = 0.1,
-    clear: float = 0.3,
-    limit: float = 20.0,
-) -> list[float]:
-    """The three steps of the default rule, its defaults written once more."""
-    known = [m for m, a in enumerate(coherences) if a is not None]
-    a = {m: max(coherences[m], 0.0) for m in known}
-
-    def clearer(m: int, k: int) -> float:
-        return max(1.0, ((a[m] + chance) / (a[k] + chance)) ** 2)
-
-    def further(m: int) -> float:
-        ratios = []
-        for k in known:
-            if scale_free:
-                ratios.append(min(clearer(m, k), most))
-            else:
-                longer = max(1.0, shares[k] / shares[m])
-                ratios.append(
-                    min(clearer(m, k), longer, most) * longer ** min(1.0, math.log2(clearer(m, k)))
-                )
-        return max(ratios)
-
-    p = {m: 1.0 if scale_free else shares[m] for m in known}
-    x = {m: further(m) for m in known}
-    beta = min(1.0, max(a.values()) / clear) if scale_free and known else 0.0
-    paid = (max(p.values()) / max(x[m] * p[m] for m in known)) ** (1 - beta) if known else 1.0
-    c = {m: x[m] * paid if scale_free else min(x[m] * paid, limit) for m in known}
-    return [c.get(m, 1.0) for m in range(len(coherences))]
-
-
 def useful_coefficients(
     useful: Floats,
     useful_errors: Sequence[float],

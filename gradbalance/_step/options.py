@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from gradbalance.rules import Coherence, Rule
+from gradbalance.rules import Rule, Useful
 from gradbalance.rules.base import check_number
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 ApplyTo = Literal["update", "gradient", "learning_rate", "displacement"]
 
-SMOOTHING = 0.98
-COHERENCE = Coherence()
+SMOOTHING = 0.995
+USEFUL = Useful()
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Options:
         TypeError: If an option is of the wrong kind.
     """
 
-    rule: Rule = COHERENCE
+    rule: Rule = USEFUL
     apply_to: ApplyTo = "update"
     smoothing: float = SMOOTHING
     every: int = 1
@@ -45,7 +45,7 @@ class Options:
         if isinstance(self.rule, type) or not callable(self.rule):
             raise TypeError(
                 f"`rule` must be a callable from Measured to coefficients. Got {self.rule!r}. "
-                "Pass an instance, such as rules.Coherence(), or a function."
+                "Pass an instance, such as rules.Useful(), or a function."
             )
         if self.apply_to not in get_args(ApplyTo):
             choices = ", ".join(map(repr, get_args(ApplyTo)))

@@ -18,7 +18,6 @@ Example:
 """
 
 from gradbalance.rules.base import Measured, Rule
-from gradbalance.rules.coherence import Coherence
 from gradbalance.rules.conflict_aware import ConflictAware
 from gradbalance.rules.constant import ByHand, Watch
 from gradbalance.rules.of_others import OGM, ClipGroups, Epochwise
@@ -28,7 +27,6 @@ __all__ = [
     "OGM",
     "ByHand",
     "ClipGroups",
-    "Coherence",
     "ConflictAware",
     "Epochwise",
     "Measured",

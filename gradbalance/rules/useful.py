@@ -1,4 +1,4 @@
-"""A rule: a branch moves in proportion to the useful part of its gradient."""
+"""The default rule: a branch moves in proportion to the useful part of its gradient."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gradbalance.rules.base import Measured, Vector
+from gradbalance.rules.base import Measured, Vector, check_number
 
 Matrix = NDArray[np.float64]
 
@@ -48,8 +48,8 @@ class Useful:
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does
     nothing where all branches are alike, or done. It harms where noise looks useful: a small
     training set agrees with itself, above all in a narrow branch beside a wide one, and features
-    that leak the labels look useful too. It wants a long memory, ``smoothing`` of .995: with a
-    short one it takes a branch that has learned for one of noise.
+    that leak the labels look useful too. It needs a long memory, the default ``smoothing`` of
+    .995: with a short one it takes a branch that has learned for one of noise.
 
     Args:
         most: How many times more slowly a branch moves at most, >= 1. Under SGD how much further
@@ -89,6 +89,7 @@ class Useful:
     limit: ClassVar[float] = 20.0  # of a starved branch under SGD
 
     def __post_init__(self) -> None:
+        check_number("most", self.most)
         if not 1 <= self.most < math.inf:
             raise ValueError(
                 f"`most` must be finite and >= 1. Got {self.most}. "

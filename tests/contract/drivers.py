@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty
-from gradbalance.rules import Coherence, Measured
+from gradbalance.rules import Measured, Useful
 from tests.reference import Mean
 
 GROUPS = ("text", "audio", "visual")
@@ -54,13 +54,13 @@ class Shares(Varying):
     needs_coherence = False
 
 
-class ByCoherence(Coherence):
+class ByUse(Useful):
     def __call__(self, measured):
         may_fail("rule")
         return super().__call__(measured)
 
 
-RULES = {"varying": Varying, "shares": Shares, "coherence": ByCoherence}
+RULES = {"varying": Varying, "shares": Shares, "useful": ByUse}
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),

@@ -16,7 +16,7 @@ from gradbalance import Recorder, attach, rules
 from tests.cuda.simulated import CPU, Devices, put
 
 NAMES = ("text", "audio", "visual")
-STEPS = 6
+STEPS = 8
 SMALL = ((16, 16), (16,))
 LARGE = ((256, 256), (256,))
 MILLION = ((1000, 1000), (1000,))
@@ -119,14 +119,14 @@ SCENARIOS = {
     "scaled and clipped": Scenario(sgd, {**IN_GRADIENT, "max_norm": 1.0}),
     "noisy": Scenario(adamw, {"noise": 0.5}),
     "noisy and clipped": Scenario(adamw, {"noise": 0.5, "max_norm": 1.0}),
-    "measured at one of 4 steps": Scenario(adamw, {"every": 4}),
-    "clipped, measured at one of 4 steps": Scenario(adamw, {"every": 4, "max_norm": 1.0}),
-    "inside a window": Scenario(adamw, {"window": (2, 4)}),
+    "measured at every second step": Scenario(adamw, {"every": 2}),
+    "clipped, measured at every second step": Scenario(adamw, {"every": 2, "max_norm": 1.0}),
+    "inside a window": Scenario(adamw, {"window": (2, 6)}),
     "errors in floats": Scenario(adamw, CONFLICTS, observed=floats),
     "errors on the device": Scenario(adamw, CONFLICTS, observed=on_the_device),
     "errors on either": Scenario(adamw, CONFLICTS, observed=on_either),
     "conflicts without errors": Scenario(adamw, CONFLICTS),
-    "watched": Scenario(adamw, {"rule": rules.Watch(rules.Coherence())}),
+    "watched": Scenario(adamw, {"rule": rules.Watch(rules.Useful())}),
     "by hand": Scenario(adamw, {"rule": rules.ByHand(text=0.5)}),
     "a function for a rule": Scenario(adamw, {"rule": lambda m: m.shares.min() / m.shares}),
     "recorded": Scenario(records=True),

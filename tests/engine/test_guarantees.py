@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradbalance import Balance, ConflictAwarePenalty, Recorder, attach
-from gradbalance.rules import ByHand, Coherence, ConflictAware, Watch
+from gradbalance.rules import ByHand, ConflictAware, Useful, Watch
 from tests.engine.models import (
     TwoBranches,
     backward,
@@ -33,7 +33,7 @@ from tests.strategies import SMOOTHINGS, WINDOWS, group_cosines, group_errors, g
 SGD = torch.optim.SGD
 # Made anew for each test: one of them has a state.
 RULES = {
-    "Coherence": Coherence,
+    "Useful": Useful,
     "ConflictAware": ConflictAware,
     "ByHand": lambda: ByHand(text=0.25),
     "Watch": Watch,
@@ -439,8 +439,8 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(model, make_rule, mod
 
 def test_taking_a_checkpoint_does_not_change_the_run(model):
     other = copy.deepcopy(model)
-    optimizer = penalised(model, Coherence(), late=True)
-    saving = penalised(other, Coherence(), late=True)
+    optimizer = penalised(model, Useful(), late=True)
+    saving = penalised(other, Useful(), late=True)
     seen = train(model, optimizer, range(6))
     saved = []
     for step in range(6):
@@ -475,7 +475,7 @@ def test_the_live_param_groups_hold_one_key_of_ours_from_construction_on(model):
 def test_a_checkpoint_of_another_rule_or_of_other_groups_is_refused(model):
     state = penalised(model, Slower()).state_dict()
     for rule, groups, message in (
-        (Coherence(), None, "must be of the rule `Coherence`. Got that of `Slower`. Build with"),
+        (Useful(), None, "must be of the rule `Useful`. Got that of `Slower`. Build with"),
         (Slower(), ("text", "rest"), "the groups text, rest. Got text, audio. Load a checkpoint"),
     ):
         other = TwoBranches()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradbalance import Balance
-from gradbalance.rules import ByHand, Coherence, ConflictAware, Watch
+from gradbalance.rules import ByHand, ConflictAware, Useful, Watch
 from tests.engine.models import (
     TwoBranches,
     backward,
@@ -23,7 +23,7 @@ from tests.engine.models import (
 from tests.engine.own_rules import Slower, inverse_share
 
 RULES = {
-    "Coherence": Coherence,
+    "Useful": Useful,
     "ConflictAware": ConflictAware,
     "function": lambda: inverse_share,
     "stateful": Slower,
@@ -57,10 +57,10 @@ def run(model, optimizer, steps, observes=True):
 @each_way
 @pytest.mark.parametrize("every", [1, 3])
 def test_late_a_step_has_the_coefficients_of_the_step_before(model, make_rule, make, mode, every):
-    other = copy.deepcopy(model)
-    options = {"apply_to": mode, "every": every, "smoothing": 0.5}
-    direct = run(model, penalised(model, make_rule(), make, **options), range(STEPS))
-    late = run(other, penalised(other, make_rule(), make, late=True, **options), range(STEPS))
+    other, steps = copy.deepcopy(model), every * STEPS
+    options = {"apply_to": mode, "every": every, "smoothing": 0.9}
+    direct = run(model, penalised(model, make_rule(), make, **options), range(steps))
+    late = run(other, penalised(other, make_rule(), make, late=True, **options), range(steps))
     assert late[0] == ONES
     assert late[1:] == direct[:-1]
     assert any(c != ONES for c in direct)
@@ -189,7 +189,7 @@ def test_a_late_run_is_repeatable(make, mode):
     ends = []
     for _ in range(2):
         model = TwoBranches()
-        train(model, penalised(model, Coherence(), make, apply_to=mode, late=True), range(STEPS))
+        train(model, penalised(model, Useful(), make, apply_to=mode, late=True), range(STEPS))
         ends.append(parameters(model))
     assert equal(*ends)
 
@@ -223,7 +223,7 @@ def test_between_two_measurements_the_coefficients_are_kept(model):
 
 def test_watching_late_is_bitwise_the_plain_optimizer(model):
     plain = TwoBranches()
-    train(model, penalised(model, Watch(Coherence()), late=True), range(5))
+    train(model, penalised(model, Watch(Useful()), late=True), range(5))
     train(plain, torch.optim.SGD(plain.parameters(), lr=0.05), range(5))
     backward(model)
     assert equal(parameters(model), parameters(plain))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance.rules import ByHand, Coherence, ConflictAware, Watch
+from gradbalance.rules import ByHand, ConflictAware, Useful, Watch
 from tests.engine.models import (
     TwoBranches,
     backward,
@@ -185,7 +185,7 @@ def test_gradients_written_past_the_counter_of_torch_count_every_time(model, mod
         assert model.text.weight.grad.unique().tolist() == [expected]
 
 
-@pytest.mark.parametrize("rule", [Coherence(), ConflictAware(), ByHand(text=0.5)], ids=repr)
+@pytest.mark.parametrize("rule", [Useful(), ConflictAware(), ByHand(text=0.5)], ids=repr)
 @each_mode
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 def test_a_late_step_reads_no_number_inside_an_operator_and_adds_few(rule, mode, lr):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradbalance import ConflictAwarePenalty, attach
-from gradbalance.rules import ByHand, Coherence, ConflictAware, Watch
+from gradbalance.rules import ByHand, ConflictAware, Useful, Watch
 from tests.engine.models import (
     TwoBranches,
     backward,
@@ -193,7 +193,7 @@ def test_factors_by_hand_are_those_of_the_displacement(model, make):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-EACH_KIND = [Coherence(), ConflictAware(), ByHand(text=0.5), Watch(), inverse_share, Slower()]
+EACH_KIND = [Useful(), ConflictAware(), ByHand(text=0.5), Watch(), inverse_share, Slower()]
 
 
 @pytest.mark.parametrize("rule", EACH_KIND, ids=lambda rule: type(rule).__name__)

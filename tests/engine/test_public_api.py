@@ -111,7 +111,7 @@ def test_the_public_names_are_these_and_no_others():
     assert public == set(gradbalance.__all__)
     for module in (gradbalance.balance, gradbalance.groups, gradbalance.penalty):
         assert set(module.__all__) <= public
-    in_rules = ["ByHand", "Coherence", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
+    in_rules = ["ByHand", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
     of_others = ["OGM", "ClipGroups", "Epochwise"]
     assert set(gradbalance.rules.__all__) == {*in_rules, *of_others}
 

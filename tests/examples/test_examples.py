@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradbalance import ConflictAwarePenalty
-from gradbalance.rules import ByHand, Coherence, Watch
+from gradbalance.rules import ByHand, Useful, Watch
 from tests import needs
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_an_example_ends_with_the_coefficients_of_its_branches(name, package, br
     assert all(0 < c < math.inf for c in coefficients.values())
 
 
-@pytest.mark.parametrize("rule", [Watch(), Coherence()])
+@pytest.mark.parametrize("rule", [Watch(), Useful()])
 def test_the_quickstart_records_its_steps(rule):
     needs("sklearn")
     from examples.quickstart import train

@@ -123,7 +123,7 @@ def test_groups_by_name_hold_every_trained_entry():
 )
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_coherence_of_small_ranks_is_measured(rank, of):
-    _, wrapper, _ = trained(rank, of, rule=rules.Coherence())
+    _, wrapper, _ = trained(rank, of, rule=rules.Useful())
     balance = wrapper.balance
     assert balance.step == STEPS
     assert np.isfinite(balance.coherences).all()
@@ -131,8 +131,8 @@ def test_the_coherence_of_small_ranks_is_measured(rank, of):
 
 
 def test_the_rule_acts_alike_whether_the_optimizer_holds_the_frozen_or_not():
-    _, alone, _ = trained(2, trainable, rule=rules.Coherence())
-    _, among, _ = trained(2, lambda model: list(model.parameters()), rule=rules.Coherence())
+    _, alone, _ = trained(2, trainable, rule=rules.Useful())
+    _, among, _ = trained(2, lambda model: list(model.parameters()), rule=rules.Useful())
     for one, other in zip(alone.balance[1:], among.balance[1:], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -151,7 +151,7 @@ class Quantised(nn.Linear):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 @pytest.mark.parametrize(
-    "rule", [rules.ByHand(a=0.5), rules.Coherence()], ids=["by hand", "coherence"]
+    "rule", [rules.ByHand(a=0.5), rules.Useful()], ids=["by hand", "coherence"]
 )
 def test_frozen_weights_of_integers_do_no_harm(dtype, rule):
     def run(hold_all):

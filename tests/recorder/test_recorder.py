@@ -19,7 +19,7 @@ def recorded(recorder):
     return recorder.to_dict()["step"].tolist()
 
 
-@pytest.mark.parametrize("rule", [rules.Coherence(), rules.ConflictAware(), rules.Watch()])
+@pytest.mark.parametrize("rule", [rules.Useful(), rules.ConflictAware(), rules.Watch()])
 def test_the_record_holds_the_balance_of_every_step(rule):
     optimizer, step = make_penalty(("text", "audio", "visual"), (5.0, 1.0, 3.0), rule)
     recorder = Recorder(optimizer)
@@ -168,7 +168,7 @@ def test_recording_does_not_change_the_training(late):
     weights = []
     for records in (False, True):
         torch.manual_seed(0)
-        optimizer, step = make_penalty(rule=rules.Coherence(), late=late)
+        optimizer, step = make_penalty(rule=rules.Useful(), late=late)
         recorder = Recorder(optimizer) if records else None
         for scale in (1.0, -2.0, 3.0, 1.0):
             step(scale)
