@@ -69,7 +69,8 @@ class Penalty:
             )
         membership = groups
         if not isinstance(membership, Membership):
-            membership = Membership(reader.param_groups, membership)
+            fewest = 2 if acts else 1  # one group alone can be watched
+            membership = Membership(reader.param_groups, membership, fewest)
         scaling = None
         if acts and not in_gradients:
             scaling = scaling_for(optimizer, options.apply_to)
@@ -242,7 +243,8 @@ class ConflictAwarePenalty(Optimizer):
 
     Args:
         optimizer: The optimizer to wrap. Not LBFGS, which evaluates many gradients a step.
-        groups: Maps names to modules or iterables of parameters: at least two, disjoint.
+        groups: Maps names to modules or iterables of parameters: at least two, disjoint. For
+            ``rules.Watch`` one is enough.
         rule: From what was measured to coefficients, see :mod:`gradbalance.rules`; any function
             will do.
         apply_to: ``"update"`` [R]: what the step does to a group is scaled, by the learning rate

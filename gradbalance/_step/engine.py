@@ -55,7 +55,8 @@ class Engine:
         self._writes = options.apply_to == "gradient" or is_clipped or any(self._amounts)
         smoothing = options.smoothing**options.every
         scale_free = not isinstance(stepper, torch.optim.SGD)
-        self.state = State(membership.names, options.rule, smoothing, scale_free)
+        fewest = 2 if self._acts else 1  # one group alone can be watched
+        self.state = State(membership.names, options.rule, smoothing, scale_free, fewest)
         self.observed = ObservedErrors(membership.names)
         self.coefficients = [1.0] * len(membership.names)
         self.listeners: list[Callable[[Balance], None]] = []
@@ -143,7 +144,8 @@ class Engine:
             scale = nan if is_skipped else numbers.get("grad_scale", 1.0)
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
             active = self.state.learn(norms, cosines, numbers.get("errors"))
-        elif is_skipped or sum(active) < 2:  # all that is known of a step that is not measured
+        elif is_skipped or sum(active) < self.state.fewest:
+            # That is all that is known of a step that is not measured.
             active = [False] * n
         is_inside = self.state.is_inside(self._options.window)
         if any(active):

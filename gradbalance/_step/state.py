@@ -100,18 +100,26 @@ class State:
         rule: Decides.
         smoothing: Weight of the past in the running means, per measured step.
         scale_free: Whether a step of the optimizer is as long however large the gradient.
+        fewest: Number of active groups from which on a step counts.
 
     Attributes:
         step: Number of optimizer steps that counted.
         means: The running means of each group.
         decided: The coefficients that the rule returned last.
         norms: Of the last step that was read.
+        cosines: Of the last step that was read, NaN where there are none.
+        moved: How far each group moved at the measured step before it, NaN where that is unknown.
         conflicts: As the rule reported them at the last step, bool, shape ``[N, N]``; or None.
         has_errors: Whether errors were ever observed.
     """
 
     def __init__(
-        self, names: tuple[str, ...], rule: Rule, smoothing: float, scale_free: bool
+        self,
+        names: tuple[str, ...],
+        rule: Rule,
+        smoothing: float,
+        scale_free: bool,
+        fewest: int = 2,
     ) -> None:
         n = len(names)
         self.names = names
@@ -119,6 +127,9 @@ class State:
         self.means = [Means()] * n
         self.decided = [1.0] * n
         self.norms = [0.0] * n
+        self.cosines = [nan] * n
+        self.moved = [nan] * n
+        self.fewest = fewest
         self.conflicts: Flags | None = None
         self.has_errors = False
         self._rule = rule
@@ -148,14 +159,16 @@ class State:
         is_finite = isfinite(sum(norms))
         has_finite_errors = errors is None or isfinite(sum(errors))
         self.norms = norms
+        self.cosines = [nan] * len(norms) if cosines is None else cosines
         self.conflicts = None
         self.has_errors |= errors is not None
-        counts = is_finite and has_finite_errors and sum(active) >= 2
+        counts = is_finite and has_finite_errors and sum(active) >= self.fewest
         self._watchdog.see(active, is_finite, has_finite_errors, counts)
         if not counts:
             return [False] * len(norms)
         means = self._after(norms, cosines, errors)
-        self.decided, self.conflicts = self._ask(means, norms)
+        if sum(active) >= 2:  # a rule compares groups
+            self.decided, self.conflicts = self._ask(means, norms)
         self.means = means
         return active
 
@@ -224,11 +237,13 @@ class State:
             step=self.step,
             norms=np.array(self.norms),
             shares=_values([group.share for group in self.means]),
+            cosines=np.array(self.cosines),
             coherences=_values(coherences),
             coherence_errors=_errors(coherences, self._smoothing),
             useful=_values(useful),
             useful_errors=_errors(useful, self._smoothing),
             errors=_values([group.error for group in self.means]),
+            moved=np.array(self.moved),
             coefficients=in_force,
             proposed=np.array(self.decided),
             conflicts=conflicts.copy(),
