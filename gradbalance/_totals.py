@@ -101,10 +101,10 @@ class Totals:
         counted: Number of those that counted.
         not_finite: Number of those whose norms are not finite.
         with_gradient: Number of those at which each group has a gradient, shape ``[N]``.
+        moved: Length of a step that counted over that of the parameters.
         shares: Of the sum of the norms, at the steps that counted; so are the following.
         cosines: Between successive gradients.
         useful: Their product.
-        moved: Length of the step over that of the parameters.
         coefficients: In force.
         proposed: Answers of the rule once it knows standard errors.
     """
@@ -115,10 +115,10 @@ class Totals:
         self.counted = 0
         self.not_finite = 0
         self.with_gradient = np.zeros(n, dtype=int)
+        self.moved = Spread(n)
         self.shares = Spread(n)
         self.cosines = Spread(n)
         self.useful = Spread(n)
-        self.moved = Spread(n)
         self.coefficients = Spread(n)
         self.proposed = Covariance(n)
 
@@ -128,6 +128,7 @@ class Totals:
         self.recorded += len(rows)
         self.not_finite += int((~np.isfinite(norms).all(1)).sum())
         self.with_gradient += (np.isfinite(norms) & (norms > 0)).sum(0)
+        self.moved.add(rows["moved"])  # of the step before, which has counted
         rows = rows[rows["counts"]]
         self.counted += len(rows)
         norms = rows["norms"]
@@ -135,7 +136,6 @@ class Totals:
         self.shares.add(shares)
         self.cosines.add(rows["cosines"])
         self.useful.add(rows["cosines"] * shares)
-        self.moved.add(rows["moved"])
         self.coefficients.add(rows["coefficients"])
         if self._needs_errors:
             is_known = np.isfinite(rows["coherences"])

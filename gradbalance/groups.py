@@ -108,8 +108,13 @@ class NamedGroups(dict[str, list[nn.Parameter]]):
 
 def _checked_patterns(model: nn.Module, group: str, patterns: object) -> list[str]:
     names: list[object] = [patterns]
-    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor):
+    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor | bytes):
         names = list(patterns)
+    if not names:
+        raise ValueError(
+            f"`{group}` must hold at least one name or glob. Got {patterns!r}. "
+            "Leave the group out, or name its modules."
+        )
     checked = []
     named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for pattern in names:
@@ -304,6 +309,16 @@ class Membership:
         """Index of the group of each parameter in each of the ``param_groups``, None for none."""
         group_of, _ = self._look_up(param_groups)
         return [[group_of[id(p)] for p in group["params"]] for group in param_groups]
+
+    def current(self, param_groups: ParamGroups) -> dict[int, int]:
+        """Index of the group of each grouped parameter that requires a gradient, by ``id``."""
+        known, _ = self._look_up(param_groups)
+        group_of = {}
+        for p in _tensors(param_groups):
+            m = known[id(p)]
+            if m is not None and p.requires_grad:
+                group_of[id(p)] = m
+        return group_of
 
     def frozen(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
         """Frozen parameters of each group that the optimizer does not hold."""

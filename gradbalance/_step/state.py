@@ -1,6 +1,5 @@
 """What is remembered between steps: running means and their errors, the last decision, warnings."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from math import inf, isfinite, isnan, nan, sqrt
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in, number_in
 from gradbalance._step.measure import UNSEEN
 from gradbalance._warn import warn
 from gradbalance.balance import Balance
@@ -282,7 +281,7 @@ class State:
         if set(groups) != set(self.names):
             raise ValueError(
                 "`state_dict` must hold the state of the groups "
-                f"{', '.join(self.names)}. Got {', '.join(groups)}. "
+                f"{', '.join(self.names)}. Got {', '.join(groups) or 'none'}. "
                 "Load a checkpoint of the same groups, or build with `persist=False`."
             )
         means = []
@@ -290,10 +289,12 @@ class State:
         for name in self.names:
             group = groups[name]
             means.append(Means(**{key: _parsed_mean(group[key]) for key in Means._fields}))
-            decided.append(_parsed_number(group["decided"]))
+            decided.append(number_in(group["decided"]))
             if not 0 <= decided[-1] < inf:
                 raise TypeError(f"a coefficient of {decided[-1]}")
-        return means, decided, operator.index(saved["step"]), bool(saved["errors"])
+        if not isinstance(saved["errors"], bool):
+            raise TypeError(f"{saved['errors']!r} in the place of a bool")
+        return means, decided, count_in(saved["step"]), saved["errors"]
 
     def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, of the same groups in any order."""
@@ -306,13 +307,10 @@ class State:
 
 def _parsed_mean(saved: Sequence[object]) -> RunningMean:
     mean, variance, number = saved if len(saved) == 3 else (None, None, None)
-    return RunningMean(_parsed_number(mean), _parsed_number(variance), int(_parsed_number(number)))
-
-
-def _parsed_number(saved: object) -> float:
-    if isinstance(saved, bool) or not isinstance(saved, int | float):
-        raise TypeError(f"{saved!r} in the place of a number")
-    return float(saved)
+    parsed = RunningMean(number_in(mean), number_in(variance), count_in(number))
+    if not isfinite(parsed.mean):
+        raise TypeError(f"a mean of {parsed.mean}")
+    return parsed
 
 
 class Watchdog:

@@ -44,9 +44,12 @@ def test_each_step_is_logged_once():
     step()
     recorder.log_to(writer, every=1)
     recorder.log_to(writer, every=1)
-    assert len(writer.scalars) == 10
+    assert len(writer.scalars) == 12
     assert ("gradbalance/errors/text", 2.0, 2) in writer.scalars
     assert ("gradbalance/errors/audio", 3.0, 2) in writer.scalars
+    moved = optimizer.balance.moved
+    assert moved[0] > 0
+    assert ("gradbalance/moved/text", moved[0], 2) in writer.scalars
 
 
 def test_a_function_is_called_once_for_each_step():
