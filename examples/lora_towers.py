@@ -133,10 +133,10 @@ MISTAKES = [left_out, frozen, unheard]
 
 def said_of(mistake: Callable) -> list[str]:
     """What you are told of a mistake within 20 steps, as warnings or as an error."""
-    model = model_with_lora()
-    optimizer = mistake(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        model = model_with_lora()
+        optimizer = mistake(model)
         try:
             train(model, optimizer, 20, [BalanceCallback(TOWERS)])
         except ValueError as error:

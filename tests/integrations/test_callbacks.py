@@ -30,7 +30,8 @@ def test_a_callback_takes_the_options_of_the_penalty_with_the_same_defaults(name
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(name, command, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)
+    for module in (name, f"{name}.pytorch"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"gradbalance.integrations.{name}", raising=False)
     with pytest.raises(ImportError, match=rf"`gradbalance.integrations.{name}` must .*`{command}`"):
         importlib.import_module(f"gradbalance.integrations.{name}")

@@ -138,6 +138,7 @@ def test_it_logs_where_and_when_lightning_logs(tmp_path):
     assert len(rows) == 1 + STEPS // 4
 
 
+@pytest.mark.filterwarnings("ignore:.* times as far as")  # of weight decay alone
 def test_a_group_that_never_gets_a_gradient_is_warned_of_after_twenty_steps():
     class Deaf(Lit):
         def training_step(self, one, index):
