@@ -1,4 +1,4 @@
-"""The penalty in the Hugging Face Trainer: hand it the wrapped optimizer; clipping and resuming stay its own.
+"""The penalty in the Hugging Face Trainer: one line in ``callbacks``; its own optimizer, clipping, logs and resuming.
 
 Run ``python examples/huggingface_trainer.py``.
 """
@@ -8,14 +8,9 @@ import tempfile
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import Trainer, TrainingArguments
 
-from gradbalance import ConflictAwarePenalty, Recorder
+from gradbalance.integrations.transformers import BalanceCallback
 
 
 class Regression(nn.Module):
@@ -30,18 +25,6 @@ class Regression(nn.Module):
         return {"loss": mse_loss(prediction, labels), "logits": prediction}
 
 
-class RecordBalance(TrainerCallback):
-    """Records the balance of every step and prints it as a table at the end."""
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.recorder = Recorder(optimizer)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.recorder.close()
-        if state.is_world_process_zero:
-            print(self.recorder.summary())
-
-
 def train(folder: str, steps: int, resume: bool = False) -> dict[str, float]:
     """Train up to a step, saving halfway; the coefficients of the last step."""
     torch.manual_seed(0)
@@ -51,28 +34,20 @@ def train(folder: str, steps: int, resume: bool = False) -> dict[str, float]:
         {"audio": a, "visual": v, "labels": y}
         for a, v, y in zip(audio, visual, target, strict=True)
     ]
-    model = Regression()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = ConflictAwarePenalty(optimizer, {"audio": model.audio, "visual": model.visual})
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
         save_steps=max(1, steps // 2),
-        max_grad_norm=1.0,
-        report_to=[],
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        logging_steps=20,
+        report_to=[],  # whatever stands here gets the balance too
+        dataloader_pin_memory=False,
     )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, num_warmup_steps=1, num_training_steps=steps
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=data,
-        optimizers=(optimizer, schedule),
-        callbacks=[RecordBalance()],
-    )
+    balance = BalanceCallback({"audio": "audio", "visual": "visual"})
+    trainer = Trainer(Regression(), arguments, train_dataset=data, callbacks=[balance])
     trainer.train(resume_from_checkpoint=resume)
-    return optimizer.coefficients()
+    return balance.penalty.coefficients()
 
 
 def main(steps: int = 100) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The penalty in Lightning: wrap the optimizer in ``configure_optimizers``; clipping, accumulation, resuming stay.
+"""The penalty in Lightning: one line in ``callbacks``; clipping, accumulation, logs and resuming stay its own.
 
 Run ``python examples/lightning_module.py``.
 """
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradbalance import ConflictAwarePenalty, Recorder
+from gradbalance.integrations.lightning import BalanceCallback
 
 
 class Regression(lightning.LightningModule):
@@ -24,20 +24,7 @@ class Regression(lightning.LightningModule):
         return mse_loss(self.audio(audio) + self.visual(visual), target)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        return ConflictAwarePenalty(optimizer, {"audio": self.audio, "visual": self.visual})
-
-
-class RecordBalance(lightning.Callback):
-    """Records the balance of every step and prints it as a table at the end."""
-
-    def on_train_start(self, trainer, module):
-        self.recorder = Recorder(trainer.optimizers[0])
-
-    def on_train_end(self, trainer, module):
-        self.recorder.close()
-        if trainer.is_global_zero:
-            print(self.recorder.summary())
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def main(steps: int = 100) -> dict[str, float]:
@@ -45,18 +32,18 @@ def main(steps: int = 100) -> dict[str, float]:
     torch.manual_seed(0)
     audio, visual = torch.randn(1000, 20), torch.randn(1000, 5)
     data = TensorDataset(audio, visual, audio.mean(1, keepdim=True) + visual.mean(1, keepdim=True))
-    module = Regression()
+    balance = BalanceCallback({"audio": "audio", "visual": "visual"})
     trainer = lightning.Trainer(
         max_steps=steps,
-        callbacks=[RecordBalance()],
+        callbacks=[balance],
         gradient_clip_val=1.0,
         accumulate_grad_batches=2,
-        logger=False,
+        logger=False,  # whatever stands here gets the balance too
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, DataLoader(data, batch_size=16, shuffle=True))
-    return module.optimizers().coefficients()
+    trainer.fit(Regression(), DataLoader(data, batch_size=16, shuffle=True))
+    return balance.penalty.coefficients()
 
 
 if __name__ == "__main__":

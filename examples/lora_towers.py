@@ -1,10 +1,13 @@
-"""A rate for each tower of a vision-language model that is tuned by LoRA: groups by name, frozen base, bf16, Trainer.
+"""See what each tower of a vision-language model does, tuned by LoRA in the Trainer; and three mistakes found by name.
 
-The model is small and random. ``pip install peft transformers``, then ``python examples/lora_towers.py``.
+The model is small and random. ``pip install peft transformers accelerate``, then ``python examples/lora_towers.py``;
+``lora_towers.md`` explains what it prints.
 """
 
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,8 +21,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from gradbalance import ConflictAwarePenalty, groups_by_name
+from gradbalance import groups_by_name, rules
+from gradbalance.integrations.transformers import BalanceCallback
 
+# The groups, by name. What is frozen in them takes no part.
+TOWERS = {
+    "vision": "*.vision_tower.*",
+    "projector": "*.multi_modal_projector.*",
+    "language": "*.language_model.*",
+}
 IMAGE = 63  # the token that stands for a patch of the image
 PATCHES, WORDS = 4, 6
 
@@ -44,13 +54,8 @@ def model_with_lora(rank: int = 8) -> PeftModel:
 
 
 def towers(model: PeftModel) -> dict[str, list[torch.nn.Parameter]]:
-    """The groups, by name. What is frozen in them does not count; print them to see what is where."""
-    return groups_by_name(
-        model,
-        vision="*.vision_tower.*",
-        projector="*.multi_modal_projector.*",
-        language="*.language_model.*",
-    )
+    """The parameters of each tower; ``print`` it to see what is where."""
+    return groups_by_name(model, **TOWERS)
 
 
 def examples(count: int) -> list[dict[str, torch.Tensor]]:
@@ -70,16 +75,18 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
 
 def train(
     model: PeftModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     steps: int,
-    callbacks: tuple[TrainerCallback, ...] = (),
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> None:
-    """Train with the Trainer in bf16."""
+    """Train with the Trainer in bf16, which makes an AdamW of its own if there is no optimizer."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
@@ -87,12 +94,11 @@ def train(
             disable_tqdm=True,
             report_to=[],
         )
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         trainer = Trainer(
             model,
             arguments,
-            train_dataset=examples(32),
-            optimizers=(optimizer, schedule),
+            train_dataset=examples(256),
+            optimizers=(optimizer, None),
             callbacks=list(callbacks),
         )
         trainer.train()
@@ -103,15 +109,50 @@ def trainable(model: PeftModel) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def main(steps: int = 30, rank: int = 8, rule: Callable | None = None) -> dict[str, float]:
-    """Train; the coefficient of each tower in the last step."""
+def left_out(model: PeftModel) -> torch.optim.Optimizer:
+    """Planted: the optimizer does not hold the vision tower."""
+    named = model.named_parameters()
+    return torch.optim.AdamW([p for name, p in named if "vision" not in name], lr=1e-3)
+
+
+def frozen(model: PeftModel) -> None:
+    """Planted: the vision tower is frozen."""
+    for name, p in model.named_parameters():
+        if "vision_tower" in name:
+            p.requires_grad_(False)
+
+
+def unheard(model: PeftModel) -> None:
+    """Planted: the vision tower runs under a forgotten ``no_grad``."""
+    tower = model.get_submodule("base_model.model.model.vision_tower")
+    tower.forward = torch.no_grad()(tower.forward)
+
+
+MISTAKES = [left_out, frozen, unheard]
+
+
+def said_of(mistake: Callable) -> list[str]:
+    """What you are told of a mistake within 20 steps, as warnings or as an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = model_with_lora()
+        optimizer = mistake(model)
+        try:
+            train(model, optimizer, 20, [BalanceCallback(TOWERS)])
+        except ValueError as error:
+            return [str(error)]
+    return [str(each.message) for each in caught if "`vision`" in str(each.message)]
+
+
+def main(steps: int = 200, rank: int = 8, rule: Callable | None = None) -> BalanceCallback:
+    """Train, and print the table; the callback, which has the penalty and the record."""
     model = model_with_lora(rank)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
-    options = {} if rule is None else {"rule": rule}
-    optimizer = ConflictAwarePenalty(optimizer, towers(model), **options)
-    train(model, optimizer, steps)
-    return optimizer.coefficients()
+    balance = BalanceCallback(TOWERS, rule or rules.Useful())
+    train(model, None, steps, [balance])
+    return balance
 
 
 if __name__ == "__main__":
-    print(main())
+    main().recorder.plot(Path(__file__).with_suffix(".png"))
+    for mistake in MISTAKES:
+        print(mistake.__name__, *said_of(mistake), sep="\n  ")

@@ -18,7 +18,15 @@ settings.load_profile("torch")
 torch.set_num_threads(1)
 
 
+# What cannot be imported, and not be searched for doctests, without the package.
+OPTIONAL = {
+    "lightning": "gradbalance/integrations/lightning.py",
+    "transformers": "gradbalance/integrations/transformers.py",
+    "triton": "gradbalance/statistics/_triton.py",
+}
+
+
 def pytest_configure(config):
-    """Where Triton is not installed the module of its kernels cannot be searched for doctests."""
-    if find_spec("triton") is None:
-        config.option.ignore = [*(config.option.ignore or []), "gradbalance/statistics/_triton.py"]
+    """Leave out the modules whose package is not installed."""
+    missing = [path for package, path in OPTIONAL.items() if find_spec(package) is None]
+    config.option.ignore = [*(config.option.ignore or []), *missing]

@@ -210,3 +210,44 @@ def useful_coefficients(
         for m in known:
             coefficients[m] = min(x[m] * longest, limit)
     return coefficients
+
+
+def ogm_coefficients(errors: Floats | None, active: Sequence[bool], alpha: float) -> list[float]:
+    """``rules.OGM``, one group at a time."""
+    coefficients = [1.0] * len(active)
+    known = errors or [None] * len(active)
+    scores = {m: 1 - e for m, e in enumerate(known) if e is not None and active[m]}
+    for m in scores:
+        others = [score for k, score in scores.items() if k != m]
+        if not others:
+            continue
+        mean = math.fsum(others) / len(others)
+        if mean > 0:
+            ratio = scores[m] / mean
+        elif scores[m] > 0:
+            ratio = math.inf
+        else:
+            ratio = 1.0
+        if ratio > 1 + DEAD_BAND:
+            coefficients[m] = 1 - math.tanh(alpha * ratio)
+    return coefficients
+
+
+def epochwise_coefficients(errors: Floats, lead: float, factor: float) -> list[float]:
+    """``rules.Epochwise``, one pair of groups at a time."""
+    used = {m: 1 - e for m, e in enumerate(errors) if e is not None}
+    coefficients = [1.0] * len(errors)
+    for m in used:
+        for k in used:
+            if used[m] - used[k] > lead:
+                coefficients[m] = factor
+    return coefficients
+
+
+def clipped(gradients: Sequence[Sequence[float]], most: float) -> list[list[float]]:
+    """``rules.ClipGroups`` on the gradients themselves."""
+    results = []
+    for gradient in gradients:
+        norm = math.sqrt(math.fsum(g * g for g in gradient))
+        results.append([g * most / norm if norm > most else g for g in gradient])
+    return results

@@ -20,6 +20,17 @@ Example:
 from gradbalance.rules.base import Measured, Rule
 from gradbalance.rules.conflict_aware import ConflictAware
 from gradbalance.rules.constant import ByHand, Watch
+from gradbalance.rules.of_others import OGM, ClipGroups, Epochwise
 from gradbalance.rules.useful import Useful
 
-__all__ = ["ByHand", "ConflictAware", "Measured", "Rule", "Useful", "Watch"]
+__all__ = [
+    "OGM",
+    "ByHand",
+    "ClipGroups",
+    "ConflictAware",
+    "Epochwise",
+    "Measured",
+    "Rule",
+    "Useful",
+    "Watch",
+]

@@ -80,7 +80,8 @@ class ConflictAware:
         conflicts &= errors[:, None] < errors
         coefficients = penalty(conflicts, members, self.eta)
         if self.alpha > 0:
-            coefficients = coefficients * modulation(errors, members, self.alpha, self.centred)
+            scores = 1 / (errors + EPS)
+            coefficients = coefficients * modulation(scores, members, self.alpha, self.centred)
         return coefficients, conflicts
 
 
@@ -132,30 +133,33 @@ def penalty(conflicts: Flags, members: Flags, eta: float) -> Vector:
     return factors
 
 
-def modulation(errors: Vector, members: Flags, alpha: float, centred: bool) -> Vector:
+def modulation(scores: Vector, members: Flags, alpha: float, centred: bool) -> Vector:
     r"""The factor :math:`q_m = 1 - \tanh(\alpha\,\varphi(r_m))` where :math:`r_m > 1`, else 1.
 
-    :math:`r_m` is the score :math:`s_m = 1/(e_m + \epsilon)` over the mean score of the other
-    members.
+    :math:`r_m` is the score of a group over the mean score of the other members.
 
     Args:
-        errors: Error of each group, >= 0, shape ``[N]``.
+        scores: Score of each group, >= 0, higher is better, shape ``[N]``.
         members: Which groups take part, shape ``[N]``; the others get 1.
         alpha: Strength, >= 0.
         centred: Whether :math:`\varphi(r) = r - 1` [R] instead of :math:`\varphi(r) = r` [P].
 
     Example:
         >>> everyone = np.ones(2, dtype=bool)
-        >>> factors = modulation(np.array([1.0, 2.0]), everyone, alpha=1.0, centred=False)
+        >>> factors = modulation(np.array([1.0, 0.5]), everyone, alpha=1.0, centred=False)
         >>> factors.round(3).tolist()
         [0.036, 1.0]
     """
     if members.sum() < 2:
-        return np.ones(len(errors))
-    scores = np.where(members, 1 / (errors + EPS), 0.0)
+        return np.ones(len(scores))
+    scores = np.where(members, scores, 0.0)
     # Summed without the group's own score: to subtract it from the total would cancel.
     of_others = np.tile(scores, (len(scores), 1))
     np.fill_diagonal(of_others, 0.0)
-    ratios = scores / (of_others.sum(1) / (members.sum() - 1))
-    leads = ratios - 1 if centred else ratios
-    return np.where(members & (ratios > 1 + DEAD_BAND), 1 - np.tanh(alpha * leads), 1.0)
+    # Where the others have next to no score the ratio is infinite, and the factor 0; where nobody
+    # has any it is NaN, and no lead.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratios = scores / (of_others.sum(1) / (members.sum() - 1))
+        leads = ratios - 1 if centred else ratios
+        factors = 1 - np.tanh(alpha * leads)
+    return np.where(members & (ratios > 1 + DEAD_BAND), factors, 1.0)

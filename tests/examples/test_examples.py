@@ -6,9 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
-from gradbalance import ConflictAwarePenalty
 from gradbalance.rules import ByHand, Useful, Watch
 from tests import needs
 
@@ -75,108 +73,17 @@ def test_the_rule_of_the_example_slows_whoever_is_ahead_and_remembers_the_start(
     assert resumed.step([1.0] * 3, [1.0, 1.5, None]).tolist() == [0.5, 1.5, 1.0]
 
 
-def two_branches():
-    model = torch.nn.ModuleDict({"audio": torch.nn.Linear(3, 1), "visual": torch.nn.Linear(2, 1)})
-    rule = ByHand(audio=0.5)
-    rule.needs_coherence = True
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return model, ConflictAwarePenalty(optimizer, dict(model.items()), rule)
+def test_the_groups_of_one_encoder_are_kinds_of_layers(capsys):
+    from examples import one_encoder
 
-
-LOGGED = {
-    f"{quantity}/{name}"
-    for quantity in ("norms", "coherences", "coefficients")
-    for name in ("audio", "visual")
-}
-
-
-@pytest.mark.filterwarnings(
-    f"ignore:{WORKERS}", f"ignore:{TREESPEC}", "ignore:You are using torch.load"
-)
-def test_the_callback_of_lightning_writes_the_balance_to_tensorboard(tmp_path):
-    lightning = needs("lightning")
-    needs("tensorboard")
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from examples.lightning_callback import LogBalance
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.branches, self.balanced = two_branches()
-
-        def training_step(self, batch, batch_idx):
-            return (
-                (self.branches["audio"](batch[0]) + self.branches["visual"](batch[1]))
-                .square()
-                .mean()
-            )
-
-        def configure_optimizers(self):
-            return self.balanced
-
-    data = torch.utils.data.DataLoader(
-        [(torch.randn(3), torch.randn(2)) for _ in range(12)], batch_size=2
-    )
-    trainer = lightning.Trainer(
-        max_steps=6,
-        log_every_n_steps=1,
-        callbacks=[LogBalance(every=2)],
-        logger=TensorBoardLogger(tmp_path),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(), data)
-    events = EventAccumulator(trainer.logger.log_dir).Reload()
-    assert set(events.Tags()["scalars"]) >= LOGGED
-    assert [(event.step, event.value) for event in events.Scalars("coefficients/audio")] == [
-        (2, 0.5),
-        (4, 0.5),
-        (6, 0.5),
-    ]
-
-
-@pytest.mark.filterwarnings(f"ignore:{PINNED}")
-def test_the_callback_of_the_trainer_hands_the_balance_to_any_log_function(tmp_path):
-    needs("accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    from examples.huggingface_trainer import Regression
-    from examples.trainer_callback import LogBalance
-
-    model = Regression()
-    rule = ByHand(audio=0.5)
-    rule.needs_coherence = True
-    optimizer = ConflictAwarePenalty(
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-        {"audio": model.audio, "visual": model.visual},
-        rule,
-    )
-    data = [
-        {"audio": torch.randn(20), "visual": torch.randn(5), "labels": torch.randn(1)}
-        for _ in range(48)
-    ]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=6, report_to=[], save_strategy="no"
-    )
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
-    rows = []
-    trainer.add_callback(LogBalance(optimizer, rows.append, every=2))
-    trainer.add_callback(LogBalance(optimizer, trainer.log, every=3))
-    trainer.train()
-    assert [set(row) for row in rows] == [LOGGED] * 3
-    assert [row["coefficients/audio"] for row in rows] == [0.5] * 3
-    assert rows[-1]["norms/visual"] > 0
-    history = [row for row in trainer.state.log_history if "coefficients/audio" in row]
-    assert [row["step"] for row in history] == [3, 6]
-
-
-@pytest.mark.parametrize("name", ["lightning_callback", "trainer_callback"])
-def test_a_callback_is_short_enough_to_be_copied(name):
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 30
+    coefficients = one_encoder.main(steps=5, rule=ByHand(norms=0.5))
+    assert coefficients == {"attention": 1.0, "mlp": 1.0, "norms": 0.5, "embeddings": 1.0}
+    assert "(no group)" in capsys.readouterr().out
+    rates = {
+        round(group["lr"], 12)
+        for group in one_encoder.layer_wise(one_encoder.Encoder(), lr=1.0, decay=0.5)
+    }
+    assert rates == {1.0, 0.5, 0.25, 0.125, 0.0625}
 
 
 def test_no_example_hides_a_package_when_run_as_a_script():

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from gradbalance import ConflictAwarePenalty, attach
 from tests.contract.oracle import (
+    NAMES,
     ByHand,
     Toy,
     assert_same_coefficients,
@@ -95,3 +96,9 @@ def recorded(optimizer, penalty):
     seen = []
     optimizer.register_step_post_hook(lambda *_: seen.append(penalty.coefficients()))
     return seen
+
+
+def coefficients_of(callback):
+    """The coefficients of each step that a ``BalanceCallback`` recorded."""
+    record = callback.recorder.to_dict()
+    return [dict(zip(NAMES, row, strict=True)) for row in record["coefficients"].tolist()]

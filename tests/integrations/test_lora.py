@@ -23,7 +23,16 @@ with warnings.catch_warnings():
     from transformers import TrainerCallback
 
     from examples import lora_towers
-    from examples.lora_towers import model_with_lora, towers, train, trainable
+    from examples.lora_towers import (
+        frozen,
+        left_out,
+        model_with_lora,
+        said_of,
+        towers,
+        train,
+        trainable,
+        unheard,
+    )
 
 STEPS = 6
 
@@ -178,6 +187,17 @@ def test_frozen_weights_of_integers_do_no_harm(dtype, rule):
     assert all(map(torch.equal, mine, theirs))
 
 
-def test_the_example_runs():
-    coefficients = lora_towers.main(steps=3, rank=2)
-    assert set(coefficients) == {"vision", "projector", "language"}
+def test_the_example_prints_what_each_tower_does(capsys):
+    balance = lora_towers.main(steps=3, rank=2)
+    assert set(balance.penalty.coefficients()) == {"vision", "projector", "language"}
+    assert str(balance.recorder.summary()) in capsys.readouterr().out
+
+
+def test_each_mistake_planted_in_a_tower_is_found_by_name():
+    (refusal,) = said_of(left_out)
+    assert refusal.startswith("`groups['vision']` must hold parameters of the optimizer. Got 8 of")
+    assert "`vision` is frozen: none of its parameters requires a gradient." in said_of(frozen)
+    assert any(
+        said.startswith("`vision` is in the optimizer but never had a gradient")
+        for said in said_of(unheard)
+    )
