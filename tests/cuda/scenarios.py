@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD, AdamW
 
+from benchmarks.overhead.measure import Busy
 from gradbalance import Recorder, attach, rules
 from tests.cuda.simulated import CPU, Devices, put
 
@@ -156,6 +157,7 @@ SCENARIOS = {
     "conflicts without errors": Scenario(adamw, CONFLICTS),
     "watched": Scenario(adamw, {"rule": rules.Watch(rules.Useful())}),
     "by hand": Scenario(adamw, {"rule": rules.ByHand(text=0.5)}),
+    "the rule of the benchmarks": Scenario(adamw, {"rule": Busy()}),
     "a function for a rule": Scenario(adamw, {"rule": lambda m: m.shares.min() / m.shares}),
     "recorded": Scenario(records=True),
     "a branch absent at times": Scenario(is_absent=True),
