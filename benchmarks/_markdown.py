@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-GPU = Path(__file__).parent / "results" / "gpu.json"
+GPU = Path(__file__).parent / "results" / "gpu"  # a file for each part
 NOT_RUN = "not run: `python -m benchmarks.gpu`"
-FAILED = "failed, see `gpu.json`"
+FAILED = "failed, see `results/gpu`"
 
 
 def text(quartiles: list[float]) -> str:
@@ -29,8 +29,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def gpu_results(path: Path = GPU) -> dict:
-    """What ``benchmarks.gpu`` wrote; nothing if it has not run."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What each part of ``benchmarks.gpu`` wrote; nothing if it has not run."""
+    return {part.stem: json.loads(part.read_text()) for part in sorted(path.glob("*.json"))}
 
 
 def cell(results: Any, path: tuple[str, ...], show: Callable[[Any], str]) -> str:

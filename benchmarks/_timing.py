@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
-SLEEP = 20_000_000  # cycles of a GPU, some 10 ms
 
 
 def environment(device: str) -> dict:
@@ -29,15 +28,14 @@ def environment(device: str) -> dict:
 def seconds(call: Call, device: str, clock: Callable[[], float] = process_time) -> float:
     """On the CPU the time that this process computed, whatever else the machine had to do; on a GPU its own time.
 
-    The GPU sleeps first, so that the call is in its queue before it begins and it need not wait for the host, unless
-    the call itself makes the host wait, or takes it longer than the sleep.
+    That is the time from its first operation to the end of its last one, with what it waited for the host in between.
     """
     if device == "cpu":
         start = clock()
         call()
         return clock() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(SLEEP)
+    torch.cuda.synchronize()
     begin.record()
     call()
     end.record()

@@ -5,7 +5,7 @@ the ratios of all rounds and their quartiles.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ RIVALS = [
     ("three calls of CMD", "moment loss of three pairs"),
     ("Deep CORAL", "covariance loss"),
 ]
+
+
+# The same on a GPU, in parts: what torch runs as it is, what it compiles, and the Triton kernels against both.
+EAGER = (("naive, masked", "moments, masked", "var_mean", "moments"), *RIVALS[1:])
+COMPILED = (("naive, masked", "naive, masked, compiled", "moments, masked, compiled"),)
+FUSED = (("naive, masked", TRITON), ("moments, masked, compiled", TRITON))
 
 
 def naive(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,47 +143,55 @@ def in_triton(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def measure_size(shape: tuple[int, ...], device: str, dtype: torch.dtype, rounds: int) -> dict:
-    """Times, memory and (on a GPU) kernel launches of every case at one size."""
-    chosen = {name: runs(*case) for name, case in cases(shape, device, dtype).items()}
+def measure_size(
+    shape: tuple[int, ...],
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    rivals: Sequence[tuple[str, ...]] = tuple(RIVALS),
+) -> dict:
+    """Times, memory and (on a GPU) kernel launches of the named cases at one size; an error in place of a case."""
+    known = cases(shape, device, dtype)
+    known[TRITON] = known["moments, masked"]
     found: dict = {"dtype": str(dtype).removeprefix("torch."), "cases": {}, "ratios": {}}
-    rivals = list(RIVALS)
     if device == "cpu":
         rounds *= MORE_ROUNDS if torch.Size(shape).numel() < 100_000 else 1
-    else:
-        kernels = tuple(map(in_triton, chosen["moments, masked"]))
-        try:
-            kernels[1]()
-        except (
-            Exception
-        ) as error:  # they have never run there, and the others are to be measured all the same
-            found["cases"][TRITON] = {"error": f"{type(error).__name__}: {error}"}
-        else:
-            chosen[TRITON], rivals[0] = kernels, (*RIVALS[0], TRITON)
-    forward, both = {}, {}
-    for names in rivals:
-        forward |= interleaved({name: chosen[name][0] for name in names}, rounds, device)
-        both |= interleaved({name: chosen[name][1] for name in names}, rounds, device)
     unit = torch.Size(shape).numel() * dtype.itemsize
-    for name, calls in chosen.items():
-        inputs = 3 if "three" in name else 1
-        found["cases"][name] = {
-            "forward_ms": [1e3 * t for t in quartiles(forward[name])],
-            "both_ms": [1e3 * t for t in quartiles(both[name])],
-            "peak_forward": peak_memory(calls[0], device) / unit / inputs,
-            "peak_both": peak_memory(calls[1], device) / unit / inputs,
-        }
-        if device != "cpu":
-            count = launches(calls[0])
-            found["cases"][name] |= {"launches_forward": count, "launches_both": launches(calls[1])}
-    for name, rival, *_ in TARGETS:
-        if name in both:
-            found["ratios"][f"{name} / {rival}"] = quartiles(both[name] / both[rival])
-    if TRITON in both:
-        x = torch.empty(shape, dtype=dtype, device=device)
-        copy = interleaved({"copy": x.clone}, rounds, device)["copy"].median()
-        # forward reads x, backward reads x and writes its gradient; the copy reads and writes
-        found["bandwidth / copy"] = float(3 / both[TRITON].median() * copy / 2)
+    for names in rivals:
+        chosen = {}
+        for name in names:
+            try:
+                chosen[name] = runs(*known[name])
+                if name == TRITON:
+                    chosen[name] = tuple(map(in_triton, chosen[name]))
+                    chosen[name][1]()
+            except Exception as error:  # the others are to be measured all the same
+                chosen.pop(name, None)
+                found["cases"][name] = {"error": f"{type(error).__name__}: {error}"}
+        forward = interleaved({name: calls[0] for name, calls in chosen.items()}, rounds, device)
+        both = interleaved({name: calls[1] for name, calls in chosen.items()}, rounds, device)
+        for name, calls in chosen.items():
+            inputs = 3 if "three" in name else 1
+            found["cases"][name] = {
+                "forward_ms": [1e3 * t for t in quartiles(forward[name])],
+                "both_ms": [1e3 * t for t in quartiles(both[name])],
+                "peak_forward": peak_memory(calls[0], device) / unit / inputs,
+                "peak_both": peak_memory(calls[1], device) / unit / inputs,
+            }
+            if device != "cpu":
+                counts = {
+                    "launches_forward": launches(calls[0]),
+                    "launches_both": launches(calls[1]),
+                }
+                found["cases"][name] |= counts
+        for name, rival, *_ in TARGETS:
+            if name in both and rival in both:
+                found["ratios"][f"{name} / {rival}"] = quartiles(both[name] / both[rival])
+        if TRITON in both:
+            x = torch.empty(shape, dtype=dtype, device=device)
+            copy = interleaved({"copy": x.clone}, rounds, device)["copy"].median()
+            # forward reads x, backward reads x and writes its gradient; the copy reads and writes
+            found["bandwidth / copy"] = float(3 / both[TRITON].median() * copy / 2)
     return found
 
 

@@ -13,6 +13,7 @@ TARGETS = [
     ("moments, masked", "naive, masked", "0.55", None),
     ("moments, masked, compiled", "naive, masked", "0.22", None),
     (TRITON, "naive, masked", None, "0.25"),
+    (TRITON, "moments, masked, compiled", None, "0.77"),
     ("moments", "var_mean", "0.25", None),
     ("moment loss of three pairs", "three calls of CMD", "0.30", "0.30"),
     ("covariance loss", "Deep CORAL", None, None),
@@ -28,6 +29,7 @@ SMALL = (
 def report(found: dict, gpu: dict) -> str:
     """The measurements as Markdown; ``gpu`` holds those of ``benchmarks.gpu``, if there are any."""
     sizes = found["sizes"]
+    gpu = {"moments": _joined(gpu)}
     lines = [
         f"`python -m benchmarks.moments` on {found['hardware']}, torch {found['torch']}, {found['rounds']} rounds (a "
         f"hundred times as many of the small size), {found['date']}, load average {found['load']:.1f} at the start "
@@ -104,6 +106,29 @@ def report(found: dict, gpu: dict) -> str:
         for name in found["accuracy"]["0"]
     ]
     return "\n".join(lines + table(["", *found["accuracy"]], rows))
+
+
+def _joined(gpu: dict) -> dict:
+    """The three parts that measure moments on a GPU as one."""
+    parts = [gpu[part] for part in ("moments", "compiled", "triton") if part in gpu]
+    if not parts:
+        return {}
+    if all("error" in part for part in parts):
+        return parts[0]
+    sizes: dict = {}
+    for part in parts:
+        for name, size in part.get("sizes", {}).items():
+            known = sizes.setdefault(name, {"cases": {}, "ratios": {}})
+            for key, value in size.items():
+                if key in ("cases", "ratios"):
+                    known[key] = {**known[key], **value}
+                else:
+                    known[key] = value
+    for part, name in (("compiled", "moments, masked, compiled"), ("triton", TRITON)):
+        if "error" in gpu.get(part, {}):
+            for size in sizes.values():
+                size["cases"][name] = gpu[part]
+    return {"sizes": sizes}
 
 
 def _medians(pair: str, sizes: dict) -> str:

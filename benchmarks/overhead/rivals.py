@@ -1,6 +1,7 @@
 """What the penalty is measured against: clipping, and other ways to balance. Each acts between backward and step."""
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -101,25 +102,29 @@ def clipping(groups: Groups) -> dict[str, Callable[[], object]]:
 def with_own_backward(
     losses: Losses, shared: nn.Parameter, optimizer: torch.optim.Optimizer
 ) -> dict[str, Callable[[], object]]:
-    """What replaces the backward of the summed losses."""
-    from gradnorm_pytorch import GradNormLossWeighter
-    from pytorch_optimizer import PCGrad
-    from torchjd.aggregation import UPGrad
-    from torchjd.autojac import backward, jac_to_grad
-
+    """What replaces the backward of the summed losses; only of the packages that are installed."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    weighter = GradNormLossWeighter(num_losses=3, grad_norm_parameters=shared).to(shared.device)
-    pcgrad = PCGrad(optimizer)
+    found: dict[str, Callable[[], object]] = {}
+    if find_spec("gradnorm_pytorch"):
+        from gradnorm_pytorch import GradNormLossWeighter
 
-    def upgrad() -> None:
-        backward(losses())
-        jac_to_grad(parameters, UPGrad())
+        weighter = GradNormLossWeighter(num_losses=3, grad_norm_parameters=shared).to(shared.device)
+        found["gradnorm-pytorch"] = lambda: weighter.backward(losses())
+    if find_spec("torchjd"):
+        from torchjd.aggregation import UPGrad
+        from torchjd.autojac import backward, jac_to_grad
 
-    return {
-        "gradnorm-pytorch": lambda: weighter.backward(losses()),
-        "TorchJD UPGrad": upgrad,
-        "PCGrad (pytorch_optimizer)": lambda: pcgrad.pc_backward(losses()),
-    }
+        def upgrad() -> None:
+            backward(losses())
+            jac_to_grad(parameters, UPGrad())
+
+        found["TorchJD UPGrad"] = upgrad
+    if find_spec("pytorch_optimizer"):
+        from pytorch_optimizer import PCGrad
+
+        pcgrad = PCGrad(optimizer)
+        found["PCGrad (pytorch_optimizer)"] = lambda: pcgrad.pc_backward(losses())
+    return found
 
 
 class Branches(nn.Module):
@@ -154,8 +159,11 @@ class Branches(nn.Module):
         return self.to(device)
 
 
-# Width and layers per encoder for so many million parameters in all.
+# Width and layers per encoder for so many million parameters in all; 0 to see that it runs.
 WIDTHS = {
+    ("MLP", 0): (32, 2),
+    ("MLP", 100): (2048, 8),
+    ("transformer", 0): (64, 1),
     ("MLP", 10): (1024, 3),
     ("MLP", 60): (2048, 5),
     ("transformer", 10): (256, 4),

@@ -39,6 +39,10 @@ class TwoBranches(nn.Module):
         self.a, self.b = layers
         self.head = nn.Linear(2 * width, 10)
 
+    def move(self, device: str) -> "TwoBranches":
+        self.inputs, self.target = self.inputs.to(device), self.target.to(device)
+        return self.to(device)
+
     def forward(self) -> Tensor:
         return cross_entropy(
             self.head(torch.cat([self.a(self.inputs[0]), self.b(self.inputs[1])], 1)), self.target

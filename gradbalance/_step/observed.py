@@ -43,7 +43,8 @@ class ObservedErrors:
             )
         checked = {name: _checked(name, error) for name, error in errors.items()}
         for name, error in checked.items():
-            self.sums[name] = self.sums.get(name, 0.0) + error
+            known = self.sums.get(name)
+            self.sums[name] = error if known is None else known + error
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self, device: torch.device) -> Tensor | None:
@@ -59,8 +60,10 @@ class ObservedErrors:
             return None
         means = []
         for name in self._names:
-            is_seen = name in self.sums
-            means.append(self.sums[name] / self._counts[name] if is_seen else UNSEEN)
+            mean = self.sums.get(name, UNSEEN)
+            if self._counts.get(name, 1) > 1:
+                mean = mean / self._counts[name]
+            means.append(mean)
         self.sums = {}
         self._counts = {}
         if not any(isinstance(mean, Tensor) for mean in means) and world_size() == 1:
@@ -105,7 +108,7 @@ def _checked(name: str, error: object) -> Tensor | float:
     """The error as a number if it is on the host, else as a tensor ``[]`` that is not read."""
     value = checked_scalar(name, error, "Pass the mean error.")
     if isinstance(value, Tensor):
-        return torch.where(value < 0, torch.nan, value)
+        return value.masked_fill(value < 0, torch.nan)
     if value < 0:
         raise ValueError(
             f"`{name}` must be >= 0, lower is better. Got {value}. Pass an error, not a score."

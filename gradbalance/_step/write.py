@@ -48,8 +48,9 @@ def clip_factor(norms: Tensor, factors: Sequence[float], max_norm: float) -> Ten
         factors: Of each row.
         max_norm: The largest norm of all gradients together.
     """
-    scaled = torch._foreach_mul(norms.unbind(), list(factors))
-    total = torch.linalg.vector_norm(torch.stack(scaled))
+    if any(factor != 1 for factor in factors):
+        norms = torch.stack(torch._foreach_mul(norms.unbind(), list(factors)))
+    total = torch.linalg.vector_norm(norms)
     clip = (max_norm / (total + 1e-6)).clamp(max=1.0)
     return torch.where(total < torch.inf, clip, 1.0)
 

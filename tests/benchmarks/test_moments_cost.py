@@ -54,7 +54,7 @@ def test_the_report_shows_what_the_gpu_gave():
     *_, size = figures["sizes"].values()
     for case in size["cases"].values():
         case |= {"launches_forward": 70, "launches_both": 93}
-    assert report.report(figures, {}).count(_markdown.NOT_RUN) == 14
+    assert report.report(figures, {}).count(_markdown.NOT_RUN) == 15
     cases = {
         **size["cases"],
         report.TRITON: {**size["cases"]["moments"], "launches_forward": 2, "launches_both": 3},

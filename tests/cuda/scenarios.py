@@ -6,12 +6,14 @@ In a process of its own, see :mod:`tests.cuda.simulated`.
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import SGD, AdamW
 
+from benchmarks.overhead.measure import Busy
 from gradbalance import Recorder, attach, rules
 from tests.cuda.simulated import CPU, Devices, put
 
@@ -41,6 +43,18 @@ def with_rate_on_the_host(parameters, device):
     return AdamW(parameters, lr=torch.tensor(LR), fused=True)
 
 
+def tensor_by_tensor_with_rate_on_the_host(parameters, device):
+    return AdamW(parameters, lr=torch.tensor(LR), foreach=False)
+
+
+def sgd_with_rate_on_the_host(parameters, device):
+    return SGD(parameters, lr=torch.tensor(LR))
+
+
+def sgd_with_rate_on_the_device(parameters, device):
+    return SGD(parameters, lr=put(torch.tensor(LR), device), momentum=0.9, foreach=True)
+
+
 def with_rate_on_the_device(parameters, device):
     return AdamW(parameters, lr=put(torch.tensor(LR), device), capturable=device != CPU)
 
@@ -67,6 +81,15 @@ def on_the_device(device):
 
 def on_either(device):
     return {**floats(device), "audio": put(torch.tensor(0.9), device)}
+
+
+def on_each_device(device):
+    """Each where its branch is, as a head leaves it there, in half precision."""
+    found = {}
+    for m, (name, error) in enumerate(floats(device).items()):
+        home = CPU if device == CPU else GPUS[m % len(GPUS)]
+        found[name] = put(torch.tensor(error, dtype=torch.bfloat16), home)
+    return found
 
 
 class Scenario(NamedTuple):
@@ -108,12 +131,18 @@ DEFAULT = {
     "AdamW, learning rate on the host": Scenario(with_rate_on_the_host),
     "AdamW, learning rate on the device": Scenario(with_rate_on_the_device),
     "AdamW, a million entries": Scenario(shapes=MILLION),
+    "AdamW, tensor by tensor, learning rate on the host": Scenario(
+        tensor_by_tensor_with_rate_on_the_host
+    ),
     "SGD": Scenario(sgd),
+    "SGD, learning rate on the host": Scenario(sgd_with_rate_on_the_host),
     "SGD, small tensors": Scenario(sgd, shapes=SMALL),
 }
 SCENARIOS = {
     **DEFAULT,
     "gradients scaled": Scenario(sgd, IN_GRADIENT),
+    # torch reads such a rate itself, once for each param_group.
+    "SGD, learning rate on the device": Scenario(sgd_with_rate_on_the_device),
     "updates rescaled": Scenario(adamw, {"apply_to": "displacement"}),
     "clipped": Scenario(adamw, {"max_norm": 1.0}),
     "scaled and clipped": Scenario(sgd, {**IN_GRADIENT, "max_norm": 1.0}),
@@ -129,21 +158,43 @@ SCENARIOS = {
     "conflicts without errors": Scenario(adamw, CONFLICTS),
     "watched": Scenario(adamw, {"rule": rules.Watch(rules.Useful())}),
     "by hand": Scenario(adamw, {"rule": rules.ByHand(text=0.5)}),
+    "the rule of the benchmarks": Scenario(adamw, {"rule": Busy()}),
     "a function for a rule": Scenario(adamw, {"rule": lambda m: m.shares.min() / m.shares}),
     "recorded": Scenario(records=True),
     "a branch absent at times": Scenario(is_absent=True),
     "not the current device": Scenario(devices=GPUS[1:]),
     "two devices": Scenario(devices=GPUS),
     "two devices, clipped": Scenario(sgd, {**IN_GRADIENT, "max_norm": 1.0}, devices=GPUS),
+    "two devices, errors in floats": Scenario(adamw, CONFLICTS, observed=floats, devices=GPUS),
+    "two devices, errors on each": Scenario(
+        adamw, CONFLICTS, observed=on_each_device, devices=GPUS
+    ),
+    "two devices, learning rate on the host": Scenario(with_rate_on_the_host, devices=GPUS),
+    "two devices, gradients scaled": Scenario(sgd, IN_GRADIENT, devices=GPUS),
+    "two devices, updates rescaled": Scenario(adamw, {"apply_to": "displacement"}, devices=GPUS),
+    "two devices, one absent at times": Scenario(
+        is_absent=True, devices=(GPUS[0], GPUS[0], GPUS[1])
+    ),
+    "two devices, watched and recorded": Scenario(
+        adamw, {"rule": rules.Watch(rules.Useful())}, devices=GPUS, records=True
+    ),
     "bfloat16": Scenario(dtype=torch.bfloat16),
+    "bfloat16, gradients scaled": Scenario(sgd, IN_GRADIENT, dtype=torch.bfloat16),
+    "bfloat16, scaled and clipped": Scenario(
+        sgd, {**IN_GRADIENT, "max_norm": 1.0}, dtype=torch.bfloat16
+    ),
+    "float16, scaled and clipped": Scenario(
+        sgd, {**IN_GRADIENT, "max_norm": 1.0}, dtype=torch.float16
+    ),
     "GradScaler": Scenario(scales=True),
     "GradScaler, fused and clipped": Scenario(fused, {"max_norm": 1.0}, scales=True),
 }
 
 
-AT_ONCE = [*DEFAULT, *(name for name in SCENARIOS if "measured at one of" in name)]
+AT_ONCE = [*DEFAULT, *(name for name in SCENARIOS if "measured at" in name)]
 
 
+@cache
 def gradient(name, i, shape, step):
     """Of the i-th parameter of a branch, on the host: in part the same at each step."""
     seed = 10 * NAMES.index(name) + i
@@ -203,7 +254,7 @@ def train(scenario, options, devices, simulation=None):
             seen["coefficients"] = penalty.balance.coefficients.tolist()
         if simulation is not None:
             seen["waits"] = list(simulation.waits)
-            seen["operators"] = [operator.name for operator in simulation.operators]
+            seen["operators"] = list(simulation.operators)
         shown.append(seen)
     if recorder is not None:
         recorder.close()

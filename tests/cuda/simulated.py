@@ -90,10 +90,18 @@ def put(tensor, device):
 
 
 class Operator(NamedTuple):
-    """An operator that was called on tensors of a device; a view launches nothing there."""
+    """An operator that was called on tensors of a device.
+
+    Attributes:
+        name: Of the operator.
+        is_view: Whether it launches nothing.
+        is_slow: Whether it launches once for each tensor of a list: its number is a tensor of
+            another dtype.
+    """
 
     name: str
     is_view: bool
+    is_slow: bool
 
 
 class Arrival(NamedTuple):
@@ -164,7 +172,7 @@ class Devices(TorchDispatchMode):
         target = _device_of_result(packet, kwargs, tensors)
         is_asynchronous = False
         if target != CPU or any(isinstance(t, CudaTensor) for t in tensors):
-            self.operators.append(Operator(str(func), _is_view(func)))
+            self.operators.append(Operator(str(func), _is_view(func), _is_slow(func, args)))
             if packet in COPIES:
                 is_asynchronous = self._copies_without_wait(func, args, kwargs, target)
             else:
@@ -273,6 +281,13 @@ def _device(device):
 def _is_view(func):
     aliases = [returned.alias_info for returned in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _is_slow(func, args):
+    if "_foreach_" not in str(func) or len(args) < 2 or not isinstance(args[1], torch.Tensor):
+        return False
+    number = args[1]
+    return number.device != CPU and any(t.dtype != number.dtype for t in args[0])
 
 
 def _check_devices(func, tensors):

@@ -1,12 +1,22 @@
 """The fused kernels, in Triton's interpreter and through its compiler; neither needs a GPU."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests import needs
 
 needs("triton")
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ("_sum_parts", "_merge_parts", "_gradient")
+CUDA = ("sm_80", "sm_90")
+TARGETS = (*CUDA, "gfx942")
 
 # Triton chooses between compiler and interpreter when it is imported, hence a process of its own.
 EQUAL = """
@@ -117,23 +127,92 @@ for groups, rows, features, fits in (
     assert fused.can_index(groups, rows, features) == fits, (groups, rows, features)
 """
 
-# What the interpreter accepts is not always what the compiler does.
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton
-from gradbalance.statistics import _triton as fused
+# NaN and infinity where the tensor operations have them, and nowhere else.
+PARITY = """
+import itertools
+import torch
+from gradbalance.statistics import _central, _triton as fused
 
-for dtype, wide, masked, order in (("fp16", "fp32", True, 4), ("bf16", "fp32", False, 2), ("fp64", "fp64", True, 3)):
-    constants = {"MASKED": masked, "ORDER": order, "ROWS": 16, "PARTS": 4, "COLUMNS": 16}
-    types = dict.fromkeys(("sums", "powers", "grad"), "*" + wide)
-    types |= {"x": "*" + dtype, "gradient": "*" + dtype, "mask": "*u8"}
-    types |= {"counts": "*i64", "count": "*i64", "mean": "*fp64"}
-    for kernel in (fused._sum_parts, fused._merge_parts, fused._gradient):
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        fixed = {(index,): constants[name] for index, name in enumerate(names) if name in constants}
-        triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+fused._TILE, fused._COLUMNS, fused._PARTS = 64, 16, 2
+generator = torch.Generator().manual_seed(0)
+dtypes = itertools.cycle((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+values, rows = (torch.nan, torch.inf, -torch.inf, "both"), (9, 22)
+for value, row, is_masked in itertools.product(values, rows, (False, True)):
+    dtype, order = next(dtypes), 4 - row % 2
+    x = torch.randn(2, 23, 5, generator=generator).to(dtype)
+    mask = torch.rand(2, 23, generator=generator) > 0.4 if is_masked else None
+    x[0, row, 1] = torch.inf if value == "both" else value
+    if value == "both":
+        x[0, row - 1, 1] = -torch.inf
+    x.requires_grad_()
+    shown = []
+    for central in (fused.central_moments(x, mask, order), _central.central_moments(x, mask, 1, order, False, True)):
+        moments = (central.mean, *central.powers)
+        (gradient,) = torch.autograd.grad(sum(moment.sum() for moment in moments), x)
+        shown.append([moment.isnan().tolist() for moment in (*moments, gradient)])
+    assert shown[0] == shown[1], (value, row, is_masked, dtype)
+"""
+
+# Two devices that are nowhere: a tensor that says that it is on the second one, and a driver of
+# which Triton asks where it is. Both see the current device of torch.
+DEVICE = """
+import torch
+from triton.runtime import driver
+from gradbalance.statistics import _triton as fused
+from tests.statistics import compiled
+
+class OnSecond(torch.Tensor):
+    is_cuda = True
+
+    def get_device(self):
+        return 1
+
+current = [0]
+
+def exchange(index):
+    before = current[0]
+    current[0] = index if index >= 0 else before
+    return before
+
+torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = exchange
+torch.cuda.current_device = lambda: current[0]
+
+class Driver(compiled.Driver):
+    def get_current_device(self):
+        return torch.cuda.current_device()
+
+driver.set_active(Driver("sm_90"))
+note = compiled.JITFunction.run
+asked = []
+compiled.JITFunction.run = lambda self, *_, **__: asked.append((self.__name__, driver.active.get_current_device()))
+x = torch.randn(2, 9, 4).as_subclass(OnSecond).requires_grad_()
+central = fused.central_moments(x, None, 4)
+assert current == [0]
+sum(power.sum() for power in central.powers).backward()
+assert current == [0]
+assert asked == [("_sum_parts", 1), ("_merge_parts", 1), ("_gradient", 1)], asked
+"""
+
+# The largest samples that are taken, along each axis.
+GRIDS = """
+import torch
+from gradbalance.statistics import _triton as fused
+from tests.statistics.compiled import launches
+
+taken = [
+    (1, 2**30, 1), (1, 2**29, 1024), (1, 1, 1_048_560), (204, 1, 1_048_560), (2**27, 8, 1), (2**27, 1, 1),
+    (2**20, 2, 200), (1, 1023, 1_048_560), (2**30 // 5, 1, 1), (65_536, 16_384, 3),
+]
+for shape in taken:
+    assert fused.can_index(*shape), shape
+    found = launches(shape, torch.bfloat16, True, 4, compiles=False)
+    assert [kernel for kernel, _, _ in found] == ["_sum_parts", "_merge_parts", "_gradient"]
+    for kernel, grid, _ in found:
+        assert all(size >= 1 for size in grid), (kernel, shape, grid)
+        limits = (2**31 - 1, 65_535, 65_535)
+        assert all(size <= limit for size, limit in zip(grid, limits)), (kernel, shape, grid)
+for shape in ((1, 2**30 + 1, 1), (1, 1, 1_048_561), (2**30 // 5 + 1, 1, 1)):
+    assert not fused.can_index(*shape), shape
 """
 
 
@@ -148,13 +227,86 @@ def test_the_fused_kernels_equal_the_tensor_operations():
     run(EQUAL, TRITON_INTERPRET="1")
 
 
-def test_the_fused_kernels_keep_nan_and_overflow_to_infinity():
-    run(EXTREMES, TRITON_INTERPRET="1")
+def test_the_fused_kernels_keep_nan_where_the_tensor_operations_do_and_overflow_to_infinity():
+    run(EXTREMES + PARITY, TRITON_INTERPRET="1")
 
 
 def test_the_fused_kernels_are_taken_on_cuda_alone_if_asked_for_and_if_they_can_index_the_samples():
     run(CHOICE, TRITON_INTERPRET="1")
 
 
-def test_the_fused_kernels_compile_for_a_hopper_gpu():
-    run(COMPILE, TRITON_INTERPRET="0")
+def test_the_kernels_are_launched_in_grids_that_fit_on_the_device_of_the_samples():
+    run(GRIDS + DEVICE, TRITON_INTERPRET="0")
+
+
+LOAD = re.compile(r"ld\.global\.(v\d\.b\d+)|(?:global|buffer)_load_(dwordx\d)")
+STORE = re.compile(r"st\.global\.(v\d\.b\d+)|(?:global|buffer)_store_(dwordx\d)")
+WIDE = ("v4.b32", "v2.b64", "dwordx4")  # 16 bytes
+
+
+# What the interpreter accepts is not always what the compiler does. Every kind of launch: EVERY_KERNEL=1.
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.statistics.compiled"]
+    if os.environ.get("EVERY_KERNEL") == "1":
+        command.append("--all")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+    result = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def kernels(compiled, target):
+    assert {kernel["kernel"] for kernel in compiled[target]} == set(KERNELS)
+    return compiled[target]
+
+
+def widths(accesses, kernel):
+    return {cuda or hip for cuda, hip in accesses.findall(kernel["code"])}
+
+
+def described(kernel):
+    """All but the code, for a message."""
+    return {name: value for name, value in kernel.items() if name != "code"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills_registers(kernels):
+    for kernel in kernels:
+        is_known = kernel["kernel"] == "_merge_parts" and kernel["dtype"] == "float64"
+        assert is_known or kernel["spilled"] == 0, described(kernel)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_has_atomic_operations(kernels):
+    for kernel in kernels:
+        found = re.findall(r"\b(?:atom|red)\.\S+|\w*atomic\w*", kernel["code"])
+        assert not found, (described(kernel), found)
+
+
+@pytest.mark.parametrize("target", CUDA)
+def test_no_maximum_drops_nan(kernels):
+    for kernel in kernels:
+        found = re.findall(r"\b(?:max|min)\.\S*f(?:16|32)\S*", kernel["code"])
+        assert all(".NaN" in name for name in found), (described(kernel), found)
+        # There is none in float64 that keeps NaN: it is looked for beside.
+        guarded = re.findall(
+            r"setp\.nan\.f64\s+\S+ (\S+), \1;\s+max\.f64\s+\S+ \1,", kernel["code"]
+        )
+        assert len(guarded) == len(re.findall(r"\b(?:max|min)\.f64", kernel["code"]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_samples_are_read_and_written_16_bytes_at_a_time_where_the_features_allow_it(kernels):
+    for kernel in kernels:
+        if kernel["kernel"] == "_merge_parts" or kernel["shape"][2] % 16:
+            continue
+        found = [widths(LOAD, kernel)]
+        if kernel["kernel"] == "_gradient":
+            found.append(widths(STORE, kernel))
+        for seen in found:
+            assert seen & set(WIDE), (described(kernel), found)

@@ -1,11 +1,8 @@
-"""Everything that needs a GPU: ``python -m benchmarks.gpu`` writes ``results/gpu.json`` and enters it in the reports.
-
-The moments, the overhead of the penalty, its kernel launches, host time and host synchronisations. A part that fails leaves its error in place of its figures.
-"""
+"""One part of ``benchmarks.gpu``: ``python -m benchmarks.gpu.parts PART FILE`` writes what it measures to the file."""
 
 import argparse
 import json
-import sys
+import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,15 +12,14 @@ from time import perf_counter
 
 import torch
 
-from benchmarks._markdown import GPU, gpu_results
 from benchmarks._timing import Call, environment, interleaved, launches, ratios
+from benchmarks.gpu.loops import MODELS, measure_loop
 from benchmarks.moments import measure as moments
-from benchmarks.moments import report as moments_report
 from benchmarks.overhead import measure as overhead
-from benchmarks.overhead import report as overhead_report
 from benchmarks.overhead.rivals import clipping
 
 MODES = ("update", "gradient", "gradient + max_norm")
+ROUNDS = 20
 
 
 def attempt(call: Callable[[], object]) -> object:
@@ -94,61 +90,75 @@ def of_each_step(count: Callable[[Call], int], device: str) -> dict[str, object]
     return found
 
 
-def all_moments(device: str) -> dict:
+def moments_of(rivals: tuple[tuple[str, ...], ...], device: str, is_smoke: bool) -> dict:
+    """Time and memory of some of the ways to take moments, at every size."""
+    sizes = {"8 x 4": ((8, 4), torch.float32)} if is_smoke else moments.sizes(device)
+    rounds = 1 if is_smoke else ROUNDS
     found = {
-        name: attempt(partial(moments.measure_size, shape, device, dtype, moments.ROUNDS))
-        for name, (shape, dtype) in moments.sizes(device).items()
+        name: attempt(partial(moments.measure_size, shape, device, dtype, rounds, rivals))
+        for name, (shape, dtype) in sizes.items()
     }
-    return {
-        "rounds": moments.ROUNDS,
-        "sizes": found,
-        "accuracy": attempt(partial(moments.accuracy, device)),
+    return {"rounds": rounds, "sizes": found}
+
+
+def operations(device: str, is_smoke: bool) -> dict:
+    """The penalty beside clipping, the kernels and the memory, and how it grows."""
+    numel, rounds = (30, 2) if is_smoke else (220_000, 25)
+    found = overhead.measure_operations(3, 30 if is_smoke else 300, numel, device, rounds, True)
+    curves = {} if is_smoke else overhead.curves(10**8)
+    found["curves"] = {
+        name: [overhead.measure_operations(*at, device, 10, False) for at in points]
+        for name, points in curves.items()
     }
+    return found
 
 
-def all_overhead(device: str) -> dict:
-    calls = overhead.measurements(device)
-    found = {part: attempt(calls[part]) for part in ("operations", "curves", "profile")}
-    return {**found, "steps": [attempt(step) for step in overhead.steps(device)]}
+def whole_steps(device: str, is_smoke: bool) -> list[object]:
+    """Whole steps beside other ways to balance, of models of 10 M parameters and of 60 M."""
+    if is_smoke:
+        return [attempt(lambda: overhead.measure_step("MLP", 0, "SGD", device, 2, False))]
+    return [attempt(step) for step in overhead.steps(device)]
 
 
-def parts(device: str = "cuda") -> dict[str, Callable[[], object]]:
+def parts(device: str, is_smoke: bool) -> dict[str, Callable[[], object]]:
     """What is measured, by name."""
-    return {
+    tensors, groups = (8, 4) if is_smoke else (10_000, 256)
+    rounds = 2 if is_smoke else 30
+    found: dict[str, Callable[[], object]] = {
+        name: partial(measure_loop, name, device, is_smoke) for name in MODELS
+    }
+    found |= {
+        "environment": partial(environment, device),
         "host_synchronisations": partial(of_each_step, synchronisations, device),
         "launches": partial(of_each_step, launches, device),
         "host_time": lambda: {
-            "10,000 tensors": attempt(partial(host_times, 2, 10_000, device)),
-            "256 groups": attempt(partial(host_times, 256, 512, device)),
+            "10,000 tensors": attempt(partial(host_times, 2, tensors, device, rounds)),
+            "256 groups": attempt(partial(host_times, groups, 2 * groups, device, rounds)),
         },
-        "moments": partial(all_moments, device),
-        "overhead": partial(all_overhead, device),
+        "operations": partial(operations, device, is_smoke),
+        "steps": lambda: {"steps": whole_steps(device, is_smoke)},
+        "fault": os.abort,
     }
-
-
-def measure(calls: dict[str, Callable[[], object]], path: Path, device: str = "cuda") -> None:
-    """Call each and write what it gives, one by one: a crash then costs no figure that is there already."""
-    for name, call in calls.items():
-        print(name, file=sys.stderr, flush=True)
-        found = {**gpu_results(path), "environment": environment(device), name: attempt(call)}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    for part, rivals in (
+        ("moments", moments.EAGER),
+        ("compiled", moments.COMPILED),
+        ("triton", moments.FUSED),
+    ):
+        found[part] = partial(moments_of, rivals, device, is_smoke)
+    return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "parts", nargs="*", help=f"measure these again: {', '.join(parts())}; default all"
-    )
-    chosen = parser.parse_args().parts
-    if not torch.cuda.is_available():
-        sys.exit(
-            "benchmarks.gpu must run where torch sees a CUDA device. Got none. Run it on a machine with a GPU."
-        )
-    calls = parts()
-    measure({name: calls[name] for name in chosen or calls}, GPU)
-    for path, report in (
-        (moments_report.JSON, moments_report.report),
-        (overhead_report.JSON, overhead_report.report),
-    ):
-        path.with_suffix(".md").write_text(report(json.loads(path.read_text()), gpu_results()))
-    print(GPU.read_text())
+    parser.add_argument("part")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    device = "cpu" if arguments.smoke else "cuda"
+    if arguments.smoke:
+        torch.set_num_threads(1)
+    measured = attempt(parts(device, arguments.smoke)[arguments.part])
+    # Whole or not at all, should it be killed.
+    written = arguments.path.with_suffix(".part")
+    written.write_text(json.dumps(measured, indent=1) + "\n")
+    written.replace(arguments.path)
