@@ -19,6 +19,16 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """Where Triton is not installed the module of its kernels cannot be searched for doctests."""
-    if find_spec("triton") is None:
-        config.option.ignore = [*(config.option.ignore or []), "gradbalance/statistics/_triton.py"]
+    """Let through what an old torch warns of, and leave out modules that need what is not installed.
+
+    Those modules cannot be searched for doctests.
+    """
+    from tests.old_torch import filters
+
+    for line in filters():
+        config.addinivalue_line("filterwarnings", line)
+    ignored = [*(config.option.ignore or [])]
+    for package, module in (("matplotlib", "_figure.py"), ("triton", "statistics/_triton.py")):
+        if find_spec(package) is None:
+            ignored.append(f"gradbalance/{module}")
+    config.option.ignore = ignored
