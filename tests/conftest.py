@@ -21,12 +21,17 @@ torch.set_num_threads(1)
 # What cannot be imported, and not be searched for doctests, without the package.
 OPTIONAL = {
     "lightning": "gradbalance/integrations/lightning.py",
+    "matplotlib": "gradbalance/_figure.py",
     "transformers": "gradbalance/integrations/transformers.py",
     "triton": "gradbalance/statistics/_triton.py",
 }
 
 
 def pytest_configure(config):
-    """Leave out the modules whose package is not installed."""
+    """Let through what an old torch warns of, and leave out modules whose package is not installed."""
+    from tests.old_torch import filters
+
+    for line in filters():
+        config.addinivalue_line("filterwarnings", line)
     missing = [path for package, path in OPTIONAL.items() if find_spec(package) is None]
     config.option.ignore = [*(config.option.ignore or []), *missing]

@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import torch
 
+from tests.old_torch import has_torch
+
 MODES = ("update", "gradient")
 # On the gradients of Adam and most others a constant factor cancels: the penalty warns of it, these tests know it.
 cancels = pytest.mark.filterwarnings(
@@ -60,7 +62,8 @@ def _torch_cases():
         nature = {
             "modes": ("gradient",) if cls in GRADIENT_ONLY else MODES,
             "by_rate": cls not in BY_DISPLACEMENT,
-            "bias": cls is not torch.optim.Muon,
+            "bias": name != "Muon",
+            "grows": name != "Adagrad" or has_torch("Adagrad after add_param_group"),
         }
         yield Case(name, partial(cls, lr=0.02), **nature)
         parameters = inspect.signature(cls.__init__).parameters

@@ -2,20 +2,22 @@
 
 import pytest
 import torch
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from gradbalance import ConflictAwarePenalty, attach, rules
 from tests.contract.fixed import Branches, assert_half_of_a_alone, feed
 from tests.contract.oracle import refused
+from tests.old_torch import needs_torch
 
 
 class MuonAndAdamW(Optimizer):
     """Matrices by Muon and the rest by AdamW, as in many training scripts; lists all parameters itself."""
 
     def __init__(self, params):
+        needs_torch("torch.optim.Muon")
         params = list(params)
         super().__init__(params, {"lr": 0.02})
-        self.muon = Muon([p for p in params if p.dim() == 2], lr=0.02, weight_decay=0.0)
+        self.muon = torch.optim.Muon([p for p in params if p.dim() == 2], lr=0.02, weight_decay=0.0)
         self.adamw = AdamW([p for p in params if p.dim() != 2], lr=0.01, weight_decay=0.0)
 
     def step(self, closure=None):

@@ -43,7 +43,7 @@ def divisions(draw, minimum=2):
 def moved(cls, division, options, apply_to=None, tensor_rates=False, rule=None):
     group_of, at, coefficients, rates = division
     torch.manual_seed(0)
-    vectors = cls is not torch.optim.Muon
+    vectors = cls.__name__ != "Muon"
     parameters = [
         nn.Parameter(
             torch.randn((5,) if i % 3 == 0 and vectors else (4, 3 + i), dtype=torch.float64)

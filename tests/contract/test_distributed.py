@@ -18,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard as fsdp2
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -47,6 +48,7 @@ from tests.contract.branches import (
     train,
 )
 from tests.contract.ranks import on_ranks
+from tests.old_torch import needs_torch
 
 # Every way through the step: where the coefficient goes, clipping that bites, by errors, by the coherence of successive
 # gradients, by norms alone, by a rule with a memory, kept between steps.
@@ -86,6 +88,11 @@ def zero_redundancy(bucket_view):
         ZeroRedundancyOptimizer, optimizer_class=AdamW, parameters_as_bucket_view=bucket_view, lr=LR
     )
     return DistributedDataParallel(Branches()), {"make": make}, {}
+
+
+def fully_shard(module, **options):
+    needs_torch("FSDP2 on the CPU")
+    return fsdp2(module, **options)
 
 
 def shard(model, mesh=None, **options):

@@ -25,6 +25,7 @@ from tests.engine.models import (
     slow_norm,
     train,
 )
+from tests.old_torch import needs_torch
 
 each_mode = pytest.mark.parametrize("mode", ["update", "gradient"])
 # The norms of a small model are read from its sketch, where there is one.
@@ -99,6 +100,7 @@ def test_half_precision_norms_beyond_its_range_are_finite(rule):
 
 @each_reading
 def test_gradients_narrower_than_their_parameters_are_summed_in_float32(rule):
+    needs_torch("Tensor.grad_dtype")
     narrow, other = zeros(300, 300), zeros(1)
     narrow.grad_dtype = torch.float16
     narrow.grad = torch.full((300, 300), 300.0, dtype=torch.float16)

@@ -4,10 +4,12 @@ import warnings
 
 import numpy as np
 import pytest
-from matplotlib.colors import same_color
 
 from gradbalance import Recorder, rules
+from tests import needs
 from tests.recorder.runs import make_group_names, make_penalty
+
+colors = needs("matplotlib.colors", "plot")
 
 WATCH = rules.Watch()
 QUANTITIES = {
@@ -163,7 +165,7 @@ def test_a_group_looks_alike_in_all_panels_and_no_two_groups_look_alike(tmp_path
     assert len(set(keys)) == 60
     bands = panels["Coherence"].collections
     for band, line in zip(bands, panels["Coherence"].lines, strict=True):
-        assert same_color(band.get_facecolor()[0][:3], line.get_color())
+        assert colors.same_color(band.get_facecolor()[0][:3], line.get_color())
 
 
 def test_names_are_drawn_literally(tmp_path):  # E27
