@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.balancing.cells import Cells
 from benchmarks.balancing.grid import DEFAULT, TELLING
-from benchmarks.balancing.testbeds import BEDS
+from benchmarks.balancing.testbeds import TESTBEDS
 
 RIVALS = {
     "SGD": ("landed", "faster by hand", "slower by hand", "OGM-GE", "clip groups", "paper"),
@@ -34,20 +34,20 @@ def dots(cells: Cells, optimizer: str) -> dict[str, tuple[float, float]]:
 
     def gains(rule: str) -> dict[str, float]:
         return {
-            bed: change.mean for bed in BEDS if (change := cells.change(bed, rule, optimizer, lr))
+            testbed: change.mean for testbed in TESTBEDS if (change := cells.change(testbed, rule, optimizer, lr))
         }
 
     found = {rule: gains(rule) for rule in ("Coherence", *RIVALS[optimizer])}
-    found = {rule: beds for rule, beds in found.items() if beds}
+    found = {rule: testbeds for rule, testbeds in found.items() if testbeds}
     common = set.intersection(*map(set, found.values())) if found else set()
     wrong = {
-        bed for bed in common if (BEDS[bed].starved if optimizer == "SGD" else BEDS[bed].wrong)
+        testbed for testbed in common if (TESTBEDS[testbed].starved if optimizer == "SGD" else TESTBEDS[testbed].wrong)
     }
     if not wrong or wrong == common:
         return {}
     return {
-        rule: (fmean(beds[b] for b in common - wrong), fmean(beds[b] for b in wrong))
-        for rule, beds in found.items()
+        rule: (fmean(testbeds[b] for b in common - wrong), fmean(testbeds[b] for b in wrong))
+        for rule, testbeds in found.items()
     }
 
 

@@ -12,7 +12,7 @@ from benchmarks.balancing.figure import draw
 from benchmarks.balancing.goals import goals
 from benchmarks.balancing.grid import DEFAULT, FORMULA, OLD, TELLING
 from benchmarks.balancing.runs import RATES, Found, Run
-from benchmarks.balancing.testbeds import BEDS
+from benchmarks.balancing.testbeds import TESTBEDS
 
 SCALE_FREE = ("AdamW", "Adam", "Muon")
 
@@ -23,28 +23,28 @@ def points(value: float | None) -> str:
 
 def headroom(cells: Cells) -> list[str]:
     rows = []
-    for name, bed in BEDS.items():
+    for name, testbed in TESTBEDS.items():
         joint, added = cells.mean(name, "none"), cells.headroom(name)[0]
         if joint is None or added is None:
             continue
         room = cells.headroom(name)[1]
         probes = [
             cells.mean(name, "none", value=lambda f, m=m: f["probes"][m])
-            for m in range(len(bed.branches))
+            for m in range(len(testbed.branches))
         ]
         missing = [
             cells.mean(name, "none", value=lambda f, m=m: f["missing"][m])
-            for m in range(len(bed.branches))
+            for m in range(len(testbed.branches))
         ]
         branches = (
             f"{b.name} {points(p + r.mean)} / {points(p)}"
-            for b, p, r in zip(bed.branches, probes, room, strict=True)
+            for b, p, r in zip(testbed.branches, probes, room, strict=True)
             if r
         )
-        without = (f"{b.name} {points(v)}" for b, v in zip(bed.branches, missing, strict=True))
+        without = (f"{b.name} {points(v)}" for b, v in zip(testbed.branches, missing, strict=True))
         rows.append(
             [
-                bed.title,
+                testbed.title,
                 f"{cells.rate(name, 'AdamW'):g}",
                 points(joint),
                 added,
@@ -67,11 +67,11 @@ def headroom(cells: Cells) -> list[str]:
 
 def changes(cells: Cells, optimizer: str, lr: float | None = None) -> list[str]:
     rows = []
-    for name, bed in BEDS.items():
+    for name, testbed in TESTBEDS.items():
         change = cells.change(name, "Coherence", optimizer, lr)
         if change is None:
             continue
-        names = [branch.name for branch in bed.branches]
+        names = [branch.name for branch in testbed.branches]
         columns = [
             shown(
                 f"{n} {c}"
@@ -85,7 +85,7 @@ def changes(cells: Cells, optimizer: str, lr: float | None = None) -> list[str]:
             points(cells.mean(name, "none", optimizer, lr)),
             lr or cells.rate(name, optimizer),
         )
-        rows.append([bed.title, f"{rate:g}", score, change, *columns])
+        rows.append([testbed.title, f"{rate:g}", score, change, *columns])
     return table(
         [optimizer, "rate", "none", "Coherence", "probe of a branch", "score without a branch"],
         rows,
@@ -94,7 +94,7 @@ def changes(cells: Cells, optimizer: str, lr: float | None = None) -> list[str]:
 
 def descent(cells: Cells) -> list[str]:
     rows = [
-        [BEDS[name].title, points(cells.mean(name, "none", "SGD"))]
+        [TESTBEDS[name].title, points(cells.mean(name, "none", "SGD"))]
         + [cells.change(name, rule, "SGD") for rule in ("Coherence", "landed")]
         + [cells.change(name, "Coherence", "SGD", base="landed")]
         for name in OLD
@@ -105,17 +105,17 @@ def descent(cells: Cells) -> list[str]:
 
 def compared(cells: Cells, rules: Iterable[str]) -> list[str]:
     """Rules under AdamW at its default rate, where they were run."""
-    rules = [rule for rule in rules if any(cells.change(bed, rule, lr=DEFAULT) for bed in BEDS)]
-    beds = [
-        bed
-        for bed in BEDS
-        if any(cells.change(bed, r, lr=DEFAULT) for r in rules if r != "Coherence")
+    rules = [rule for rule in rules if any(cells.change(testbed, rule, lr=DEFAULT) for testbed in TESTBEDS)]
+    testbeds = [
+        testbed
+        for testbed in TESTBEDS
+        if any(cells.change(testbed, r, lr=DEFAULT) for r in rules if r != "Coherence")
     ]
     rows = [
-        [rule, *(cells.change(bed, rule, lr=DEFAULT) for bed in beds), _times(cells.slowdown(rule))]
+        [rule, *(cells.change(testbed, rule, lr=DEFAULT) for testbed in testbeds), _times(cells.slowdown(rule))]
         for rule in rules
     ]
-    return table([f"AdamW at {DEFAULT:g}", *(BEDS[bed].title for bed in beds), "time"], rows)
+    return table([f"AdamW at {DEFAULT:g}", *(TESTBEDS[testbed].title for testbed in testbeds), "time"], rows)
 
 
 def _times(ratio: float | None) -> str:
@@ -125,16 +125,16 @@ def _times(ratio: float | None) -> str:
 def rates(cells: Cells, optimizer: str) -> list[str]:
     """The change at every rate that was run beside the best one."""
     rows = []
-    for bed in BEDS:
-        tried = {lr: cells.change(bed, "Coherence", optimizer, lr) for lr in RATES[optimizer]}
+    for testbed in TESTBEDS:
+        tried = {lr: cells.change(testbed, "Coherence", optimizer, lr) for lr in RATES[optimizer]}
         if sum(change is not None for change in tried.values()) > 1:
-            scores = (cells.mean(bed, "none", optimizer, lr) for lr in tried)
-            marks = ("best: " if lr == cells.rate(bed, optimizer) else "" for lr in tried)
+            scores = (cells.mean(testbed, "none", optimizer, lr) for lr in tried)
+            marks = ("best: " if lr == cells.rate(testbed, optimizer) else "" for lr in tried)
             shown = [
                 f"{m}{s:.1f}, {c}" if c else None
                 for m, s, c in zip(marks, scores, tried.values(), strict=True)
             ]
-            rows.append([BEDS[bed].title, *shown])
+            rows.append([TESTBEDS[testbed].title, *shown])
     return table([f"{optimizer}: none, Coherence", *(f"{lr:g}" for lr in RATES[optimizer])], rows)
 
 
@@ -142,13 +142,13 @@ def own_rates(cells: Cells, optimizer: str) -> list[str]:
     """The change at the best rate for each of the two."""
     rows = [
         [
-            BEDS[bed].title,
-            f"{cells.rate(bed, optimizer):g}",
-            f"{cells.rate(bed, optimizer, 'Coherence'):g}",
-            cells.own(bed, "Coherence", optimizer),
+            TESTBEDS[testbed].title,
+            f"{cells.rate(testbed, optimizer):g}",
+            f"{cells.rate(testbed, optimizer, 'Coherence'):g}",
+            cells.own(testbed, "Coherence", optimizer),
         ]
-        for bed in BEDS
-        if cells.own(bed, "Coherence", optimizer)
+        for testbed in TESTBEDS
+        if cells.own(testbed, "Coherence", optimizer)
     ]
     return table([optimizer, "best rate without", "best with Coherence", "change"], rows)
 

@@ -13,7 +13,7 @@ from tests.benchmarks.tiny import TINY
 
 @pytest.fixture(autouse=True)
 def tiny_bed(monkeypatch):
-    monkeypatch.setitem(testbeds.BEDS, "tiny", TINY)
+    monkeypatch.setitem(testbeds.TESTBEDS, "tiny", TINY)
 
 
 RUNS = [Run("tiny", "none", "SGD", 0.02, None, seed) for seed in range(4)]
@@ -32,7 +32,7 @@ def test_a_killed_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
     path = tmp_path / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
         Results(path).complete(RUNS)
-    path.write_text(path.read_text() + '{"bed": "tiny", "ru')  # killed while it wrote a line
+    path.write_text(path.read_text() + '{"testbed": "tiny", "ru')  # killed while it wrote a line
     results = Results(path)
     assert list(results) == RUNS[:2]
 
@@ -92,7 +92,7 @@ def test_a_rule_with_a_rate_of_its_own_takes_the_best_one_for_itself(monkeypatch
 
 def test_every_part_of_the_grid_names_testbeds_and_rivals():
     for part in grid.PARTS:
-        assert set(part.beds) <= set(testbeds.BEDS)
+        assert set(part.testbeds) <= set(testbeds.TESTBEDS)
         assert set(part.rules) <= {*rivals.RIVALS, APART}
 
 
@@ -101,9 +101,9 @@ def test_the_interval_is_students():
     assert math.isnan(interval([1.0])[1])
 
 
-def found(rule, seed, test, bed="C0", **others):
+def found(rule, seed, test, testbed="C0", **others):
     base = {
-        "bed": bed,
+        "testbed": testbed,
         "rule": rule,
         "optimizer": "AdamW",
         "lr": 1e-2,

@@ -15,7 +15,7 @@ from tests.benchmarks.tiny import TINY, model_and_batch
 
 @pytest.fixture(autouse=True)
 def tiny_bed(monkeypatch):
-    monkeypatch.setitem(testbeds.BEDS, "tiny", TINY)
+    monkeypatch.setitem(testbeds.TESTBEDS, "tiny", TINY)
 
 
 def measured(norms=(1.0, 1.0), coherences=(0.0, 0.0), errors=None):

@@ -16,7 +16,7 @@ from tests.benchmarks.tiny import TINY, model_and_batch
 
 @pytest.fixture(autouse=True)
 def tiny_bed(monkeypatch):
-    monkeypatch.setitem(testbeds.BEDS, "tiny", TINY)
+    monkeypatch.setitem(testbeds.TESTBEDS, "tiny", TINY)
 
 
 def test_contributions_add_up_to_the_joint_output():
@@ -70,10 +70,10 @@ def test_a_branch_alone_sees_the_data_of_the_joint_run():
 
 
 def test_redundancy_makes_the_noise_common():
-    bed = replace(TINY, branches=(Branch("a", 1, 1e3), Branch("b", 1, 1e3)), size=2000)
+    testbed = replace(TINY, branches=(Branch("a", 1, 1e3), Branch("b", 1, 1e3)), size=2000)
 
     def correlation(redundancy):
-        a, b = gaussians(bed, 0, redundancy)["train"].inputs
+        a, b = gaussians(testbed, 0, redundancy)["train"].inputs
         return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
     assert correlation(0.0) == pytest.approx(0, abs=0.02)
@@ -88,10 +88,10 @@ def test_noise_stands_beside_the_data_and_leaves_them_as_they_are():
 
 
 def test_the_narrow_branch_tells_the_class_by_products_unless_it_is_useless():
-    bed = replace(TINY, size=2000)
+    testbed = replace(TINY, size=2000)
 
     def accuracy(amplitude):
-        part = data.interpolating(bed, 0, amplitude)["train"]
+        part = data.interpolating(testbed, 0, amplitude)["train"]
         x = part.inputs[1]
         bits = [(x[:, 2 * k] * x[:, 2 * k + 1] < 0).long() for k in range(2)]
         return float((bits[0] + 2 * bits[1] == part.target).double().mean())
@@ -105,4 +105,4 @@ def test_missing_data_says_what_to_set(monkeypatch, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"`GRADBALANCE_DATA` must be a folder with pom.npz"
     ):
-        data.pom(testbeds.BEDS["POM"], 0)
+        data.pom(testbeds.TESTBEDS["POM"], 0)
