@@ -23,9 +23,7 @@ FOLDER = Path(__file__).parent
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument(
-        "--report", action="store_true", help="only write the tables and the figures"
-    )
+    parser.add_argument("--report", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     kept = Results(FOLDER / "results" / "runs.jsonl")

@@ -179,7 +179,9 @@ def interpolating(testbed: "Testbed", seed: int, amplitude: float = 1.0) -> dict
     return parts
 
 
-def gaussians(testbed: "Testbed", seed: int, redundancy: float = 0.0, dim: int = 32) -> dict[str, Part]:
+def gaussians(
+    testbed: "Testbed", seed: int, redundancy: float = 0.0, dim: int = 32
+) -> dict[str, Part]:
     """Ten classes, each one of four points for every branch, in noise of which a part is common to all branches."""
     generator = torch.Generator().manual_seed(seed)
     centres = [torch.randn(10, 4, dim, generator=generator) for _ in testbed.branches]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from benchmarks.balancing.testbeds import Testbed, Branch
+    from benchmarks.balancing.testbeds import Branch, Testbed
 
 
 class Tokens(nn.Module):

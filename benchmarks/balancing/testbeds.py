@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks.balancing.data import (
-    Part,
     Parts,
     beside_noise,
     cepstrum,
@@ -45,23 +44,13 @@ class Testbed:
     width: int = 128
     batch: int = 64
     noisy: str | None = None  # the branch that is noise, or worse than another, if any
-    starved: bool = False  # whether under SGD a branch that could add much is starved by a worse one
+    starved: bool = (
+        False  # whether under SGD a branch that could add much is starved by a worse one
+    )
 
     @property
     def title(self) -> str:
         return f"{self.about} ({self.name})"
-
-    def alone(self, branch: Branch) -> "Testbed":
-        """The same data with one branch."""
-
-        def parts(_: Testbed, seed: int) -> dict[str, Part]:
-            m = self.branches.index(branch)
-            return {
-                name: Part([part.inputs[m]], part.target)
-                for name, part in self.parts(self, seed).items()
-            }
-
-        return replace(self, branches=(branch,), parts=parts)
 
 
 _AUDIO, _VISUAL = Branch("audio", 2, 1.0), Branch("visual", 4, 0.8, 0.5)
@@ -95,8 +84,12 @@ _Y3 = Testbed(
     30,
     64,
 )
-_POM = Testbed("POM", "real audio and video", (Branch("audio", 2), Branch("video", 2)), pom, epochs=20)
-_W = Testbed("W", "a wide branch beside a narrow, deep one", (_WIDE, _NARROW), interpolating, 2000, 30)
+_POM = Testbed(
+    "POM", "real audio and video", (Branch("audio", 2), Branch("video", 2)), pom, epochs=20
+)
+_W = Testbed(
+    "W", "a wide branch beside a narrow, deep one", (_WIDE, _NARROW), interpolating, 2000, 30
+)
 
 _TESTBEDS = [
     replace(

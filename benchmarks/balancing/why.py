@@ -27,7 +27,7 @@ def trace(name: str, lr: float) -> dict[str, list]:
     part = testbed.parts(testbed, SEED)["train"]
     torch.manual_seed(SEED)
     model = Model(testbed, [x.shape[1] for x in part.inputs], 10)
-    step = RIVALS["Coherence"].step(model, optimizer_for("AdamW", model, lr), None)
+    step = RIVALS["Useful"].step(model, optimizer_for("AdamW", model, lr), None)
     batches, found = (
         torch.Generator().manual_seed(SEED),
         {"step": [], "coherence": [], "coefficient": [], "loss": []},

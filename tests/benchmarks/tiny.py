@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.balancing.data import gaussians
 from benchmarks.balancing.model import Model
-from benchmarks.balancing.testbeds import Testbed, Branch
+from benchmarks.balancing.testbeds import Branch, Testbed
 
 TINY = Testbed(
     "tiny",
