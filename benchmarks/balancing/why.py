@@ -1,4 +1,4 @@
-"""Why it works: the coherences of the branches over training beside the coefficients that come of them.
+"""Why it works: the useful part of the gradient of each branch over training, and the coefficients.
 
 ``python -m benchmarks.balancing.why`` trains one testbed that the rule helps and one that it does not, half a minute.
 """
@@ -22,7 +22,7 @@ COLOURS = ("#c23b22", "#3b6ea5", "#6a9a4b")
 
 
 def trace(name: str, lr: float) -> dict[str, list]:
-    """Steps, and the coherences, coefficients and training loss at each."""
+    """Steps, and the useful parts, coefficients and training loss at each."""
     testbed = TESTBEDS[name]
     part = testbed.parts(testbed, SEED)["train"]
     torch.manual_seed(SEED)
@@ -30,7 +30,7 @@ def trace(name: str, lr: float) -> dict[str, list]:
     step = RIVALS["Useful"].step(model, optimizer_for("AdamW", model, lr), None)
     batches, found = (
         torch.Generator().manual_seed(SEED),
-        {"step": [], "coherence": [], "coefficient": [], "loss": []},
+        {"step": [], "useful": [], "coefficient": [], "loss": []},
     )
     count = 0
     while count < LAST:
@@ -43,29 +43,29 @@ def trace(name: str, lr: float) -> dict[str, list]:
                 with torch.no_grad():
                     output = model.output(model.features(inputs))
                 found["step"].append(count)
-                found["coherence"].append(balance.coherences.tolist())
+                found["useful"].append(balance.useful.tolist())
                 found["coefficient"].append(balance.coefficients.tolist())
                 found["loss"].append(float(torch.nn.functional.cross_entropy(output, target)))
     return found
 
 
 def draw(path: Path) -> None:
-    """A column for each case: coherences above, coefficients below."""
+    """A column for each case: useful parts above, coefficients below."""
     figure, axes = plt.subplots(2, len(CASES), figsize=(8.5, 4.6), sharex=True, sharey="row")
     for column, (name, lr) in zip(axes.T, CASES.items(), strict=True):
         found, names = trace(name, lr), [branch.name for branch in TESTBEDS[name].branches]
         names = ["speech", "noise"] if name == "C0" else names
-        for panel, key in zip(column, ("coherence", "coefficient"), strict=True):
+        for panel, key in zip(column, ("useful", "coefficient"), strict=True):
             for line, label, colour in zip(
                 zip(*found[key], strict=True), names, COLOURS, strict=False
             ):
                 panel.plot(found["step"], line, label=label, color=colour, linewidth=1.6)
             panel.spines[["top", "right"]].set_visible(False)
-        losses = [loss / 5 for loss in found["loss"]]
+        losses = [loss / 10 for loss in found["loss"]]
         column[0].plot(
             found["step"],
             losses,
-            label="training loss / 5",
+            label="training loss / 10",
             color="#bbbbbb",
             linewidth=0.9,
             zorder=0,
@@ -74,7 +74,7 @@ def draw(path: Path) -> None:
         column[0].set_title(TESTBEDS[name].title, fontsize=10)
         column[0].legend(frameon=False, fontsize=9)
         column[1].set_xlabel("step")
-    axes[0, 0].set_ylabel("coherence")
+    axes[0, 0].set_ylabel("useful part")
     axes[1, 0].set_ylabel("coefficient")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
