@@ -22,6 +22,8 @@ class Balance(NamedTuple):
         norms: Gradient norm of each group, shape ``[N]``.
         shares: Running mean of each group's share of the sum of the norms, NaN before its first,
             shape ``[N]``.
+        cosines: Cosine between each group's gradient at this step and the last one that it had, NaN
+            where there is none, shape ``[N]``.
         coherences: Running mean of the cosine between successive gradients of a group, NaN before
             its first, shape ``[N]``.
         coherence_errors: Standard errors of the coherences, inf before the third value, shape
@@ -31,6 +33,9 @@ class Balance(NamedTuple):
         useful_errors: Standard errors of the useful parts, inf before the third value, shape
             ``[N]``.
         errors: Running mean of the observed errors, NaN where none is in force, shape ``[N]``.
+        moved: Length of the step before this one of each group, divided by that of its parameters,
+            on a sketch of their entries; NaN unless a :class:`gradbalance.Recorder` listens, shape
+            ``[N]``.
         coefficients: Factor on the step of each group, shape ``[N]``.
         proposed: What the rule answered, whether or not it was applied, shape ``[N]``.
         conflicts: ``conflicts[m, k]``: group m is slowed down for the sake of group k, as the rule
@@ -52,11 +57,13 @@ class Balance(NamedTuple):
     step: int
     norms: Vector
     shares: Vector
+    cosines: Vector
     coherences: Vector
     coherence_errors: Vector
     useful: Vector
     useful_errors: Vector
     errors: Vector
+    moved: Vector
     coefficients: Vector
     proposed: Vector
     conflicts: NDArray[np.bool_]

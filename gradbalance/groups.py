@@ -1,9 +1,9 @@
 """Groups of parameters: by name, and which parameter of an optimizer is in which group."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Size, Tensor, nn
 
@@ -65,10 +65,14 @@ class NamedParameters(list[nn.Parameter]):
 
     def current(self) -> list[nn.Parameter]:
         """The parameters that the model has under the patterns now, each once."""
-        parameters = {}
+        return [p for _, p in self.named()]
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The same with their names."""
+        parameters: dict[int, tuple[str, nn.Parameter]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
             if any(_matches(name, pattern) for pattern in self.patterns):
-                parameters[id(p)] = p
+                parameters.setdefault(id(p), (name, p))
         return list(parameters.values())
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -104,8 +108,13 @@ class NamedGroups(dict[str, list[nn.Parameter]]):
 
 def _checked_patterns(model: nn.Module, group: str, patterns: object) -> list[str]:
     names: list[object] = [patterns]
-    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor):
+    if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module | Tensor | bytes):
         names = list(patterns)
+    if not names:
+        raise ValueError(
+            f"`{group}` must hold at least one name or glob. Got {patterns!r}. "
+            "Leave the group out, or name its modules."
+        )
     checked = []
     named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for pattern in names:
@@ -186,6 +195,7 @@ class Membership:
     Args:
         param_groups: Of the optimizer.
         groups: As the user gives them.
+        fewest: Number of groups that there must be at least.
 
     Attributes:
         names: The groups, in order.
@@ -193,23 +203,25 @@ class Membership:
 
     Raises:
         TypeError: If ``groups`` is not a mapping from names to modules or parameters.
-        ValueError: If there are fewer than two groups, or a group is empty, overlaps another, or
-            holds parameters that the optimizer does not have.
+        ValueError: If there are too few groups, or a group is empty, overlaps another, or holds
+            parameters that the optimizer does not have. Of a module it must have some.
 
     Warns:
-        UserWarning: If no parameter of a group requires a gradient.
+        UserWarning: If no parameter of a group requires a gradient, or the optimizer does not have
+            all that do.
     """
 
-    def __init__(self, param_groups: ParamGroups, groups: Groups) -> None:
-        labelled = _checked_groups(groups)
+    def __init__(self, param_groups: ParamGroups, groups: Groups, fewest: int = 2) -> None:
+        labelled = _checked_groups(groups, fewest)
         self.names = tuple(groups)
-        _check_held(param_groups, labelled)
+        of_modules = {name for name, group in groups.items() if _is_looked_up(group)}
+        _check_held(param_groups, labelled, of_modules)
         # Modules and names are asked anew whenever the parameters change. Of the other groups those
         # parameters are held which the optimizer does not have, as they are frozen.
         present = set(map(id, _tensors(param_groups)))
         self._sources: list[nn.Module | Sequence[Tensor]] = []
         for group, own in zip(groups.values(), labelled.values(), strict=True):
-            if isinstance(group, nn.Module | NamedParameters):
+            if _is_looked_up(group):
                 self._sources.append(group)
             else:
                 self._sources.append([p for _, p in own if id(p) not in present])
@@ -298,6 +310,16 @@ class Membership:
         group_of, _ = self._look_up(param_groups)
         return [[group_of[id(p)] for p in group["params"]] for group in param_groups]
 
+    def current(self, param_groups: ParamGroups) -> dict[int, int]:
+        """Index of the group of each grouped parameter that requires a gradient, by ``id``."""
+        known, _ = self._look_up(param_groups)
+        group_of = {}
+        for p in _tensors(param_groups):
+            m = known[id(p)]
+            if m is not None and p.requires_grad:
+                group_of[id(p)] = m
+        return group_of
+
     def frozen(self, param_groups: ParamGroups) -> dict[str, list[Tensor]]:
         """Frozen parameters of each group that the optimizer does not hold."""
         present = set(map(id, _tensors(param_groups)))
@@ -308,6 +330,37 @@ class Membership:
                 if id(p) not in present and not p.requires_grad:
                     frozen[name].append(p)
         return frozen
+
+    def extents(self, param_groups: ParamGroups) -> dict[str, "Extent"]:
+        """How many entries each group has, and which of them train."""
+        present = set(map(id, _tensors(param_groups)))
+        members: list[dict[int, tuple[str, Tensor]]] = []
+        for name, source in zip(self.names, self._sources, strict=True):
+            members.append({id(p): (label, p) for label, p in _labelled(name, source)})
+        for group, of in zip(param_groups, self.positions(param_groups), strict=True):
+            for p, m in zip(group["params"], of, strict=True):
+                if m is not None:
+                    members[m].setdefault(id(p), (self.names[m], p))
+        extents = {}
+        for name, own in zip(self.names, members, strict=True):
+            entries = trainable = 0
+            missing: list[tuple[str, Tensor]] = []
+            for label, p in own.values():
+                entries += p.numel()
+                if p.requires_grad:
+                    trainable += p.numel()
+                    if id(p) not in present:
+                        missing.append((label, p))
+            held = trainable - sum(p.numel() for _, p in missing)
+            extents[name] = Extent(entries, trainable, held, [label for label, _ in missing])
+        return extents
+
+    def is_module(self) -> dict[str, bool]:
+        """Whether each group was given as a module."""
+        return {
+            name: isinstance(source, nn.Module)
+            for name, source in zip(self.names, self._sources, strict=True)
+        }
 
     def sizes(self, param_groups: ParamGroups) -> dict[str, int]:
         """Number of trainable entries of each group."""
@@ -384,6 +437,27 @@ class Membership:
         )
 
 
+class Extent(NamedTuple):
+    """How large a group is.
+
+    Attributes:
+        entries: Of all its parameters.
+        trainable: Entries of those that require a gradient.
+        held: Entries of those of them that the optimizer has.
+        missing: Names of those of them that the optimizer does not have.
+    """
+
+    entries: int
+    trainable: int
+    held: int
+    missing: list[str]
+
+
+def _is_looked_up(group: object) -> TypeGuard[nn.Module | NamedParameters]:
+    """Whether the group is asked for its parameters whenever they may have changed."""
+    return isinstance(group, nn.Module | NamedParameters)
+
+
 def _tensors(param_groups: ParamGroups) -> list[Tensor]:
     """All parameters of an optimizer."""
     tensors: list[Tensor] = []
@@ -419,8 +493,8 @@ def _is_flattened(parameter: Tensor) -> bool:
     return any(hasattr(parameter, mark) for mark in marks)
 
 
-def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
-    """Check that the optimizer has the trainable parameters of the groups."""
+def _check_held(param_groups: ParamGroups, labelled: Labelled, of_modules: Set[str]) -> None:
+    """Check that the optimizer has the trainable parameters of the groups, or some of a module."""
     present = set(map(id, _tensors(param_groups)))
     flattened = any(_is_flattened(p) for own in labelled.values() for _, p in own)
     if not present:
@@ -445,7 +519,14 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
                 f"No parameter of group `{name}` requires a gradient: the group is frozen and "
                 "takes no part."
             )
-        if missing:
+        is_partial = 0 < len(missing) < len(trainable)
+        if is_partial and name in of_modules and not flattened:
+            warn(
+                f"The optimizer does not have {len(missing)} of the {len(trainable)} trainable "
+                f"parameters of group `{name}`, the first being {missing[0][0]}. "
+                "Add them to the optimizer, or freeze them."
+            )
+        elif missing:
             label, p = missing[0]
             if flattened:
                 way_out = FLATTENED
@@ -468,17 +549,18 @@ def _check_held(param_groups: ParamGroups, labelled: Labelled) -> None:
         )
 
 
-def _checked_groups(groups: object) -> Labelled:
+def _checked_groups(groups: object, fewest: int) -> Labelled:
     """The parameters of each group with a label for messages."""
     if not isinstance(groups, Mapping):
         raise TypeError(
             f"`groups` must map names to modules or parameters. Got {type(groups).__name__}. "
             'Pass a dict, such as {"text": model.text, "audio": model.audio}.'
         )
-    if len(groups) < 2:
+    if len(groups) < fewest:
+        count = "two groups" if fewest > 1 else "one group"
         raise ValueError(
-            f"`groups` must hold at least two groups. Got {len(groups)}. "
-            "Name every branch that should be balanced."
+            f"`groups` must hold at least {count}. Got {len(groups)}. "
+            "Name every branch that should be balanced. To look at one, pass `rule=rules.Watch()`."
         )
     labelled: Labelled = {}
     owners: dict[int, tuple[str, str]] = {}
@@ -508,6 +590,8 @@ def _checked_groups(groups: object) -> Labelled:
 def _labelled(name: str, group: object) -> list[tuple[str, Tensor]]:
     if isinstance(group, nn.Module):
         return [(f"{name}.{label}", p) for label, p in group.named_parameters()]
+    if isinstance(group, NamedParameters):
+        return [(label, p) for label, p in group.named()]
     if isinstance(group, Tensor):
         raise TypeError(
             f"`groups[{name!r}]` must be a module or an iterable of parameters. "

@@ -14,6 +14,7 @@ from gradbalance._optimizer.choose import scaling_for
 from gradbalance._optimizer.hooks import StepHooks, hooks_of
 from gradbalance._optimizer.unwrap import check_optimizer, unwrap
 from gradbalance._step.engine import Engine
+from gradbalance._step.observed import checked_scalar
 from gradbalance._step.options import SMOOTHING, USEFUL, ApplyTo, Options
 from gradbalance._warn import warn
 from gradbalance.balance import Balance
@@ -69,7 +70,8 @@ class Penalty:
             )
         membership = groups
         if not isinstance(membership, Membership):
-            membership = Membership(reader.param_groups, membership)
+            fewest = 2 if acts else 1  # one group alone can be watched
+            membership = Membership(reader.param_groups, membership, fewest)
         scaling = None
         if acts and not in_gradients:
             scaling = scaling_for(optimizer, options.apply_to)
@@ -116,7 +118,9 @@ class Penalty:
                 scalar. On an accelerator a negative error is not read; the step then does not
                 count, as with NaN.
             TypeError: If an error is not a real number.
+            RuntimeError: If the penalty was removed.
         """
+        self._refuse_if_removed("observe")
         # A checkpoint that a loader has left in the param_groups comes first: it holds errors too.
         self._checkpoint.load_pending()
         self._engine.observed.add(errors)
@@ -138,22 +142,38 @@ class Penalty:
             errors: As in :meth:`observe`, or None.
 
         Raises:
-            RuntimeError: If the rule needs the coherence of gradients, which norms do not tell.
-            ValueError: If ``norms`` does not name exactly the groups; for errors as in
-                :meth:`observe`.
+            RuntimeError: If the rule needs the coherence of gradients, which norms do not tell, or
+                if the penalty was removed.
+            ValueError: If ``norms`` does not name exactly the groups, or a norm is negative or not
+                a scalar; for errors as in :meth:`observe`.
+            TypeError: If a norm is not a real number.
         """
+        self._refuse_if_removed("coefficients_for")
         if getattr(self._options.rule, "needs_coherence", True):
             raise RuntimeError(
                 "`coefficients_for` must have a rule that decides by norms and errors. "
                 f"Got {self._options.rule!r}, which needs the coherence of the gradients. "
                 "Build with `rule=rules.ConflictAware()`, say."
             )
+        for name, given in (("norms", norms), ("errors", {} if errors is None else errors)):
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"`{name}` must map groups to numbers. Got {type(given).__name__}. "
+                    "Pass a dict with a number for each group."
+                )
         if set(norms) != set(self.names):
             raise ValueError(
                 f"`norms` must name exactly the groups. Got {', '.join(norms) or 'none'}. "
                 f"The groups are: {', '.join(self.names)}."
             )
-        values = [float(norms[name]) for name in self.names]
+        values = []
+        for name in self.names:
+            norm = float(checked_scalar(name, norms[name], "Pass the norm of its gradient."))
+            if norm < 0:
+                raise ValueError(
+                    f"`{name}` must be a norm, >= 0. Got {norm}. Pass the norm of its gradient."
+                )
+            values.append(norm)
         self._engine.decide_for(values, errors)
         return self.coefficients()
 
@@ -167,11 +187,21 @@ class Penalty:
             hooks.remove(stepper)
             vars(stepper).pop("__reduce_ex__", None)
 
+    def _refuse_if_removed(self, method: str) -> None:
+        if self._is_removed():
+            raise RuntimeError(_REMOVED.format(method))
+
+    def _is_removed(self) -> bool:
+        stepper = self._stepper()
+        return stepper is not None and penalty_of(stepper) is not self
+
     def __repr__(self) -> str:
         """The groups with their trainable sizes, the rule, where it acts, and changed options."""
         reader = self._reader()
         if reader is None:
             return "Penalty(on an optimizer that is gone)"
+        if self._is_removed():
+            return "Penalty(removed)"
         sizes = []
         for name, size in self._engine.membership.sizes(reader.param_groups).items():
             sizes.append(f"{name}: {size:,}")
@@ -197,7 +227,20 @@ class Penalty:
         return reduce(stepper, protocol, _put_on_again, (groups, self._options, saved))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        return penalty_of, (self._stepper(),)
+        stepper = self._stepper()
+        if stepper is None:
+            raise RuntimeError(
+                "A penalty must be copied with its optimizer. Got one whose optimizer is gone. "
+                "Keep the optimizer."
+            )
+        self._refuse_if_removed("copy")
+        return penalty_of, (stepper,)
+
+
+_REMOVED = (
+    "`{}` must be called on the penalty of an optimizer. Got one that was removed. "
+    "Wrap the optimizer again, or leave the call out."
+)
 
 
 def _put_on_again(
@@ -242,13 +285,16 @@ class ConflictAwarePenalty(Optimizer):
 
     Args:
         optimizer: The optimizer to wrap. Not LBFGS, which evaluates many gradients a step.
-        groups: Maps names to modules or iterables of parameters: at least two, disjoint.
+        groups: Maps names to modules or iterables of parameters: at least two, disjoint. For
+            ``rules.Watch`` one is enough.
         rule: From what was measured to coefficients, see :mod:`gradbalance.rules`; any function
             will do.
         apply_to: ``"update"`` [R]: what the step does to a group is scaled, by the learning rate
             where the step is proportional to it, else by rescaling the finished update; decoupled
             weight decay too. ``"learning_rate"`` or ``"displacement"``: one of these two, without a
-            trial of the optimizer. ``"gradient"`` [P]: the gradient is scaled in place; Adam and
+            trial of the optimizer. Both scale the step of the innermost optimizer: they are wrong
+            inside a wrapper that changes its steps as a whole, one that normalises them for
+            example. ``"gradient"`` [P]: the gradient is scaled in place; Adam and
             most others but SGD cancel a constant factor there.
         smoothing: Weight of the past in the running means, in [0, 1). [P] 0.
         every: Measure and call the rule at one of so many steps, and keep the coefficients between.
@@ -295,7 +341,7 @@ class ConflictAwarePenalty(Optimizer):
     """
 
     optimizer: Any  # an Optimizer, whose methods may take other arguments than torch's
-    penalty: Penalty
+    penalty: Penalty  # None in a copy that was made after `remove()`
 
     def __init__(
         self,
@@ -334,15 +380,15 @@ class ConflictAwarePenalty(Optimizer):
     @property
     def balance(self) -> Balance:
         """What was measured and decided in the last step."""
-        return self.penalty.balance
+        return self._put_on("balance").balance
 
     def observe(self, /, **errors: Tensor | float) -> None:
         """Tell the errors of the groups' own predictions; see :meth:`Penalty.observe`."""
-        self.penalty.observe(**errors)
+        self._put_on("observe").observe(**errors)
 
     def coefficients(self) -> dict[str, float]:
         """The coefficient of each group in the last step, by name."""
-        return self.penalty.coefficients()
+        return self._put_on("coefficients").coefficients()
 
     def coefficients_for(
         self,
@@ -350,11 +396,17 @@ class ConflictAwarePenalty(Optimizer):
         errors: Mapping[str, Tensor | float] | None = None,
     ) -> dict[str, float]:
         """The coefficients for norms measured elsewhere; see :meth:`Penalty.coefficients_for`."""
-        return self.penalty.coefficients_for(norms, errors)
+        return self._put_on("coefficients_for").coefficients_for(norms, errors)
 
     def remove(self) -> None:
         """Take the penalty off: the optimizer steps as if it had never been there."""
-        self.penalty.remove()
+        if self.penalty is not None:
+            self.penalty.remove()
+
+    def _put_on(self, method: str) -> Penalty:
+        if self.penalty is None:
+            raise RuntimeError(_REMOVED.format(method))
+        return self.penalty
 
     # Everything below forwards to the wrapped optimizer. Its attributes (`param_groups`, `state`,
     # the `grad_scale` of GradScaler) are read and written there: a copy would go stale.
@@ -440,7 +492,8 @@ class ConflictAwarePenalty(Optimizer):
         return _rewrap, (type(self), self.optimizer)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.penalty!r}, {self.optimizer!r})"
+        penalty = self.penalty or "Penalty(removed)"
+        return f"{type(self).__name__}({penalty}, {self.optimizer!r})"
 
 
 def _rewrap(cls: type[ConflictAwarePenalty], optimizer: Optimizer) -> ConflictAwarePenalty:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from examples.mosi.config import Config
-from examples.mosi.data import Dataset
+from examples.mosi.data import Dataset, check_present
 from examples.mosi.draw import Draw
 from examples.mosi.model import Adapter, Model, Transformer
 from examples.mosi.text import transformer
@@ -29,7 +29,9 @@ def others(config: Config, dataset: Dataset) -> list[str]:
             raise ValueError(
                 f"`modalities` must be among {known}. Got {name!r}.{hint} Choose others."
             )
-    return [name for name in known[1:] if not config.modalities or name in config.modalities]
+    names = [name for name in known[1:] if not config.modalities or name in config.modalities]
+    check_present(dataset.corpus, names)
+    return names
 
 
 def build(config: Config, dataset: Dataset, names: list[str], draw: Draw) -> Model:

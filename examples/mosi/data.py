@@ -33,7 +33,8 @@ class Ragged:
         length = self.lengths[index, None]
         step = torch.arange(max(1, int(length.max())))
         mask = step < length
-        return self.rows[(self.offset[index, None] + step).where(mask, 0)], mask
+        rows = self.rows if len(self.rows) else self.rows.new_full((1, *self.rows.shape[1:]), -1)
+        return rows[(self.offset[index, None] + step).where(mask, 0)], mask
 
 
 class Feature(NamedTuple):
@@ -114,8 +115,9 @@ class Dataset:
         for name, (rows, at, per) in corpus.features.items():
             self.rows[name] = standardise(rows, used=at.pad(corpus.split["train"]))
             if per == "word":
-                row = at.rows[(at.offset[utterance] + word_of).clamp(0, len(at.rows) - 1)]
-                at = Ragged(row.where(word_of >= 0, -1), tokens.offset)
+                row = torch.cat([at.rows, torch.tensor([-1])])
+                place = (at.offset[utterance] + word_of).where(word_of >= 0, -1)
+                at = Ragged(row[place], tokens.offset)
             self.at[name] = at
 
     @property
@@ -151,39 +153,34 @@ def standardise(rows: Tensor, used: tuple[Tensor, Tensor]) -> Tensor:
     """Zero mean and unit variance over the rows `used` in training; a constant column becomes 0, outliers end at 10."""
     row, exists = used
     train = rows[row[exists & (row >= 0)]].double()
+    if not len(train):
+        return torch.zeros_like(rows)
     mean, std = train.mean(0), train.std(0, correction=0)
     constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
     return ((rows - mean) / std.where(~constant, torch.inf)).clamp(-10, 10).float()
 
 
-def load(data: str = "auto", split: str = "standard") -> Corpus:
+def load(data: str | Path = "auto", split: str = "standard") -> Corpus:
     """The corpus at `data` (a folder, a file, ``simulated``, or ``auto``), ``standard`` or ``poria`` split."""
-    from examples.mosi.files import read, utterance_file
-    from examples.mosi.published import read as read_pickle
-    from examples.mosi.simulated import simulate
+    from examples.mosi.door import find
 
     if split not in ("standard", "poria"):
         raise ValueError(
             f'`split` must be "standard" or "poria". Got {split!r}. Choose one of them.'
         )
-    if Path(data).suffix == ".pkl":
-        if split != "standard":
+    return find(str(data), split)
+
+
+def check_present(corpus: Corpus, names: Sequence[str]) -> None:
+    """Refuses a modality that no utterance of the training part has: there is nothing to learn from."""
+    for name in names:
+        row, exists = corpus.features[name].at.pad(corpus.split["train"])
+        if not bool((exists & (row >= 0)).any()):
+            others = " ".join(["text", *(other for other in names if other != name)])
             raise ValueError(
-                f'`split` must be "standard" with a pickle, which has its own. Got {split!r}. Leave it out.'
+                f"`modalities` must be there in the training part. Got {name!r}, which no utterance of it has. "
+                f"Leave it out: --modalities {others}"
             )
-        return read_pickle(Path(data))
-    kind, _, share = data.partition(":")  # simulated:8 is an eighth of it
-    if kind == "simulated" and share.isdigit():
-        return simulate(share=int(share))
-    if data not in ("auto", "simulated"):
-        return read(Path(data), split)
-    if data == "auto":
-        places = [Path(p) for p in (os.environ.get("GRADBALANCE_DATA"),) if p]
-        places += [cache_folder(), Path(__file__).resolve().parents[2] / "../shared/data"]
-        for place in places:
-            if utterance_file(place).is_file():
-                return read(place, split)
-    return simulate()
 
 
 def cache_folder() -> Path:

@@ -3,15 +3,15 @@
 import json
 import math
 import re
-import zipfile
-import zlib
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from examples.mosi.arrays import read_arrays
 from examples.mosi.data import Corpus, Feature, Ragged
+from examples.mosi.table import Rows, corpus, name_of, size_of, uneven, words_of
 
 UTTERANCES, WORDS, VISUAL = (
     "mosi_utterance.npz",
@@ -25,58 +25,47 @@ LEAK = (
 )
 
 
-def read(place: Path, split: str) -> Corpus:
-    path = utterance_file(place)
+def read(path: Path, split: str) -> Corpus:
     fields = ["id", "video", "text", "label", "split", "poria_split", "acoustic73"]
-    table = read_npz(path, fields + [VISUAL] * (split == "poria"))
+    table = read_arrays(path, fields + [VISUAL] * (split == "poria"))
     for field, column in table.items():
-        if len(column) != len(table["id"]):
-            raise ValueError(
-                f"`{field}` of {path} must have one row per `id`. Got {len(column)} rows for {len(table['id'])}. "
-                "Copy the file again."
-            )
-    ids = table["id"].tolist()
-    for field in ("label", "acoustic73", VISUAL):
-        if field in table:
-            check_finite(table[field], path, field, ids)
-    outside = np.flatnonzero(np.abs(table["label"]) > 3)
-    if len(outside):
-        row = outside[0]
-        raise ValueError(
-            f"`label` of {path} must be within [-3, 3]. Got {table['label'][row]} in row {row} ({ids[row]}). "
-            "Correct or drop that row."
-        )
-    words = [text.lower().split() for text in table["text"].tolist()]
-    features = {
-        "audio": per_utterance(table["acoustic73"]),
+        if column.ndim == 0 or len(column) != len(table["id"]):
+            found = size_of(column, field, str(path))
+            raise uneven(field, str(path), found, len(table["id"]))
+    ids = strings(table["id"]).tolist()
+    rows = Rows(str(path), ids, [f"row {row}" for row in range(len(ids))])
+    words = [words_of(text, row, rows) for row, text in enumerate(table["text"].tolist())]
+    columns = {
+        "id": ids,
+        "text": words,
+        "label": table["label"],
+        "split": table["split"],
+        "audio": table["acoustic73"],
         "timing": word_timing(path.with_name(WORDS), ids, words),
     }
     if split == "poria":
-        features["visual"] = per_utterance(table[VISUAL])
-        parts = hold_out(table["poria_split"], table["video"])
-    else:
-        parts = table["split"]
-    index = {
-        part: torch.from_numpy(np.flatnonzero(parts == part)) for part in ("train", "valid", "test")
-    }
-    sizes = "/".join(str(len(i)) for i in index.values())
-    banner = f"CMU-MOSI, real data, {split} split ({sizes})." + f" {LEAK}" * (split == "poria")
-    return Corpus(
-        "real", banner, ids, words, torch.from_numpy(table["label"]).float(), index, features
+        columns |= {
+            "split": hold_out(strings(table["poria_split"]), strings(table["video"])),
+            "visual": table[VISUAL],
+        }
+    return corpus(
+        columns,
+        f"CMU-MOSI, real data, {split} split",
+        where=str(path),
+        known={"audio": "acoustic73", "visual": VISUAL},
+        videos=strings(table["video"]).tolist(),
+        note=LEAK if split == "poria" else "",
     )
+
+
+def strings(column: np.ndarray) -> np.ndarray:
+    return np.array([name_of(value) for value in column.tolist()])
 
 
 def hold_out(split: np.ndarray, video: np.ndarray) -> np.ndarray:
     """The Poria split has no validation part: every sixth training video becomes one."""
     held = np.unique(video[split == "train"])[::6]
     return np.where(np.isin(video, held), "valid", split)
-
-
-def per_utterance(vectors: np.ndarray) -> Feature:
-    rows = torch.arange(len(vectors))
-    return Feature(
-        torch.from_numpy(vectors).float(), Ragged(rows, torch.arange(len(rows) + 1)), "utterance"
-    )
 
 
 def word_timing(path: Path, ids: list[str], words: list[list[str]]) -> Feature:
@@ -99,9 +88,13 @@ def word_timing(path: Path, ids: list[str], words: list[list[str]]) -> Feature:
         vectors += describe(said)
         owners += [name] * len(said)
         at.append(row)
-    rows = np.array(vectors)
-    check_finite(rows, path, "words", owners)
-    return Feature(torch.from_numpy(rows).float(), Ragged.of(at), "word")
+    rows = np.array(vectors, np.float32).reshape(len(vectors), 6)
+    bad = np.argwhere(~np.isfinite(rows))
+    if len(bad):
+        raise ValueError(
+            f"`words` of {path} must be finite. Got {rows[tuple(bad[0])]} in a word ({owners[bad[0][0]]}). Correct or drop it."
+        )
+    return Feature(torch.from_numpy(rows), Ragged.of(at), "word")
 
 
 def describe(said: list[Word]) -> list[list[float]]:
@@ -129,33 +122,11 @@ def plain(word: str) -> str:
     return re.sub(r"[^a-z0-9]", "", word.lower())
 
 
-def utterance_file(place: Path) -> Path:
-    nested = place / "mosi" / UTTERANCES
-    return nested if nested.is_file() else place / UTTERANCES if place.suffix != ".npz" else place
-
-
-def read_npz(path: Path, fields: list[str]) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {field: file[field] for field in fields}
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"`data` must be a folder with {UTTERANCES}, or that file. Got {path}, which does not exist. "
-            "Give another place, or `--data simulated`."
-        ) from None
-    except KeyError as error:
-        raise ValueError(
-            f"`{path}` must hold the fields {fields}. Got no {error}. Copy it again."
-        ) from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"`{path}` must be a complete npz file. Got {error}. Copy it again."
-        ) from error
-
-
 def read_words(path: Path) -> dict[str, list[Word]]:
     """The timed words of each utterance, without pauses."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
         entries = json.loads(path.read_text(encoding="utf-8"))
         return {
             entry["id"]: [
@@ -169,17 +140,7 @@ def read_words(path: Path) -> dict[str, list[Word]]:
         raise FileNotFoundError(
             f"`data` must hold {WORDS}. Got no {path}. Copy it beside {UTTERANCES}."
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"`{path}` must be a complete list of timed words. Got {error!r}. Copy it again."
+            f"`{path}` must be a complete list of timed words. Got {type(error).__name__}: {error!s:.200}. Copy it again."
         ) from error
-
-
-def check_finite(values: np.ndarray, path: Path, field: str, ids: list[str]) -> None:
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row = bad[0][0]
-        place = f"row {row} ({ids[row]})" + (f", column {bad[0][1]}" if values.ndim > 1 else "")
-        raise ValueError(
-            f"`{field}` of {path} must be finite. Got {values[tuple(bad[0])]} in {place}. Correct or drop that row."
-        )

@@ -54,6 +54,6 @@ def losses(
 
 
 def entropy(z: Tensor) -> Tensor:
-    """Entropy of softmax(z) as a share of its maximum, [B, Z] -> [B] in [0, 1]."""
+    """Entropy of softmax(z) as a share of its maximum, [B, Z] -> [B] in [0, 1]; 0 where Z is 1."""
     logs = z.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1) / math.log(z.shape[-1])
+    return -(logs.exp() * logs).sum(-1) / math.log(max(2, z.shape[-1]))

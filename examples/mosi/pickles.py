@@ -1,77 +1,132 @@
-"""Pickles from strangers, read without unpickling: a small machine that builds containers and arrays, and no more.
+"""Pickles from strangers, read by the standard library's own recipe: `find_class` knows a few names, and runs none.
 
-It runs the opcodes that numpy arrays, strings, numbers, lists, tuples and dicts need. A global is never imported: six
-names of numpy and the codec of old protocols stand for functions written here, any other is refused by its name.
+Before that, `screen` lets through only the opcodes that containers, strings, numbers and arrays need, and bounds what
+the unpickler in C does not: the number of opcodes, the places of its memo, and the keys of dicts, as the hash of a
+nested tuple recurses without bound.
 """
 
-import mmap
+import pickle
 import pickletools
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Callable
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from examples.mosi.arrays import array_of
+
 MAX_OPCODES = 20_000_000  # MOSEI in the format of MAG-BERT takes about 2,000,000
-KEYS = (
-    str,
-    int,
-    float,
-    bool,
-    bytes,
-    type(None),
-)  # flat: the hash of a nested tuple recurses without bound
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-LITERALS = (
-    *(
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "STRING",
-        "BINSTRING",
-    ),
-    *(
-        "SHORT_BINSTRING",
-        "UNICODE",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-    ),
-    *("BINBYTES8", "BYTEARRAY8"),
+STRINGS = (
+    "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+    "BINBYTES SHORT_BINBYTES BINBYTES8"
 )
+OTHERS = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
+    "FLOAT BINFLOAT BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS "
+    "EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET "
+    "GLOBAL STACK_GLOBAL REDUCE BUILD"
+)
+KEYS = frozenset(STRINGS.split())
+ALLOWED = KEYS.union(OTHERS.split())
+STACK = {  # what each takes from the stack, and how much it leaves there
+    opcode.name: ([item.name for item in opcode.stack_before], len(opcode.stack_after))
+    for opcode in pickletools.opcodes
+}
 
 
-class Array:
-    """Stands for an array until its content arrives, then holds it."""
+def load(path: Path) -> Any:
+    """The content of a pickle: containers, strings, numbers and arrays.
 
-    value: Any = None
+    Raises:
+        ValueError: If it asks for anything else, or is truncated; the message names what.
+    """
+    try:
+        with path.open("rb") as file:
+            if not file.seek(0, 2):
+                raise ValueError("an empty file")
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as stream:
+                screen(stream)
+            file.seek(0)
+            return Unpickler(file, encoding="latin1").load()
+    except OSError:
+        raise
+    except Exception as error:  # a hostile stream can break any line, and never gets past it
+        reason = (
+            f"{error}" if isinstance(error, ValueError | pickle.UnpicklingError) else f"{error!r}"
+        )
+        raise ValueError(
+            f"`{path}` must be a whole pickle of arrays, strings, numbers and containers. Got {reason[:200]}. "
+            "Nothing in it was run; download it again, or from another source."
+        ) from None
 
-    def build(self, state: Any) -> None:
-        """The state of numpy: (version, shape, dtype, Fortran order, bytes, or a list for a dtype of objects)."""
-        _, shape, dtype, fortran, data = state
-        self.value = array(data, dtype, shape, "F" if fortran else "C")
+
+def screen(stream: Any) -> None:
+    """Raises ValueError where an opcode is not in `ALLOWED`, or would take memory or time without bound."""
+    keys: list[bool] = []  # the stack, of which is kept whether each object may be a key
+    marks: list[int] = []
+    memo: dict[int, bool] = {}
+    for number, (opcode, argument, place) in enumerate(pickletools.genops(stream)):
+        name = opcode.name
+        if name not in ALLOWED or number == MAX_OPCODES:
+            reason = f"opcode {name}" if number < MAX_OPCODES else f"more than {number} opcodes"
+            raise ValueError(f"{reason} at byte {place}")
+        if name == "MARK":
+            marks.append(len(keys))
+        elif name.endswith(("PUT", "MEMOIZE")):
+            index = len(memo) if argument is None else int(argument)
+            if not 0 <= index <= number:
+                raise ValueError(f"place {index} of the memo at byte {place}")
+            memo[index] = keys[-1]
+        elif name.endswith("GET"):
+            keys.append(memo[int(argument)])
+        else:
+            before, after = STACK[name]
+            start = len(keys) - len(before)
+            if "mark" in before:
+                start = marks.pop() - before.index("mark")
+            if start < 0:
+                raise ValueError(f"an empty stack at byte {place}")
+            taken = keys[start:]
+            if name in ("DICT", "SETITEM", "SETITEMS") and not all(taken[name != "DICT" :: 2]):
+                raise ValueError(f"a key that is no string at byte {place}")
+            keys[start:] = [name in KEYS] * after
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if path not in CALLS:
+            raise ValueError(f"the global {module}.{name}")
+        return Call(CALLS[path])
+
+
+class Call:
+    """Stands for a function: calls one of this module in its place, and nothing can be set on it."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a state of something that is no array")
 
 
 class Dtype:
     """Stands for a dtype of numbers or strings, or of objects (None)."""
 
+    __slots__ = ("value",)
+
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or len(code) > 12:
             raise ValueError("dtype of a strange kind")
         self.value = None if code in ("O", "O8") else np.dtype(code)
-        if self.value is not None and (self.value.kind not in "biufUS" or self.value.subdtype):
-            raise ValueError(f"dtype {code!r}")
 
-    def build(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         """The state of numpy: (version, byte order, subdtype, names, fields, size, alignment, flags)."""
         _, order, *structure = state[:5]
         if any(part is not None for part in structure):
@@ -80,40 +135,34 @@ class Dtype:
             self.value = self.value.newbyteorder(order)
 
 
-def array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
+class Array(np.ndarray):
+    """An array that checks its content, which comes in a state of its own."""
+
+    def __setstate__(self, state: Any) -> None:
+        """The state of numpy: (version, shape, dtype, Fortran order, bytes, or a list for a dtype of objects)."""
+        _, shape, dtype, fortran, data = state
+        made = array(data, dtype, shape, "F" if fortran else "C")
+        content = made.tolist() if made.dtype == object else made.tobytes("A")
+        super().__setstate__((1, made.shape, made.dtype, bool(fortran), content))
+
+
+def array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Array:
     shape = shape if isinstance(shape, tuple) else (shape,)
-    if (
-        not isinstance(dtype, Dtype)
-        or not all(isinstance(n, int) and n >= 0 for n in shape)
-        or len(shape) > 8
-    ):
+    if not all(isinstance(n, int) and n >= 0 for n in shape) or len(shape) > 8:
         raise ValueError("array of a strange shape")
+    if not isinstance(dtype, Dtype):
+        raise ValueError("array of a strange dtype")
     if dtype.value is None:
-        if (
-            not isinstance(data, list)
-            or not all(isinstance(item, str) for item in data)
-            or shape != (len(data),)
-        ):
+        strings = isinstance(data, list) and all(isinstance(item, str | bytes) for item in data)
+        if not strings or shape != (len(data),):
             raise ValueError("array of objects that are not strings")
-        return list(data)  # no array: one long string would set the width of all
+        made = np.empty(shape, object)
+        made[:] = data
+        return made.view(Array)
     data = data.encode("latin1") if isinstance(data, str) else data
-    if not isinstance(data, bytes | bytearray) or prod(shape) * dtype.value.itemsize != len(data):
-        raise ValueError("array whose shape is not that of its bytes")
-    return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C")
-
-
-def reconstruct(*_: Any) -> Array:
-    return Array()
-
-
-def frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    made = Array()
-    made.value = array(data, dtype, shape, order)
-    return made
-
-
-def scalar(dtype: Any, data: Any) -> Any:
-    return array(data, dtype, ())[()]
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError("array without bytes")
+    return array_of(data, dtype.value, shape, order == "F").view(Array)
 
 
 def encode(text: Any, codec: Any) -> bytes:
@@ -122,186 +171,16 @@ def encode(text: Any, codec: Any) -> bytes:
     return text.encode("latin1")
 
 
-CALLS: dict[str, Callable[..., Any] | None] = {
+def never(*_: Any) -> None:
+    raise ValueError("a call of something that is no function")
+
+
+CALLS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": Dtype,
-    "numpy.ndarray": None,  # an argument of _reconstruct, never called
+    "numpy.ndarray": never,  # an argument of _reconstruct
+    "numpy.core.multiarray._reconstruct": lambda *_: Array(0, np.int8),
+    "numpy.core.multiarray.scalar": lambda dtype, data: array(data, dtype, ())[()],
+    "numpy.core.numeric._frombuffer": array,
     "_codecs.encode": encode,
     "__builtin__.bytes": lambda: b"",  # of protocols 0 to 2
-} | {
-    f"numpy.{core}.{name}": call
-    for core in ("core", "_core")
-    for name, call in {
-        "multiarray._reconstruct": reconstruct,
-        "multiarray.scalar": scalar,
-        "numeric._frombuffer": frombuffer,
-    }.items()
 }
-
-
-class Global(str):
-    """The name of one of `CALLS`."""
-
-
-def load(path: Path) -> Any:
-    """The content of a pickle: containers, strings, numbers and read-only arrays.
-
-    Raises:
-        ValueError: If it asks for anything else, or is truncated; the message names what, and where.
-    """
-    with path.open("rb") as file:
-        if not file.seek(0, 2):
-            raise ValueError(
-                f"`{path}` must be a whole pickle. Got an empty file. Download it again."
-            )
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-            place = 0
-            machine = Machine()
-            try:
-                for number, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-                    place = position
-                    if number == MAX_OPCODES:
-                        raise ValueError(f"more than {MAX_OPCODES} opcodes")
-                    machine.do(opcode.name, argument)
-                return plain(machine.stack.pop())
-            except Exception as error:  # a hostile stream can break any line of the machine, and never gets past it
-                reason = (
-                    error.args[0]
-                    if isinstance(error, ValueError) and error.args
-                    else type(error).__name__
-                )
-                raise ValueError(
-                    f"`{path}` must be a whole pickle of arrays, strings, numbers and containers. "
-                    f"Got {str(reason)[:200]} at byte {place}. Nothing in it was run; get the file from another source."
-                ) from None
-
-
-class Machine:
-    """The stack of the pickle protocols 0 to 5, without their calls."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks under each open mark
-        self.memo: dict[int, Any] = {}
-
-    def do(self, name: str, argument: Any) -> None:
-        if name in LITERALS:
-            self.stack.append(argument)
-        elif name in CONSTANTS:
-            self.stack.append(CONSTANTS[name])
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if name == "MEMOIZE" else int(argument)] = self.stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[int(argument)])
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            self.named(
-                ".".join(map(str, self.take(2))) if argument is None else argument.replace(" ", ".")
-            )
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            act = getattr(self, name.lower(), None)
-            if act is None:
-                raise ValueError(f"opcode {name}")
-            act()
-
-    def take(self, count: int) -> list[Any]:
-        if count > len(self.stack):
-            raise ValueError("an empty stack")
-        taken = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
-        return taken
-
-    def named(self, name: str) -> None:
-        if name not in CALLS:
-            raise ValueError(f"the global {name}")
-        self.stack.append(Global(name))
-
-    def reduce(self) -> None:
-        call, arguments = self.take(2)
-        made = CALLS[call] if isinstance(call, Global) else None
-        if made is None or not isinstance(arguments, tuple):
-            raise ValueError("a call of something that is no function")
-        self.stack.append(made(*arguments))
-
-    def build(self) -> None:
-        target, state = self.take(2)
-        if not isinstance(target, Array | Dtype) or not isinstance(state, tuple):
-            raise ValueError("a state of something that is no array")
-        target.build(state)
-        self.stack.append(target)
-
-    def mark(self) -> None:
-        self.below.append(self.stack)
-        self.stack = []
-
-    def above(self) -> list[Any]:
-        """All since the last mark, which is gone then."""
-        items, self.stack = self.stack, self.below.pop()
-        return items
-
-    def empty_list(self) -> None:
-        self.stack.append([])
-
-    def empty_dict(self) -> None:
-        self.stack.append({})
-
-    def tuple1(self, count: int = 1) -> None:
-        self.stack.append(tuple(value(item) for item in self.take(count)))
-
-    def tuple2(self) -> None:
-        self.tuple1(2)
-
-    def tuple3(self) -> None:
-        self.tuple1(3)
-
-    def tuple(self) -> None:
-        items = self.above()  # before `self.stack` is looked up: it changes
-        self.stack.append(tuple(map(value, items)))
-
-    def list(self) -> None:
-        items = self.above()
-        self.stack.append(list(map(plain, items)))
-
-    def dict(self) -> None:
-        items = self.above()
-        self.stack.append({})
-        self.put(items)
-
-    def append(self) -> None:
-        self.extend(self.take(1))
-
-    def appends(self) -> None:
-        self.extend(self.above())
-
-    def setitem(self) -> None:
-        self.put(self.take(2))
-
-    def setitems(self) -> None:
-        self.put(self.above())
-
-    def extend(self, items: Sequence[Any]) -> None:
-        if type(self.stack[-1]) is not list:
-            raise ValueError("items of something that is no list")
-        self.stack[-1].extend(map(plain, items))
-
-    def put(self, items: Sequence[Any]) -> None:
-        if type(self.stack[-1]) is not dict:
-            raise ValueError("keys of something that is no dict")
-        for key, item in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in KEYS:
-                raise ValueError(f"a key of type {type(key).__name__}")
-            self.stack[-1][key] = plain(item)
-
-
-def value(item: Any) -> Any:
-    """The array in place of what stood for it."""
-    if isinstance(item, Array):
-        if item.value is None:
-            raise ValueError("an array without content")
-        return item.value
-    return item
-
-
-def plain(item: Any) -> Any:
-    """The same for what ends in a list or dict, where globals and dtypes have no business."""
-    if isinstance(item, Global | Dtype):
-        raise ValueError(f"a {type(item).__name__.lower()} among the values")
-    return value(item)

@@ -9,70 +9,29 @@ VIDEOS = {"train": 52, "valid": 10, "test": 31}
 SIZES = {"train": 1284, "valid": 229, "test": 686}
 # Share of the real labels nearest to each half point from -3 to 3.
 LEVELS = np.array([44, 78, 238, 186, 257, 155, 222, 157, 211, 196, 312, 102, 41]) / 2199
-OPINIONS = [
-    [
-        "awful",
-        "horrible",
-        "the worst thing ever",
-        "a complete disaster",
-        "unwatchable",
-        "total garbage",
-    ],
-    ["bad", "boring", "stupid", "disappointing", "a waste of time", "annoying"],
-    ["a bit weak", "slow", "not great", "forgettable", "rather dull", "predictable"],
-    [
-        "okay",
-        "average",
-        "about two hours long",
-        "what you would expect",
-        "a sequel",
-        "based on a book",
-    ],
-    ["decent", "kind of fun", "not bad", "pretty nice", "worth a look", "fairly solid"],
-    ["good", "really funny", "enjoyable", "very well made", "exciting", "touching"],
-    [
-        "amazing",
-        "brilliant",
-        "the best film of the year",
-        "a masterpiece",
-        "absolutely perfect",
-        "incredible",
-    ],
-]
-SUBJECTS = [
-    "the movie",
-    "the story",
-    "the acting",
-    "the ending",
-    "the script",
-    "the music",
-    "this film",
-    "it",
-    "the cast",
-]
-OPENINGS = [
-    "",
-    "i think",
-    "honestly",
-    "you know",
-    "i mean",
-    "well",
-    "for me",
-    "so um",
-    "in the end",
-    "to be honest",
-]
-CLOSINGS = [
-    "",
-    "and that is it",
-    "i saw it last night",
-    "if you ask me",
-    "you know what i mean",
-    "so there you go",
-]
+PHRASES = """\
+awful|horrible|the worst thing ever|a complete disaster|unwatchable|total garbage
+bad|boring|stupid|disappointing|a waste of time|annoying
+a bit weak|slow|not great|forgettable|rather dull|predictable
+okay|average|about two hours long|what you would expect|a sequel|based on a book
+decent|kind of fun|not bad|pretty nice|worth a look|fairly solid
+good|really funny|enjoyable|very well made|exciting|touching
+amazing|brilliant|the best film of the year|a masterpiece|absolutely perfect|incredible
+the movie|the story|the acting|the ending|the script|the music|this film|it|the cast
+|i think|honestly|you know|i mean|well|for me|so um|in the end|to be honest
+|and that is it|i saw it last night|if you ask me|you know what i mean|so there you go
+"""
+*OPINIONS, SUBJECTS, OPENINGS, CLOSINGS = [line.split("|") for line in PHRASES.splitlines()]
 
 
-def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0, share: int = 1) -> Corpus:
+def simulate(
+    *,
+    audio: float = 0.35,
+    timing: float = 0.2,
+    seed: int = 0,
+    share: int = 1,
+    why: str = "it was asked for",
+) -> Corpus:
     """2,199 utterances of 93 videos; sentences carry most of the label, the other modalities as much as asked.
 
     Args:
@@ -80,6 +39,7 @@ def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0, share: 
         timing: The same for word timing (one vector a word).
         seed: Of the generator; the same seed gives the same corpus.
         share: One utterance of so many, for a quick look.
+        why: Why it is simulated, for the banner.
     """
     rng = np.random.default_rng(seed)
     split, ids = [], []
@@ -121,9 +81,7 @@ def simulate(*, audio: float = 0.35, timing: float = 0.2, seed: int = 0, share: 
         ),
     }
     index = {part: torch.from_numpy(np.flatnonzero(split == part)) for part in VIDEOS}
-    banner = (
-        "SIMULATED MOSI: no real data was found, and no number below says anything about CMU-MOSI."
-    )
+    banner = f"SIMULATED MOSI ({why}): no number below says anything about CMU-MOSI."
     return Corpus(
         "simulated", banner, ids, words, torch.from_numpy(labels).float(), index, features
     )

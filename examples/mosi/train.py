@@ -173,24 +173,33 @@ def train_epoch(
 
 
 def balance_of(recorder: Recorder) -> dict[str, Any]:
-    """The summary of an epoch, without what was not measured, and the histogram of the coefficients."""
-    summary = {
-        name: value for name, value in recorder.summary()._asdict().items() if not unmeasured(value)
-    }
-    return summary | {"histogram": histogram(recorder)}
-
-
-def unmeasured(value: Any) -> bool:
-    return isinstance(value, dict) and any(math.isnan(each) for each in value.values())
-
-
-def histogram(recorder: Recorder) -> dict[str, list[int]]:
-    """How many of the steps each group's coefficient was in each fifth of a unit, from 0 to 4."""
-    steps = recorder.to_dict()["coefficients"].T
-    return {
+    """Means over an epoch by group, of what was measured; how far the largest norm is above the others; a histogram."""
+    record = recorder.to_dict()
+    counts = np.isfinite(record["norms"]).all(1) & ((record["norms"] > 0).sum(1) >= 2)
+    record = {name: values[counts] for name, values in record.items() if name != "names"}
+    means = {name: record[name].mean(0) for name in ("norms", "coefficients")}
+    is_measured = np.isfinite(record["coherences"]).any(0).all()
+    if is_measured:
+        means["coherences"] = np.nanmean(record["coherences"], 0)
+    means["conflicts"] = record["conflicts"].any(2).mean(0)
+    balance: dict[str, Any] = {"steps": len(record["step"])}
+    for name, values in means.items():
+        balance[name] = dict(zip(recorder.names, values.tolist(), strict=True))
+    balance["dominance"] = dominance(record["norms"])
+    balance["dominance_after"] = dominance(record["norms"] * record["coefficients"])
+    # How many of the steps each group's coefficient was in each fifth of a unit, from 0 to 4.
+    balance["histogram"] = {
         name: np.histogram(values.clip(0, 4), 20, (0, 4))[0].tolist()
-        for name, values in zip(recorder.names, steps, strict=True)
+        for name, values in zip(recorder.names, record["coefficients"].T, strict=True)
     }
+    return balance
+
+
+def dominance(norms: np.ndarray) -> float:
+    """Largest norm over the mean of the others, median over the steps."""
+    ordered = np.sort(norms, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # inf where the others are 0
+        return float(np.median(ordered[:, -1] / ordered[:, :-1].mean(1)))
 
 
 @torch.inference_mode()

@@ -31,6 +31,32 @@ KEY = "gradbalance"
 Saved = dict[str, Any]
 
 
+def number_in(saved: object) -> float:
+    """A number that was saved.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(saved, bool) or not isinstance(saved, int | float):
+        raise TypeError(f"{saved!r} in the place of a number")
+    try:
+        return float(saved)
+    except OverflowError as error:
+        raise TypeError("a number that fits into no float") from error
+
+
+def count_in(saved: object) -> int:
+    """A whole number >= 0 that was saved.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    number = number_in(saved)
+    if not 0 <= number < 1 << 53 or number != int(number):
+        raise TypeError(f"{number!r} in the place of a count")
+    return int(number)
+
+
 class Remembers(Protocol):
     """Something whose memory is saved: builtin types, lists and dicts."""
 

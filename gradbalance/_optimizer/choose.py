@@ -82,7 +82,9 @@ def scaling_for(optimizer: object, apply_to: str) -> Scaling:
         trial = _tried(*wrappers, stepper)
         if not trial.moves or not trial.follows(kind):
             why = f"which changes what the steps of {type(stepper).__name__} do"
-            raise _refusal(wrappers[0], why, CHOICE)
+            # Both choices scale the step of the inner optimizer, which a wrapper may normalise.
+            helps = kind is LearningRates and trial.follows(Displacement)
+            raise _refusal(wrappers[0], why, 'Use `apply_to="displacement"`.' if helps else OTHER)
     return _checked(kind, stepper)
 
 

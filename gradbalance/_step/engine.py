@@ -1,18 +1,18 @@
 """The engine: at each step of an optimizer it measures the groups, decides, and acts."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from math import nan
+from math import nan, sqrt
 from weakref import proxy
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in
 from gradbalance._optimizer.scaling import Displacement, LearningRates
 from gradbalance._step.gradients import Gradients, Layout, on_host
 from gradbalance._step.measure import Reading, average, measure, world_size
+from gradbalance._step.movement import Movement
 from gradbalance._step.observed import ObservedErrors
 from gradbalance._step.options import Options
 from gradbalance._step.sketch import Sketch, parse
@@ -55,12 +55,16 @@ class Engine:
         self._writes = options.apply_to == "gradient" or is_clipped or any(self._amounts)
         smoothing = options.smoothing**options.every
         scale_free = not isinstance(stepper, torch.optim.SGD)
-        self.state = State(membership.names, options.rule, smoothing, scale_free)
+        fewest = 2 if self._acts else 1  # one group alone can be watched
+        self.state = State(membership.names, options.rule, smoothing, scale_free, fewest)
         self.observed = ObservedErrors(membership.names)
         self.coefficients = [1.0] * len(membership.names)
         self.listeners: list[Callable[[Balance], None]] = []
         self._layout: Layout | None = None
         self._sketch: Sketch | None = None
+        self._movement: Movement | None = None
+        self._is_watched_anywhere = False
+        self._has_counted = False  # the last measured step
         self._loaded_sketch: Saved = {}  # of a checkpoint, until there is a sketch
         self._reading: Reading | None = None  # of the last step, until it is decided on
         self._steps = 0  # however they ended: one of so many is measured
@@ -72,19 +76,25 @@ class Engine:
         self.settle()
         layout = self._current_layout()
         _refuse_capture(layout.device)
-        gradients = layout.gather()
+        gradients = layout.gather(to_write=self._writes)
         is_inside = self.state.is_inside(self._options.window)
         reading, norms = self._measure(layout, gradients)
         active = gradients.plan.present
         if self._is_late(layout):
             self._reading = reading
-        else:
+        elif reading.is_measured or on_host(layout.device):
             active = self._decide(reading)
+        else:  # a step that is not measured does not wait
+            self._reading = reading
+            if sum(active) < 2:
+                active = [False] * len(active)
         self._steps += 1
         self.coefficients = self._in_force(active, is_inside)
         if self._writes:
             is_noisy = is_inside and any(self._amounts) and any(active)
             self._write(gradients, norms, is_noisy)
+        if self._movement is not None and reading.is_measured and self._is_watched():
+            self._movement.begin()  # and it ends before the next step
         if self.scaling is not None:
             self.scaling.begin(self.coefficients)
 
@@ -110,11 +120,17 @@ class Engine:
         errors: Tensor | None = None
         if is_measured and self.observed.sums:
             errors = self.observed.take(layout.device)
+        moved = {}
+        if self._movement is not None:
+            self._movement.end()
+            if is_measured:
+                moved = self._movement.take(bool(self.listeners))
         reads_alone = self._sketch is not None and self._sketch.is_whole
         parts = measure(
             gradients,
             layout,
             sketch,
+            moved,
             errors,
             with_norms=options.max_norm is not None or (is_measured and not reads_alone),
             process_group=options.process_group,
@@ -142,8 +158,11 @@ class Engine:
         if reading.is_measured:
             scale = nan if is_skipped else numbers.get("grad_scale", 1.0)
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
+            self._see_movement(numbers.get("moved"))
             active = self.state.learn(norms, cosines, numbers.get("errors"))
-        elif is_skipped or sum(active) < 2:  # all that is known of a step that is not measured
+            self._has_counted = any(active)
+        elif is_skipped or sum(active) < self.state.fewest:
+            # That is all that is known of a step that is not measured.
             active = [False] * n
         is_inside = self.state.is_inside(self._options.window)
         if any(active):
@@ -155,6 +174,33 @@ class Engine:
             for listener in self.listeners:
                 listener(balance)
         return active
+
+    def _see_movement(self, moved: list[float] | None) -> None:
+        """Take in how far the groups moved at the measured step before.
+
+        Args:
+            moved: See :meth:`Movement.take`; None if nothing was read.
+        """
+        n = len(self.state.names)
+        self.state.moved = [nan] * n
+        if moved is None:
+            return
+        *squares, watching = moved
+        self._is_watched_anywhere = watching > 0
+        if not self._has_counted or not any(squares):
+            return
+        for m in range(n):
+            size, step = squares[m], squares[n + m]
+            if step == 0:
+                self.state.moved[m] = 0.0
+            elif size > 0:  # unlike that of an adapter that begins with zeros
+                self.state.moved[m] = sqrt(step / size)
+
+    def _is_watched(self) -> bool:
+        """Whether how far the groups move is of interest to a listener on any rank."""
+        if self._movement is not None and self._movement.meshes:
+            return self._is_watched_anywhere
+        return bool(self.listeners)
 
     def _in_force(self, active: list[bool], is_inside: bool) -> list[float]:
         """The coefficients of a step on these groups, inside or outside the window."""
@@ -204,6 +250,7 @@ class Engine:
             if self._loaded_sketch:
                 sketch.load(self.state.names, self._loaded_sketch)
                 self._loaded_sketch = {}
+        self._movement = Movement(layout.members, layout.device)
         self.state.forget([not members for members in layout.members])
         if self.scaling is not None:
             self.scaling.divide(self.membership.group_of)
@@ -250,13 +297,27 @@ class Engine:
         self.settle()
         sketch = self._loaded_sketch
         if self._sketch is not None:
-            sketch = self._sketch.save(self.state.names)
+            sketch = self._fitted_sketch(self._sketch).save(self.state.names)
         saved = {"rule": name_of(self._options.rule), **self.state.save(), "sketch": sketch}
         saved["observed"] = self.observed.save()
         saved["phase"] = int(self._steps % self._options.every)
         if hasattr(self._options.rule, "state_dict"):
             saved["rule_state"] = self._options.rule.state_dict()
         return saved
+
+    def _fitted_sketch(self, sketch: Sketch) -> Sketch:
+        """The sketch in the order that the optimizer has its parameters in now.
+
+        Whoever loads it knows no other.
+        """
+        param_groups = self._reader.param_groups
+        if self._layout is None or self._layout.fits(param_groups):
+            return sketch
+        group_of = self.membership.current(param_groups)
+        layout = Layout(param_groups, group_of, len(self.state.names), with_rest=False)
+        fitted = Sketch(layout.members, layout.device)
+        fitted.continue_from(sketch)
+        return fitted
 
     def check(self, saved: Saved) -> None:
         """Check what :meth:`save` gave.
@@ -274,7 +335,7 @@ class Engine:
         self.state.parse(saved)
         parse(self.state.names, saved["sketch"])
         self.observed.parse(saved["observed"])
-        operator.index(saved["phase"])
+        count_in(saved["phase"])
         if hasattr(self._options.rule, "load_state_dict"):
             saved["rule_state"]
 
@@ -283,9 +344,10 @@ class Engine:
         if hasattr(self._options.rule, "load_state_dict"):
             self._options.rule.load_state_dict(saved["rule_state"])
         self._reading = None
+        self._has_counted = False  # what lies between is not a step
         self.state.load(saved)
         self.observed.load(saved["observed"])
-        self._steps = saved["phase"]
+        self._steps = int(saved["phase"])
         if self._sketch is None:
             self._loaded_sketch = saved["sketch"]
         else:

@@ -5,6 +5,7 @@ This is the only room that knows DTensor.
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -155,8 +156,10 @@ class Layout:
         """Whether some parameter is a DTensor."""
         return any(hasattr(p, "device_mesh") for p in self._parameters)
 
-    def gather(self) -> Gradients:
-        """The gradients as they are now."""
+    def gather(self, to_write: bool = False) -> Gradients:
+        """The gradients as they are now; ``to_write``: each in memory of its own."""
+        if to_write:
+            _unshare(chain.from_iterable(self._known))
         gradients = [p.grad for p in self._parameters]
         kinds = tuple(map(_kind, gradients))
         plan = self._plans.get(kinds)
@@ -210,6 +213,24 @@ class Layout:
             flat += of_row
             rows += [row] * len(of_row)
         return Bucket(flat, rows, device, dtype, mesh, placements, copies, is_plain, table, cells)
+
+
+def _unshare(parameters: Iterable[Tensor]) -> None:
+    """Copy gradients that are expanded, or that another parameter has too.
+
+    Written in place they would raise, or be scaled once for each parameter.
+    """
+    taken = set()
+    for p in parameters:
+        g = p.grad
+        # Sparse gradients and subclasses of tensors have no address.
+        if type(g) is not Tensor or g.layout is not torch.strided:
+            continue
+        address = g.data_ptr()
+        is_expanded = 0 in g.stride() and g.numel() > 1
+        if is_expanded or (address and address in taken):
+            p.grad = g.clone(memory_format=torch.contiguous_format)
+        taken.add(address)
 
 
 def _kind(gradient: Tensor | None) -> Kind:

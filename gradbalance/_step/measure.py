@@ -87,6 +87,7 @@ def measure(
     gradients: Gradients,
     layout: Layout,
     sketch: Sketch | None,
+    moved: Mapping["Mesh", Tensor],
     errors: Tensor | None,
     *,
     with_norms: bool,
@@ -98,23 +99,29 @@ def measure(
         gradients: Of this rank.
         layout: Of the parameters.
         sketch: To compare the gradients with the last ones; None if that is not needed.
+        moved: By mesh, how far the groups moved at the step before, see :meth:`Movement.take`.
         errors: Observed on this rank, ``UNSEEN`` where there is none, shape ``[N]``; or None.
         with_norms: Whether norms are needed.
         process_group: Ranks over which errors are averaged; the default group if None.
 
     Returns:
-        ``norms`` of each row, shape ``[G]``; ``products``, see :meth:`Sketch.products`; ``errors``,
-        averaged over the ranks that have them. Each only if it was asked for.
+        ``norms`` of each row, shape ``[G]``; ``products``, see :meth:`Sketch.products`; ``moved``,
+        its sum over meshes and their ranks; ``errors``, averaged over the ranks that have them.
+        Each only if it was asked for.
     """
     parts: dict[str, Tensor] = {}
     entries = {} if sketch is None else sketch.take(gradients)
     summed: dict[Mesh, Tensor] = {}
     if with_norms or entries:
-        parts["norms"], errors, summed = _reduce(gradients, layout, errors, entries, process_group)
+        parts["norms"], errors, summed, moved = _reduce(
+            gradients, layout, errors, entries, moved, process_group
+        )
     else:
         errors = average(errors, process_group)
     if sketch is not None:
         parts["products"] = sketch.products(summed)
+    if moved:
+        parts["moved"] = torch.stack(list(moved.values())).sum(0)
     if errors is not None:
         parts["errors"] = errors
     return parts
@@ -127,20 +134,27 @@ def world_size(process_group: "dist.ProcessGroup | None" = None) -> int:
     return 1
 
 
+def is_process_group(value: object) -> bool:
+    """Whether it is a group of ranks that this process belongs to."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
 def _reduce(
     gradients: Gradients,
     layout: Layout,
     errors: Tensor | None,
     entries: Mapping["Mesh", Tensor],
+    moved: Mapping["Mesh", Tensor],
     process_group: "dist.ProcessGroup | None",
-) -> tuple[Tensor, Tensor | None, dict["Mesh", Tensor]]:
-    """Norms over all shards, averaged errors, and entries of the sketch summed over ranks by mesh.
+) -> tuple[Tensor, Tensor | None, dict["Mesh", Tensor], dict["Mesh", Tensor]]:
+    """Norms over all shards, averaged errors; entries and movements summed over ranks by mesh.
 
     One all_reduce per mesh dimension carries all of it. Where no mesh spans all ranks, the errors
     take one more.
     """
     device = layout.device
     summed: dict[Mesh, Tensor] = {}
+    all_moved = dict(moved)
     norms: list[Tensor] = []
     is_averaged = False
     for mesh, local_norms in _norms_by_mesh(gradients).items():
@@ -150,6 +164,8 @@ def _reduce(
         message = [local_norms.square()]
         if mesh in entries:
             message.append(entries[mesh].flatten())
+        if mesh in moved:
+            message.append(moved[mesh])
         spans_all = process_group is None and mesh.size() == world_size()
         carries_errors = errors is not None and spans_all and not is_averaged
         if errors is not None and carries_errors:
@@ -158,6 +174,8 @@ def _reduce(
         norms.append(squares.sqrt().to(device, wide(device)))
         if mesh in entries:
             summed[mesh] = others.pop(0).view_as(entries[mesh])
+        if mesh in moved:
+            all_moved[mesh] = others.pop(0)
         if carries_errors:
             errors = _mean(others.pop(0)).to(device)
             is_averaged = True
@@ -165,7 +183,7 @@ def _reduce(
         norms.append(torch.zeros(layout.rows, dtype=wide(device), device=device))
     if not is_averaged:
         errors = average(errors, process_group)
-    return _joint(norms), errors, summed
+    return _joint(norms), errors, summed, all_moved
 
 
 def average(errors: Tensor | None, process_group: "dist.ProcessGroup | None") -> Tensor | None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbalance._optimizer.checkpoint import count_in, number_in
 from gradbalance._step.gradients import on_host, wide
 from gradbalance._step.measure import UNSEEN, world_size
 
@@ -72,11 +73,11 @@ class ObservedErrors:
                 vector.append(torch.full((), mean, dtype=wide(device), device=device))
         return torch.stack(vector)
 
-    def save(self) -> dict[str, list[float]]:
+    def save(self) -> dict[str, tuple[float, int]]:
         """Sum and number of the errors of each observed group since the last step."""
         saved = {}
         for name, total in self.sums.items():
-            saved[name] = [float(total), float(self._counts[name])]
+            saved[name] = float(total), self._counts[name]
         return saved
 
     def parse(self, saved: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, int]]:
@@ -86,10 +87,11 @@ class ObservedErrors:
             TypeError, KeyError: If it is damaged.
         """
         parsed = {}
-        for name, (total, count) in saved.items():
-            if name not in self._names:
-                raise TypeError(f"an error of {name!r}")
-            parsed[name] = total + 0.0, int(count + 0)
+        for name, pair in saved.items():
+            if name not in self._names or len(pair) != 2:
+                raise TypeError(f"the errors {pair!r} of {name!r}")
+            total, count = pair
+            parsed[name] = number_in(total), count_in(count)
         return parsed
 
     def load(self, saved: Mapping[str, Sequence[float]]) -> None:
@@ -101,14 +103,31 @@ class ObservedErrors:
 
 def _checked(name: str, error: object) -> Tensor | float:
     """The error as a number if it is on the host, else as a tensor ``[]`` that is not read."""
-    if isinstance(error, Tensor):
-        value = error.detach()
-        if value.is_complex():
-            raise TypeError(f"`{name}` must be real. Got {value.dtype}. Pass the mean error.")
+    value = checked_scalar(name, error, "Pass the mean error.")
+    if isinstance(value, Tensor):
+        return torch.where(value < 0, torch.nan, value)
+    if value < 0:
+        raise ValueError(
+            f"`{name}` must be >= 0, lower is better. Got {value}. Pass an error, not a score."
+        )
+    return value
+
+
+def checked_scalar(name: str, scalar: object, advice: str) -> Tensor | float:
+    """A real scalar as a float if it is on the host, else as a tensor ``[]`` that is not read.
+
+    Raises:
+        TypeError: If it is not a real number.
+        ValueError: If it has several elements, or is too large for a float.
+    """
+    if isinstance(scalar, Tensor):
+        value = scalar.detach()
+        if value.is_complex() or value.is_quantized or value.dtype == torch.bool:
+            raise TypeError(f"`{name}` must be real. Got {value.dtype}. {advice}")
         if value.layout is not torch.strided or value.device.type == "meta":
             raise TypeError(
                 f"`{name}` must be a dense tensor with a value. Got {value.layout} on "
-                f"{value.device}. Pass the mean error."
+                f"{value.device}. {advice}"
             )
         if value.numel() != 1:
             raise ValueError(
@@ -116,19 +135,17 @@ def _checked(name: str, error: object) -> Tensor | float:
                 "Reduce it, with `.mean()` say."
             )
         value = value.reshape(()).to(wide(value.device))
-        if not on_host(value.device):
-            return torch.where(value < 0, torch.nan, value)
-        return _checked(name, value.item())
-    if isinstance(error, np.ndarray) and error.shape == ():
-        error = error.item()
-    if isinstance(error, bool) or not isinstance(error, Real):
+        return value.item() if on_host(value.device) else value
+    if isinstance(scalar, np.ndarray) and scalar.size == 1 and not np.ma.is_masked(scalar):
+        scalar = scalar.item()
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
         raise TypeError(
-            f"`{name}` must be a number or a tensor. Got {type(error).__name__}. "
-            "Pass the mean error."
+            f"`{name}` must be a number or a tensor. Got {type(scalar).__name__}. {advice}"
         )
-    number = float(error)
-    if number < 0:
+    try:
+        return float(scalar)
+    except OverflowError as error:
         raise ValueError(
-            f"`{name}` must be >= 0, lower is better. Got {number}. Pass an error, not a score."
-        )
-    return number
+            f"`{name}` must be a number that fits into a float. "
+            f"Got a larger {type(scalar).__name__}. {advice}"
+        ) from error

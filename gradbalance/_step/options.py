@@ -6,8 +6,10 @@ from math import inf
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 
+from gradbalance._step.measure import is_process_group
 from gradbalance.rules import Rule, Useful
 from gradbalance.rules.base import check_number
 
@@ -52,7 +54,7 @@ class Options:
             raise ValueError(
                 f"`apply_to` must be one of {choices}. Got {self.apply_to!r}. Pick one of these."
             )
-        check_number("smoothing", self.smoothing)
+        self._set("smoothing", _number("smoothing", self.smoothing))
         if not 0 <= self.smoothing < 1:
             raise ValueError(
                 f"`smoothing` must be in [0, 1). Got {self.smoothing}. "
@@ -62,19 +64,22 @@ class Options:
             raise TypeError(
                 f"`every` must be an integer. Got {self.every!r}. Take 1 to measure at each step."
             )
-        if self.every < 1:
+        if not 1 <= self.every < 1 << 63:
             raise ValueError(
-                f"`every` must be positive. Got {self.every}. Take 1 to measure at each step."
+                f"`every` must be in [1, 2**63). Got {self.every}. Take 1 to measure at each step."
             )
-        _check_window(self.window)
-        if self.late is not None and not isinstance(self.late, bool):
+        self._set("every", int(self.every))
+        self._set("window", _checked_window(self.window))
+        if self.late is not None and not isinstance(self.late, bool | np.bool_):
             raise TypeError(
                 f"`late` must be True, False or None. Got {self.late!r}. "
                 "None decides a step late on an accelerator alone."
             )
-        _check_noise(self.noise)
+        if self.late is not None:
+            self._set("late", bool(self.late))
+        self._set("noise", _checked_noise(self.noise))
         if self.max_norm is not None:
-            check_number("max_norm", self.max_norm)
+            self._set("max_norm", _number("max_norm", self.max_norm))
             if not 0 < self.max_norm < inf:
                 raise ValueError(
                     f"`max_norm` must be in (0, inf). Got {self.max_norm}. Take None not to clip."
@@ -84,8 +89,17 @@ class Options:
                 f"`generator` must be a torch.Generator. Got {self.generator!r}. "
                 "Pass `torch.Generator()`, seeded."
             )
-        if not isinstance(self.persist, bool):
+        if self.process_group is not None and not is_process_group(self.process_group):
+            raise TypeError(
+                "`process_group` must be a group that this process belongs to, or None. "
+                f"Got {self.process_group!r}. Pass what torch.distributed.new_group returns."
+            )
+        if not isinstance(self.persist, bool | np.bool_):
             raise TypeError(f"`persist` must be a bool. Got {self.persist!r}. Pass a bool.")
+        self._set("persist", bool(self.persist))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # a frozen dataclass has no other way
 
     def noise_of(self, names: Sequence[str]) -> list[float]:
         """The noise of each group, and 0 for the parameters of none.
@@ -116,24 +130,38 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _check_noise(noise: float | Mapping[str, float]) -> None:
-    amounts = list(noise.values()) if isinstance(noise, Mapping) else [noise]
-    for amount in amounts:
-        check_number("noise", amount)
-        if not 0 <= amount < inf:
-            raise ValueError(
-                f"`noise` must be in [0, inf). Got {amount}. Choose a value inside the interval."
-            )
+def _number(name: str, value: object) -> float:
+    """The option as a float, inf where it is too large for one."""
+    check_number(name, value)
+    try:
+        return float(value)  # type: ignore[arg-type]  # a real number by now
+    except OverflowError:
+        return inf
 
 
-def _check_window(window: object) -> None:
+def _checked_noise(noise: float | Mapping[str, float]) -> float | dict[str, float]:
+    if isinstance(noise, Mapping):
+        return {name: _checked_amount(amount) for name, amount in noise.items()}
+    return _checked_amount(noise)
+
+
+def _checked_amount(noise: float) -> float:
+    amount = _number("noise", noise)
+    if not 0 <= amount < inf:
+        raise ValueError(
+            f"`noise` must be in [0, inf). Got {amount}. Choose a value inside the interval."
+        )
+    return amount
+
+
+def _checked_window(window: object) -> tuple[int, int | None] | None:
     if window is None:
-        return
+        return None
     if isinstance(window, tuple | list) and len(window) == 2:
         start, stop = window
         starts = _is_integer(start) and start >= 0
         if starts and (stop is None or (_is_integer(stop) and stop > start)):
-            return
+            return int(start), None if stop is None else int(stop)
     raise ValueError(
         "`window` must be (start, stop) with 0 <= start < stop, or stop None. "
         f"Got {window!r}. Count optimizer steps, not epochs."

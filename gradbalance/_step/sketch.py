@@ -1,6 +1,5 @@
 """The cosine between a group's gradient and the last one that it had, on some of its entries."""
 
-import operator
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in
 from gradbalance._optimizer.scaling import local
 from gradbalance._step.gradients import (
     Gradients,
@@ -49,6 +48,7 @@ class Pick(NamedTuple):
         mesh: Of a DTensor, else None.
         slots: Where the entries go: two for a plain tensor, one in the sum over the mesh for a
             DTensor.
+        size: Number of entries on all ranks.
     """
 
     parameter: Tensor
@@ -57,6 +57,37 @@ class Pick(NamedTuple):
     copies: int
     mesh: "DeviceMesh | None"
     slots: list[Tensor]
+    size: int
+
+
+class Quota(NamedTuple):
+    """How much is read of each group.
+
+    Attributes:
+        takes_all: Whether all entries are.
+        entries: Number of entries.
+        tensors: Number of tensors at most, unless all are read.
+    """
+
+    takes_all: bool
+    entries: int
+    tensors: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Tensor]]) -> "Quota":
+        """That of each of several groups."""
+        n = len(groups)
+        largest = max(sum(p.numel() for p in group) for group in groups)
+        # Decided alike on whatever ranks and devices, as a checkpoint may go to others.
+        takes_all = n * largest <= SMALL
+        entries = largest if takes_all else ENTRIES // n
+        return cls(takes_all, entries, max(1, min(TENSORS, ALL_TENSORS // n)))
+
+    def choose(self, group: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a group that are read."""
+        if self.takes_all:
+            return list(group)
+        return _chosen(group, self.tensors, self.entries // self.tensors)
 
 
 class Sketch:
@@ -76,16 +107,12 @@ class Sketch:
     def __init__(self, members: Sequence[Sequence[Tensor]], device: torch.device) -> None:
         n = len(members)
         everything = list(chain.from_iterable(members))
-        sizes = [sum(p.numel() for p in group) for group in members]
-        # Decided alike on whatever ranks and devices, as a checkpoint may go to others.
-        self._takes_all = n * max(sizes) <= SMALL
-        self._quota = max(sizes) if self._takes_all else ENTRIES // n
-        self._most = max(1, min(TENSORS, ALL_TENSORS // n))
+        self._quota = Quota.of(members)
         is_plain = all(_is_plain(p, device) for p in everything)
-        self.is_whole = self._takes_all and is_plain and on_host(device)
+        self.is_whole = self._quota.takes_all and is_plain and on_host(device)
         self._members = members
         # Each tensor has one entry at least, even beyond the quota.
-        width = ALIGNED * ceil((self._quota + self._most) / ALIGNED)
+        width = ALIGNED * ceil((self._quota.entries + self._quota.tensors) / ALIGNED)
         # float64, in which no square of a float32 overflows or vanishes.
         self._entries = torch.zeros(n, 2, width, dtype=wide(device), device=device)
         self._transposed = self._entries.mT
@@ -175,8 +202,14 @@ class Sketch:
     def continue_from(self, other: "Sketch") -> None:
         """Take over what another sketch knows of the groups that have the same parameters."""
         for m, (mine, theirs) in enumerate(zip(self._members, other._members, strict=True)):
-            if list(map(id, mine)) == list(map(id, theirs)):
-                self._load_group(m, other._seen[m], other._last(m))
+            place = {id(p): i for i, p in enumerate(mine)}
+            if place.keys() == set(map(id, theirs)):
+                seen = {place[id(theirs[i])] for i in other._seen[m]}
+                self._load_group(m, seen, None)
+                entries = other._last_by_parameter(m)
+                picked = [id(pick.parameter) for pick in self._picks[m]]
+                if picked and entries.keys() >= set(picked):
+                    self._load_row(m, np.concatenate([entries[p] for p in picked]))
 
     def save(self, names: Sequence[str]) -> Saved:
         """The last entries of each group by name, as bytes in base64, in builtin types."""
@@ -202,11 +235,26 @@ class Sketch:
         row: Vector = self._entries[m, 1 - self._now[m], : self._lengths[m]].cpu().numpy()
         return row.copy()
 
+    def _last_by_parameter(self, m: int) -> dict[int, Vector]:
+        """The last entries of each parameter that is read, by ``id``, if they are known."""
+        row = self._last(m)
+        entries: dict[int, Vector] = {}
+        start = 0
+        for pick in self._picks[m]:
+            if row is not None:
+                entries[id(pick.parameter)] = row[start : start + pick.size]
+            start += pick.size
+        return entries
+
     def _load_group(self, m: int, seen: set[int], row: Vector | None) -> None:
         self._seen[m] = {i for i in seen if i < len(self._members[m])}
         self._is_known[m] = False
         self._pick(m)
-        if row is not None and len(row) == self._lengths[m]:
+        if row is not None:
+            self._load_row(m, row)
+
+    def _load_row(self, m: int, row: Vector) -> None:
+        if len(row) == self._lengths[m]:
             slot = self._entries[m, 1 - self._now[m], : len(row)]
             slot.copy_(torch.from_numpy(row))
             self._is_known[m] = True
@@ -217,17 +265,16 @@ class Sketch:
             with_gradient = {i for i, p in enumerate(group) if has_gradient(p)}
             if not with_gradient <= self._seen[m]:
                 self._seen[m] |= with_gradient
-                if not (self._takes_all and self._picks[m]):
+                if not (self._quota.takes_all and self._picks[m]):
                     self._pick(m)
                     self._is_known[m] = False
 
     def _pick(self, m: int) -> None:
-        quota = self._quota
-        if self._takes_all:
-            chosen = list(self._members[m])
-        else:
-            candidates = [self._members[m][i] for i in sorted(self._seen[m])]
-            chosen = _chosen(candidates, self._most, quota // self._most)
+        quota = self._quota.entries
+        candidates = self._members[m]
+        if not self._quota.takes_all:
+            candidates = [candidates[i] for i in sorted(self._seen[m])]
+        chosen = self._quota.choose(candidates)
         total = sum(p.numel() for p in chosen)
         self._entries[m].zero_()
         self._picks[m] = []
@@ -248,7 +295,7 @@ class Sketch:
         place = slice(start, start + prod(grid.shape))
         slots = [row[place].view(grid.shape)[grid.there] for row in rows]
         is_plain = mesh is None and not p.is_complex()
-        return Pick(p, grid.here, is_plain, copies_of(p), mesh, slots)
+        return Pick(p, grid.here, is_plain, copies_of(p), mesh, slots, prod(grid.shape))
 
 
 class Grid(NamedTuple):
@@ -351,7 +398,7 @@ def parse(names: Sequence[str], saved: Saved) -> list[tuple[set[int], Vector | N
         row = None
         if packed is not None:
             row = _unpacked(packed)
-        groups.append((set(map(operator.index, group["seen"])), row))
+        groups.append((set(map(count_in, group["seen"])), row))
     return groups
 
 

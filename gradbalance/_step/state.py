@@ -1,6 +1,5 @@
 """What is remembered between steps: running means and their errors, the last decision, warnings."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from math import inf, isfinite, isnan, nan, sqrt
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbalance._optimizer.checkpoint import Saved
+from gradbalance._optimizer.checkpoint import Saved, count_in, number_in
 from gradbalance._step.measure import UNSEEN
 from gradbalance._warn import warn
 from gradbalance.balance import Balance
@@ -100,18 +99,26 @@ class State:
         rule: Decides.
         smoothing: Weight of the past in the running means, per measured step.
         scale_free: Whether a step of the optimizer is as long however large the gradient.
+        fewest: Number of active groups from which on a step counts.
 
     Attributes:
         step: Number of optimizer steps that counted.
         means: The running means of each group.
         decided: The coefficients that the rule returned last.
         norms: Of the last step that was read.
+        cosines: Of the last step that was read, NaN where there are none.
+        moved: How far each group moved at the measured step before it, NaN where that is unknown.
         conflicts: As the rule reported them at the last step, bool, shape ``[N, N]``; or None.
         has_errors: Whether errors were ever observed.
     """
 
     def __init__(
-        self, names: tuple[str, ...], rule: Rule, smoothing: float, scale_free: bool
+        self,
+        names: tuple[str, ...],
+        rule: Rule,
+        smoothing: float,
+        scale_free: bool,
+        fewest: int = 2,
     ) -> None:
         n = len(names)
         self.names = names
@@ -119,6 +126,9 @@ class State:
         self.means = [Means()] * n
         self.decided = [1.0] * n
         self.norms = [0.0] * n
+        self.cosines = [nan] * n
+        self.moved = [nan] * n
+        self.fewest = fewest
         self.conflicts: Flags | None = None
         self.has_errors = False
         self._rule = rule
@@ -148,14 +158,16 @@ class State:
         is_finite = isfinite(sum(norms))
         has_finite_errors = errors is None or isfinite(sum(errors))
         self.norms = norms
+        self.cosines = [nan] * len(norms) if cosines is None else cosines
         self.conflicts = None
         self.has_errors |= errors is not None
-        counts = is_finite and has_finite_errors and sum(active) >= 2
+        counts = is_finite and has_finite_errors and sum(active) >= self.fewest
         self._watchdog.see(active, is_finite, has_finite_errors, counts)
         if not counts:
             return [False] * len(norms)
         means = self._after(norms, cosines, errors)
-        self.decided, self.conflicts = self._ask(means, norms)
+        if sum(active) >= 2:  # a rule compares groups
+            self.decided, self.conflicts = self._ask(means, norms)
         self.means = means
         return active
 
@@ -224,11 +236,13 @@ class State:
             step=self.step,
             norms=np.array(self.norms),
             shares=_values([group.share for group in self.means]),
+            cosines=np.array(self.cosines),
             coherences=_values(coherences),
             coherence_errors=_errors(coherences, self._smoothing),
             useful=_values(useful),
             useful_errors=_errors(useful, self._smoothing),
             errors=_values([group.error for group in self.means]),
+            moved=np.array(self.moved),
             coefficients=in_force,
             proposed=np.array(self.decided),
             conflicts=conflicts.copy(),
@@ -267,7 +281,7 @@ class State:
         if set(groups) != set(self.names):
             raise ValueError(
                 "`state_dict` must hold the state of the groups "
-                f"{', '.join(self.names)}. Got {', '.join(groups)}. "
+                f"{', '.join(self.names)}. Got {', '.join(groups) or 'none'}. "
                 "Load a checkpoint of the same groups, or build with `persist=False`."
             )
         means = []
@@ -275,10 +289,12 @@ class State:
         for name in self.names:
             group = groups[name]
             means.append(Means(**{key: _parsed_mean(group[key]) for key in Means._fields}))
-            decided.append(_parsed_number(group["decided"]))
+            decided.append(number_in(group["decided"]))
             if not 0 <= decided[-1] < inf:
                 raise TypeError(f"a coefficient of {decided[-1]}")
-        return means, decided, operator.index(saved["step"]), bool(saved["errors"])
+        if not isinstance(saved["errors"], bool):
+            raise TypeError(f"{saved['errors']!r} in the place of a bool")
+        return means, decided, count_in(saved["step"]), saved["errors"]
 
     def load(self, saved: Saved) -> None:
         """Take what :meth:`save` gave, of the same groups in any order."""
@@ -291,13 +307,10 @@ class State:
 
 def _parsed_mean(saved: Sequence[object]) -> RunningMean:
     mean, variance, number = saved if len(saved) == 3 else (None, None, None)
-    return RunningMean(_parsed_number(mean), _parsed_number(variance), int(_parsed_number(number)))
-
-
-def _parsed_number(saved: object) -> float:
-    if isinstance(saved, bool) or not isinstance(saved, int | float):
-        raise TypeError(f"{saved!r} in the place of a number")
-    return float(saved)
+    parsed = RunningMean(number_in(mean), number_in(variance), count_in(number))
+    if not isfinite(parsed.mean):
+        raise TypeError(f"a mean of {parsed.mean}")
+    return parsed
 
 
 class Watchdog:

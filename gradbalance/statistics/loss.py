@@ -13,6 +13,9 @@ from gradbalance.statistics._ranks import over_ranks
 
 _ORDERS = {"mean": 1, "covariance": 1, "variance": 2, "skewness": 3, "kurtosis": 4}
 
+# Part of `eps` below which a variance is no scale.
+NEGLIGIBLE = 1e-6
+
 
 class StatisticalLoss(nn.Module):
     r"""Mean over the chosen statistics ``s`` of :math:`\mathrm{MSE}(\tilde s, \hat s)`.
@@ -32,10 +35,14 @@ class StatisticalLoss(nn.Module):
         normalise: Divide the error of the mean by the target's variance, and those of variance and
             covariance by its square, which makes them independent of the scale of the features.
             The error of a feature without spread in the target, which has no scale, counts as 0.
+            Without spread is what varies by rounding alone: that of the feature itself or, where
+            the variance is below ``eps`` and 1e-6, of the feature with the largest variance; and
+            what has a variance below ``1e-6 * eps``.
         mixture: Add the variance of the predicted means to the mean of the predicted variances (law
             of total variance). For a pair only.
         reduction: "mean" over the features, or "none".
-        eps: Added to the target's variance by ``normalise``, > 0.
+        eps: Added to the target's variance by ``normalise``, > 0. Lower it for features that are
+            far smaller than the others.
         process_group: Take the statistics over the batches of all its ranks. Every rank then holds
             the whole loss, and each gradient is scaled by the number of ranks, so that the
             **average** that DistributedDataParallel takes is the gradient of the whole batch.
@@ -130,11 +137,10 @@ class StatisticalLoss(nn.Module):
                 f"Got statistics of shape {list(predicted['mean'].shape)} and "
                 f"{list(actual['mean'].shape)}. Project one onto the other's features."
             )
+        masked.check_device("target", target, predicted["mean"].device, "prediction")
         scale = None
         if self.normalise:
-            # An infinite scale leaves out what has no spread, and lets NaN through.
-            flat = masked.without_spread(actual["mean"], actual["variance"])
-            scale = torch.where(flat, torch.inf, actual["variance"] + self.eps)
+            scale = _scale(actual["mean"], actual["variance"], self.eps, target.dtype)
         errors = [_error(name, predicted[name], actual[name], scale) for name in self.moments]
         error = torch.stack(errors).mean(0)
         known = (predicted["count"] > 0) & (actual["count"] > 0)
@@ -184,6 +190,7 @@ class StatisticalLoss(nn.Module):
                 f"`prediction` must be a mean and a variance of one shape. Got {list(mean.shape)} "
                 f"and {list(variance.shape)}. Expand one of them."
             )
+        masked.check_device("prediction[1]", variance, mean.device, "prediction[0]")
         if unknown := set(self.moments) - {"mean", "variance"}:
             raise ValueError(
                 f"`moments` must be 'mean' or 'variance' for a pair. Got {sorted(unknown)}. "
@@ -227,6 +234,25 @@ def statistical_loss(
         process_group=process_group,
     )
     return loss.forward(prediction, target, mask, target_mask)
+
+
+def _scale(mean: Tensor, variance: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """What squared errors are divided by: inf, which leaves them out, without a spread.
+
+    Args:
+        mean: Of each feature of the target.
+        variance: Of each feature of the target.
+        eps: Of the loss.
+        dtype: Of the target, whose rounding is no spread.
+    """
+    rounding = torch.finfo(dtype).eps ** 2
+    finite = torch.where(variance < torch.inf, variance, 0)  # where it is not, the loss is NaN
+    largest = finite.amax() if finite.numel() else finite.sum()
+    flat = masked.without_spread(mean, variance) | (variance <= rounding * mean.square())
+    # Around 0 only the other features, or `eps`, tell what is small. Far below `eps` a prediction
+    # on the scale of the target adds nothing, and any other one would add more than all the rest.
+    flat |= variance <= (rounding * largest).clamp(NEGLIGIBLE * eps, min(NEGLIGIBLE, eps))
+    return torch.where(flat, torch.inf, variance + eps)
 
 
 def _error(name: str, predicted: Tensor, actual: Tensor, scale: Tensor | None) -> Tensor:
@@ -279,6 +305,10 @@ def _checked_eps(eps: object) -> float:
     eps = masked.plain(eps)
     if not isinstance(eps, Real) or isinstance(eps, bool):
         raise TypeError(f"`eps` must be a positive number. Got {eps!r}. The default is 1e-6.")
-    if not 0 < float(eps) < math.inf:
+    try:
+        number = float(eps)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
         raise ValueError(f"`eps` must be positive and finite. Got {eps!r}. The default is 1e-6.")
-    return float(eps)
+    return number

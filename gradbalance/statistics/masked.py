@@ -69,7 +69,7 @@ def moments(
     Raises:
         TypeError: ``x`` is not floating point or not dense, ``mask`` is not boolean, or ``dim`` or
             ``order`` is not made of integers.
-        ValueError: A shape, an axis or the order is out of range.
+        ValueError: A shape, an axis or the order is out of range, or ``mask`` is on another device.
 
     Example:
         >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0], [float("nan"), 7.0]])
@@ -227,6 +227,16 @@ def _check(x: Tensor, mask: Tensor | None, name: str, mask_name: str) -> None:
             f"`{mask_name}` must hold one flag per sample, {list(samples)} for samples of shape "
             f"{list(x.shape)}. Got {list(mask.shape)}. "
             f"Leave out the axis of the features, and fit it to `{name}`."
+        )
+    check_device(mask_name, mask, x.device, name)
+
+
+def check_device(name: str, x: Tensor, device: torch.device, other: str) -> None:
+    """Check that a tensor is on the device of another one."""
+    if x.device != device:
+        raise ValueError(
+            f"`{name}` must be on the device of `{other}`. Got {x.device} and {device}. "
+            f"Move it there, with `.to({str(device)!r})`."
         )
 
 

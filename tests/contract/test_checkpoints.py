@@ -228,6 +228,22 @@ DAMAGE = {
     "a negative coefficient": lambda saved: saved["groups"]["text"].update(decided=-5.0),
     "a coefficient of NaN": lambda saved: saved["groups"]["text"].update(decided=float("nan")),
     "the groups": lambda saved: saved.update(groups=[]),
+    "a mean of NaN": lambda saved: saved["groups"]["text"].update(useful=[float("nan"), 0.0, 1]),
+    "a number of values below 0": lambda saved: saved["groups"]["text"].update(share=[0.5, 0, -1]),
+    "a number of values of NaN": lambda saved: saved["groups"]["text"].update(
+        share=[0.5, 0.0, float("nan")]
+    ),
+    "a number beyond all floats": lambda saved: saved["groups"]["text"].update(decided=10**400),
+    "no group": lambda saved: saved.update(groups={}),
+    "whether there were errors": lambda saved: saved.update(errors=torch.ones(2)),
+    "observed errors of three parts": lambda saved: saved.update(observed={"text": (1, 2, 3)}),
+    "observed errors that are complex": lambda saved: saved.update(observed={"text": (1j, 1)}),
+    "observed errors in a tensor": lambda saved: saved.update(
+        observed={"text": (torch.ones(2), 1)}
+    ),
+    "infinitely many observed errors": lambda saved: saved.update(
+        observed={"text": (1.0, float("inf"))}
+    ),
     "the step": lambda saved: saved.update(step="x"),
     "the phase": lambda saved: saved.update(phase=None),
     "the sketch": lambda saved: saved.update(sketch="x"),
@@ -249,7 +265,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_as_before(damage, l
     train(twin, other, range(3))
     state = copy.deepcopy(optimizer.state_dict())
     damage(state["param_groups"][0]["gradbalance"][0])
-    with pytest.raises(ValueError, match="`state_dict` must hold "):
+    with pytest.raises(ValueError, match=r"`state_dict` must hold .*\. Got .*\. Load a checkpoint"):
         optimizer.load_state_dict(state)
     train(model, optimizer, range(3, 6))
     train(twin, other, range(3, 6))

@@ -471,3 +471,31 @@ def test_what_a_rule_writes_into_its_answer_later_never_reaches_a_parameter(name
     optimizer.zero_grad()
     [after] = train(model, optimizer, [3], observe=False)
     assert set(after.values()) == {0.5}
+
+
+@pytest.mark.parametrize(
+    "kind", ["expanded", "the same", "a view of the same", "expanded and the same"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [{"apply_to": "gradient"}, {"max_norm": 1.0}, {"apply_to": "gradient", "max_norm": 1.0}],
+)
+def test_gradients_that_share_memory_are_each_scaled_once(kind, options):
+    parameters = [nn.Parameter(torch.ones(3, 3)) for _ in range(4)]
+    others = [nn.Parameter(torch.ones(3, 3)) for _ in range(4)]
+    for given in (parameters, others):
+        own = [torch.full((3, 3), 2.0) for _ in given]
+        if given is parameters and "expanded" in kind:
+            own = [torch.full((1, 1), 2.0).expand(3, 3) for _ in given]
+        if given is parameters and "the same" in kind:
+            own = [own[0].view(3, 3) if "view" in kind else own[0] for _ in given]
+        for p, g in zip(given, own, strict=True):
+            p.grad = g
+    for given in (parameters, others):
+        optimizer = torch.optim.SGD(given, lr=0.1)
+        groups = {"text": given[:2], "audio": given[2:3]}  # the last is in no group
+        rule = rules.ByHand(text=0.5, audio=0.25)
+        ConflictAwarePenalty(optimizer, groups, rule, **options).step()
+    for p, q in zip(parameters, others, strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(p.grad, q.grad)

@@ -120,6 +120,7 @@ SCENARIOS = {
     "noisy": Scenario(adamw, {"noise": 0.5}),
     "noisy and clipped": Scenario(adamw, {"noise": 0.5, "max_norm": 1.0}),
     "measured at every second step": Scenario(adamw, {"every": 2}),
+    "GradScaler, fused, measured at every second step": Scenario(fused, {"every": 2}, scales=True),
     "clipped, measured at every second step": Scenario(adamw, {"every": 2, "max_norm": 1.0}),
     "inside a window": Scenario(adamw, {"window": (2, 6)}),
     "errors in floats": Scenario(adamw, CONFLICTS, observed=floats),
@@ -138,6 +139,9 @@ SCENARIOS = {
     "GradScaler": Scenario(scales=True),
     "GradScaler, fused and clipped": Scenario(fused, {"max_norm": 1.0}, scales=True),
 }
+
+
+AT_ONCE = [*DEFAULT, *(name for name in SCENARIOS if "measured at one of" in name)]
 
 
 def gradient(name, i, shape, step):
@@ -260,7 +264,7 @@ def main():
         shown["transfer"] = transfer(simulation, is_late=True)
         for name, scenario in SCENARIOS.items():
             runs = {"plain": None, "late": scenario.options}
-            if name in DEFAULT:
+            if name in AT_ONCE:
                 runs["at once"] = {**scenario.options, "late": False}
             shown["trained"][name] = {
                 run: train(scenario, options, scenario.devices, simulation)

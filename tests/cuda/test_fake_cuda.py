@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.scenarios import DEFAULT, FREE, SCENARIOS, WAITING
+from tests.cuda.scenarios import AT_ONCE, DEFAULT, FREE, SCENARIOS, WAITING
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,9 +86,16 @@ def test_coefficients_are_those_of_the_cpu_one_step_late(trained, name):
         assert here == pytest.approx(there, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_decision_at_once_waits_once_at_each_measured_step_alone(trained, name):
+    every = SCENARIOS[name].options.get("every", 1)
+    both = zip(waits(trained["at once"]), waits(trained["plain"]), strict=True)
+    added = [len(here) - len(plain) for here, plain in both]
+    assert added == [int(step % every == 0) for step in range(len(added))]
+
+
 @pytest.mark.parametrize("name", DEFAULT)
-def test_a_decision_at_once_waits_and_is_that_of_the_next_step(trained, name):
-    assert all(len(step) == 1 for step in waits(trained["at once"]))
+def test_a_decision_at_once_is_that_of_the_next_step(trained, name):
     at_once = coefficients(trained["at once"])
     late = coefficients(trained["late"])
     for before, here in zip(at_once[:-1], late[1:], strict=True):
@@ -98,3 +105,13 @@ def test_a_decision_at_once_waits_and_is_that_of_the_next_step(trained, name):
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "watched"])
 def test_some_step_is_scaled(trained, name):
     assert any(a != b for step in coefficients(trained["late"]) for a, b in pairwise(step))
+
+
+def test_recording_launches_at_most_25_operators_more(shown):
+    """Three branches of a matrix and a bias: the fewer tensors, the fewer."""
+    trained = shown["trained"]
+    both = zip(
+        operators(trained["recorded"]["late"]), operators(trained["AdamW"]["late"]), strict=True
+    )
+    _, *added = [recorded - unrecorded for recorded, unrecorded in both]
+    assert 0 < max(added) <= 25

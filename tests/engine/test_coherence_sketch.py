@@ -45,6 +45,10 @@ def cosine(one, other):
     return torch.cosine_similarity(one, other, dim=0, eps=0.0).item()
 
 
+def whole(group):
+    return torch.cat([p.grad.flatten() for p in group])
+
+
 # The cosine, where the sketch holds all entries.
 
 
@@ -171,6 +175,31 @@ def test_a_parameter_without_a_gradient_counts_as_zeros():
 
 
 # The sketch of larger groups.
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["direct", "late"])
+@pytest.mark.parametrize("way", ["a step", "a copy", "a checkpoint"])
+def test_in_another_order_of_the_parameters_the_cosine_is_that_with_the_last_gradient(way, late):
+    generator = torch.Generator().manual_seed(0)
+    groups = {name: [zeros(2, 3), zeros(3), zeros(3, 2)] for name in ("one", "two")}
+    penalty = watched(groups, late=late)
+    noisy_gradients(groups, generator)
+    last = {name: whole(group) for name, group in groups.items()}
+    penalty.step()
+    penalty.param_groups[0]["params"].reverse()
+    if way == "a copy":
+        groups, penalty = copy.deepcopy((groups, penalty))
+    if way == "a checkpoint":
+        state = penalty.state_dict()
+        groups = {name: [zeros(*p.shape) for p in group] for name, group in groups.items()}
+        penalty = watched(groups, late=late)
+        penalty.param_groups[0]["params"].reverse()
+        penalty.load_state_dict(state)
+    noisy_gradients(groups, generator)
+    penalty.step()
+    penalty.state_dict()
+    expected = [cosine(whole(group), last[name]) for name, group in groups.items()]
+    assert penalty.balance.coherences.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def noisy_gradients(groups, generator, common=0.0):

@@ -1,6 +1,7 @@
 """Every message that a user can meet: the kind of the error, and `what` must be how. Got what. What to do."""
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -345,6 +346,16 @@ AT_CONSTRUCTION = {
         TypeError,
         "`text` must be a name, a glob or a list of them. Got int.",
     ),
+    "no pattern at all": (
+        lambda: groups_by_name(Model(), text=[]),
+        ValueError,
+        "`text` must hold at least one name or glob. Got [].",
+    ),
+    "a pattern in bytes": (
+        lambda: groups_by_name(Model(), text=b"text"),
+        TypeError,
+        "`text` must be a name, a glob or a list of them. Got bytes.",
+    ),
     "a model that is none": (
         lambda: groups_by_name(Model().state_dict(), text="text"),
         TypeError,
@@ -360,7 +371,9 @@ OUT_OF_RANGE = {
         "updates",
         "`apply_to` must be one of 'update', 'gradient', 'learning_rate', 'displacement'. Got 'updates'.",
     ),
-    "every": (0, "`every` must be positive. Got 0."),
+    "every": (0, "`every` must be in [1, 2**63). Got 0."),
+    "every ": (10**400, "`every` must be in [1, 2**63). Got 1000"),
+    "max_norm ": (10**400, "`max_norm` must be in (0, inf). Got inf."),
     "window": (
         (5, 5),
         "`window` must be (start, stop) with 0 <= start < stop, or stop None. Got (5, 5).",
@@ -391,6 +404,7 @@ OF_THE_WRONG_KIND = {
     "persist": (None, "`persist` must be a bool. Got None."),
     "generator": (0, "`generator` must be a torch.Generator. Got 0."),
     "late": (1, "`late` must be True, False or None. Got 1."),
+    "process_group": ("gloo", "`process_group` must be a group that this process belongs to, or"),
     "every": (1.5, "`every` must be an integer. Got 1.5."),
 }
 
@@ -435,6 +449,26 @@ OF_OBSERVE = {
         {"text": torch.tensor(1j), "audio": 1.0},
         TypeError,
         "`text` must be real. Got torch.complex64.",
+    ),
+    "a flag in a tensor": (
+        {"text": torch.tensor(True), "audio": 1.0},
+        TypeError,
+        "`text` must be real. Got torch.bool.",
+    ),
+    "an integer beyond all floats": (
+        {"text": 10**400, "audio": 1.0},
+        ValueError,
+        "`text` must be a number that fits into a float. Got a larger int.",
+    ),
+    "a fraction beyond all floats": (
+        {"text": Fraction(10**400), "audio": 1.0},
+        ValueError,
+        "`text` must be a number that fits into a float. Got a larger Fraction.",
+    ),
+    "the mean of an array that is masked": (
+        {"text": np.ma.masked_all(3).mean(), "audio": 1.0},
+        TypeError,
+        "`text` must be a number or a tensor. Got MaskedConstant.",
     ),
 }
 
@@ -544,13 +578,46 @@ def test_the_way_out_that_a_message_names_is_there():
     assert callable(getattr(make().penalty, method))
 
 
-def test_norms_of_other_groups_are_refused():
+@pytest.mark.parametrize(
+    ("norms", "errors", "kind", "start"),
+    [
+        ({"text": 1.0}, None, ValueError, "`norms` must name exactly the groups. Got text. The"),
+        ([1.0, 2.0], None, TypeError, "`norms` must map groups to numbers. Got list."),
+        ({"text": "1", "audio": 1.0}, None, TypeError, "`text` must be a number or a tensor. Got"),
+        ({"text": 10**400, "audio": 1.0}, None, ValueError, "`text` must be a number that fits"),
+        ({"text": -1.0, "audio": 1.0}, None, ValueError, "`text` must be a norm, >= 0. Got -1.0."),
+        ({"text": 1.0, "audio": 1.0}, [1.0], TypeError, "`errors` must map groups to numbers. Got"),
+    ],
+)
+def test_norms_that_are_none_or_of_other_groups_are_refused(norms, errors, kind, start):
     penalty = make(rule=rules.ConflictAware()).penalty
-    assert_raises(
-        lambda: penalty.coefficients_for({"text": 1.0}),
-        ValueError,
-        "`norms` must name exactly the groups. Got text. The groups are: text, audio.",
+    assert_raises(lambda: penalty.coefficients_for(norms, errors), kind, start)
+
+
+def test_options_may_be_numbers_and_flags_of_numpy_and_fractions():
+    optimizer = make(
+        late=np.True_,
+        persist=np.False_,
+        every=np.int64(2),
+        smoothing=np.float32(0.5),
+        max_norm=Fraction(1, 2),
+        noise={"text": Fraction(1, 4)},
+        window=(np.int64(0), np.int64(9)),
     )
+    plain = make(
+        late=True,
+        persist=False,
+        every=2,
+        smoothing=0.5,
+        max_norm=0.5,
+        noise={"text": 0.25},
+        window=(0, 9),
+    )
+    for each in (optimizer, plain):
+        for p in each.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        each.step()
+    assert repr(optimizer) == repr(plain)
 
 
 @pytest.mark.parametrize("put_on", [ConflictAwarePenalty, attach])

@@ -619,6 +619,35 @@ def test_parameters_of_a_module_that_left_the_optimizer_are_not_kept_alive():
     assert alive() is None
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_tensor_that_gets_the_id_of_one_that_left_a_module_does_not_get_its_group(steps_before):
+    layer = nn.Linear(2, 2, bias=False)
+    text, audio = nn.Sequential(nn.Linear(2, 2), layer), nn.Linear(2, 2)
+    kept = [*text[0].parameters(), *audio.parameters()]
+    optimizer = SGD([{"params": layer.parameters()}, {"params": kept}], lr=0.1)
+    attach(optimizer, {"text": text, "audio": audio}, ByHand(text=0))
+    for _ in range(steps_before):
+        feed(optimizer)
+        optimizer.step()
+        feed(optimizer)
+    optimizer.param_groups.pop(0)
+    optimizer.state.clear()
+    del text[1]
+    if steps_before:
+        optimizer.step()
+    left = id(layer.weight)
+    del layer
+    gc.collect()
+    others = []
+    while not others or id(others[-1]) != left:
+        assert len(others) < 10_000
+        others.append(nn.Parameter(torch.ones(2, 2)))
+    optimizer.add_param_group({"params": others[-1:]})
+    feed(optimizer)
+    optimizer.step()
+    assert others[-1].tolist() == [[pytest.approx(0.9)] * 2] * 2
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

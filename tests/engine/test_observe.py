@@ -59,7 +59,7 @@ def test_a_group_that_is_left_out_of_a_call_is_not_observed_any_more():
 
 @pytest.mark.parametrize(
     "number",
-    [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), Fraction(1, 2), torch.tensor(0.5),
+    [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), np.array([0.5]), Fraction(1, 2), torch.tensor(0.5),
      torch.tensor([[0.5]], dtype=torch.float64), torch.tensor(0.5, dtype=torch.bfloat16)],
     ids=repr,
 )  # fmt: skip

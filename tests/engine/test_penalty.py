@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -199,6 +200,56 @@ def test_remove_leaves_a_schedule_built_since_in_place(model):
     optimizer.step()
     scheduler.step()  # would warn if the step it counts were gone
     assert set(penalty.coefficients().values()) == {1.0}
+
+
+@pytest.mark.parametrize("by", [ConflictAwarePenalty, attach])
+def test_a_penalty_that_was_removed_refuses_what_would_do_nothing(model, by):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty = by(inner, groups_of(model), ConflictAware())
+    penalty.remove()
+    penalty.remove()
+    assert "Penalty(removed)" in repr(penalty)
+    for call in (
+        lambda: penalty.observe(text=1.0, audio=2.0),
+        lambda: penalty.coefficients_for({"text": 1.0, "audio": 2.0}),
+    ):
+        with pytest.raises(RuntimeError, match=r"must be .* Got one that was removed\. Wrap the"):
+            call()
+    assert penalty.coefficients() == {"text": 1.0, "audio": 1.0}, "of the last step"
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_made_after_the_penalty_was_removed_steps_plainly_and_says_so(model, way):
+    plain = copy.deepcopy(model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = ConflictAwarePenalty(inner, groups_of(model), ByHand(text=0.5))
+    optimizer.remove()
+    twin, other = way((model, optimizer))
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for step in range(2):
+        backward(twin, step)
+        other.step()
+        backward(plain, step)
+        reference.step()
+    assert equal(parameters(twin), parameters(plain))
+    assert "Penalty(removed)" in repr(other)
+    other.remove()
+    other.load_state_dict(reference.state_dict())
+    for call in (
+        lambda: other.observe(text=1.0, audio=2.0),
+        lambda: other.coefficients(),
+        lambda: other.balance,
+        lambda: way(optimizer.penalty),
+    ):
+        with pytest.raises(RuntimeError, match=r"must be .* Got one that was removed\. Wrap the"):
+            call()
+    ConflictAwarePenalty(other.optimizer, groups_of(twin))
+
+
+def test_a_handle_without_its_optimizer_is_not_copied(model):
+    penalty = attach(torch.optim.SGD(model.parameters(), lr=0.1), groups_of(model))
+    with pytest.raises(RuntimeError, match=r"must be copied with its optimizer\. Got one whose"):
+        copy.deepcopy(penalty)
 
 
 @pytest.fixture

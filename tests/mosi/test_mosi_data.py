@@ -1,7 +1,13 @@
 """The data of the MOSI example: reading, checks, splits, batches, and the fallback."""
 
 import dataclasses
+import io
 import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.mosi import door
+from examples.mosi.build import others
 from examples.mosi.config import Config
 from examples.mosi.data import Ragged, atomic, load, standardise
 from examples.mosi.files import UTTERANCES, VISUAL, WORDS
@@ -160,6 +168,122 @@ def test_auto_takes_the_folder_of_the_environment_first(columns, tmp_path, monke
     assert load().source == "real"
 
 
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An environment in which no data is found: an empty cache, and no data beside the repository."""
+    monkeypatch.delenv("GRADBALANCE_DATA", raising=False)
+    monkeypatch.setenv("GRADBALANCE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(door, "BESIDE", tmp_path / "beside")
+    return tmp_path
+
+
+def test_the_simulation_says_where_data_was_looked_for(nowhere):
+    corpus = load()
+    assert corpus.source == "simulated"
+    for said in (
+        "SIMULATED",
+        str(nowhere / "cache"),
+        str(nowhere / "beside"),
+        "examples.mosi.download",
+    ):
+        assert said in corpus.banner
+    assert "looked" not in load("simulated").banner
+
+
+@pytest.mark.parametrize("variable", [True, False])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "nowhere",
+        "nowhere.pkl",
+        "nowhere.npz",
+        "empty",
+        "full",
+        "pipe",
+        "odd",
+        "simulated:0",
+        "simulated:x",
+    ],
+)
+def test_data_that_was_asked_for_is_refused_by_name_and_never_replaced(
+    nowhere, monkeypatch, variable, place
+):
+    for folder in ("empty", "full"):
+        (nowhere / folder).mkdir()
+    (nowhere / "full" / "other.txt").write_text("x")
+    (nowhere / "odd").write_text("<html>")
+    os.mkfifo(nowhere / "pipe")
+    asked = place if ":" in place else str(nowhere / place)
+    if variable:
+        monkeypatch.setenv("GRADBALANCE_DATA", asked)
+    name = "GRADBALANCE_DATA" if variable else "data"
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=rf"`{name}` must be .* Got {re.escape(asked)}"
+    ):
+        load(*[] if variable else [asked])
+
+
+@pytest.mark.parametrize("name", ["mosi.pkl", "mosi_utterance.npz", "utterances.csv"])
+def test_a_damaged_file_that_was_found_is_never_replaced(nowhere, name):
+    (nowhere / "cache").mkdir()
+    (nowhere / "cache" / name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=rf"{name}` must be a "):
+        load()
+
+
+def test_what_was_downloaded_is_found(nowhere):
+    (nowhere / "cache").mkdir()
+    rows = {
+        "id": ["a", "b", "c"],
+        "text": ["x"] * 3,
+        "label": [1, 2, 3],
+        "split": ["train", "dev", "test"],
+    }
+    (nowhere / "cache" / "mosi.pkl").write_bytes(pickle.dumps(rows))
+    assert load().ids == ["a", "b", "c"]
+
+
+def test_the_environment_may_name_a_file_or_the_simulation(nowhere, monkeypatch, columns):
+    file = samples.write(nowhere, columns) / UTTERANCES
+    monkeypatch.setenv("GRADBALANCE_DATA", str(file))
+    assert load().ids == columns["id"].tolist()
+    monkeypatch.setenv("GRADBALANCE_DATA", "simulated:8")
+    assert load().digest() == load("simulated:8").digest()
+
+
+KINDS = {
+    "an HDF5 file": ("a.h5", b"\x89HDF\r\n\x1a\n" + bytes(99)),
+    "an HDF5 file, ": ("a.csd", b"\x89HDF\r\n\x1a\n" + bytes(99)),
+    "one array, without texts and labels": ("a.npy", b"\x93NUMPY\x01\x00" + bytes(99)),
+    "a gzip file": ("mosi.pkl.gz", b"\x1f\x8b" + bytes(99)),
+    "an empty file": ("data", b""),
+    "a file of another kind": ("a.txt", b"id,text"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_kind_is_named_and_so_are_those_that_can_be_read(tmp_path, kind):
+    name, content = KINDS[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"`data` must be a folder with utterances.csv, .*{name}, {kind}"
+    ):
+        load(str(tmp_path / name))
+
+
+def test_zip_files_are_told_apart(tmp_path, columns):
+    torch.save(torch.ones(2), tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"Got .*a\.npz, a file of PyTorch"):
+        load(str(tmp_path / "a.npz"))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+        file.writestr("mosi.pkl", b"x")
+    with pytest.raises(ValueError, match=r"Got .*b\.zip, a zip file"):
+        load(str(tmp_path / "b.zip"))
+    samples.write(tmp_path, columns)
+    (tmp_path / UTTERANCES).rename(tmp_path / "of no suffix")
+    assert load(str(tmp_path / "of no suffix")).ids == columns["id"].tolist()
+
+
 def test_the_digest_sees_every_part_of_the_corpus(columns, tmp_path):
     corpus = load(str(samples.write(tmp_path, columns)))
     audio = corpus.features["audio"]
@@ -185,6 +309,13 @@ def shorten(columns):
     columns["label"] = columns["label"][:-1]
 
 
+def resize(name, shape):
+    def change(columns):
+        columns[name] = np.zeros(shape, np.float32)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "split", "message"),
     [
@@ -208,6 +339,30 @@ def shorten(columns):
             "poria",
             rf"`{VISUAL}` .* Got nan in row 1 \(video00_1\), column 9",
         ),
+        (
+            spoil("label", 5, 3.0000002),
+            "standard",
+            r"`label` of .* must be within .* Got 3.00000024 in row 5 \(video01_1\)",
+        ),
+        (
+            spoil("split", 5, "vaild"),
+            "standard",
+            r"`split` of .*npz must be train, valid .* Got vaild in row 5 \(video01_1\)",
+        ),
+        (spoil("split", slice(None), "train"), "standard", "`split` .* Got none in valid"),
+        (
+            resize("acoustic73", (48, 0)),
+            "standard",
+            r"`acoustic73` of .* must be numbers \[T, D\]. Got float32 of shape \[1, 0\] in row 0",
+        ),
+        (resize("acoustic73", (48, 2, 2)), "standard", "`acoustic73` of .* must be an array"),
+        (resize("label", (48, 2)), "standard", "`label` of .* must be one number"),
+        (resize("label", ()), "standard", "`label` of .* must have one row per `id`"),
+        (
+            resize("text", (48,)),
+            "standard",
+            r"`text` of .* must be a sentence .* Got .*0.0.* in row 0",
+        ),
         (shorten, "standard", r"`label` of .*npz must have one row per `id`. Got 47 rows for 48"),
         (
             lambda columns: columns.pop("acoustic73"),
@@ -217,8 +372,9 @@ def shorten(columns):
     ],
 )
 def test_bad_values_are_named_by_file_field_and_row(columns, tmp_path, change, split, message):
+    said = samples.spoken(columns)
     change(columns)
-    samples.write(tmp_path, columns)
+    samples.write(tmp_path, columns, said)
     with pytest.raises(ValueError, match=message):
         load(str(tmp_path), split)
 
@@ -249,6 +405,56 @@ def test_a_missing_file_is_named(columns, tmp_path, name):
     (samples.write(tmp_path, columns) / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         load(str(tmp_path))
+
+
+def test_labels_may_be_a_column_and_texts_bytes(columns, tmp_path):
+    said = samples.spoken(columns)
+    expected = load(str(samples.write(tmp_path, columns, said))).digest()
+    columns["label"] = columns["label"][:, None]
+    for name in ("id", "text", "video", "split"):
+        columns[name] = columns[name].astype("S")
+    assert load(str(samples.write(tmp_path, columns, said))).digest() == expected
+
+
+def header(shape):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": "<f4", "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [header((10**12,)), header((1 << 62, 1 << 62)), b"\x93NUMPY\x09\x00", b""]
+)
+def test_a_header_of_more_than_there_is_is_refused(columns, tmp_path, content):
+    path = samples.write(tmp_path, columns) / UTTERANCES
+    with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings(action="ignore"):
+        file.writestr("label.npy", content)
+    with pytest.raises(ValueError, match="must be a complete npz file of numbers and strings"):
+        load(str(tmp_path))
+
+
+def test_a_file_that_expands_without_measure_is_refused(columns, tmp_path):
+    samples.write(tmp_path, columns)
+    np.savez_compressed(tmp_path / UTTERANCES, **columns | {"acoustic73": np.zeros((48, 100_000))})
+    with pytest.raises(ValueError, match="arrays of more than 100 times its size"):
+        load(str(tmp_path))
+
+
+def test_a_pipe_beside_the_data_is_refused(columns, tmp_path):
+    (samples.write(tmp_path, columns) / WORDS).unlink()
+    os.mkfifo(tmp_path / WORDS)
+    with pytest.raises(ValueError, match="no regular file"):
+        load(str(tmp_path))
+
+
+def test_a_word_file_without_words_leaves_timing_out_by_name(columns, tmp_path):
+    said = [{"id": name, "words": []} for name in columns["id"]]
+    data = samples.dataset(load(str(samples.write(tmp_path, columns, said))))
+    with pytest.raises(ValueError, match=r"Got 'timing'.*--modalities text audio"):
+        others(Config(), data)
+    assert others(Config(modalities=("text", "audio")), data) == ["audio"]
 
 
 def test_a_pickled_column_is_refused(columns, tmp_path):

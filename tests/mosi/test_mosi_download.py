@@ -143,7 +143,7 @@ def test_a_stalling_server_is_given_up_and_resumed(server, tmp_path):
         ),
         (
             lambda handler, start: respond(handler, body=pickle.dumps([1])),
-            "not the data: .* must have the structure",
+            "not the data: .* must be a dict",
         ),
         (lambda handler, start: respond(handler, 206), "bytes from another place than asked for"),
     ],

@@ -47,3 +47,13 @@ def test_the_metrics_are_those_of_the_field(data, n):
 def test_a_constant_prediction_has_no_correlation():
     label = torch.tensor([-1.0, 0.0, 2.0])
     assert metrics(torch.full((3,), 0.7), label)["corr"] == 0.0
+
+
+@pytest.mark.parametrize("labels", [[0.0, 0.0, 0.0], [0.0]])
+def test_a_metric_without_zeros_is_absent_where_all_labels_are_zero(labels):
+    found = metrics(torch.linspace(-1, 2, len(labels)), torch.tensor(labels))
+    absent = {"acc2_nonzero", "f1_nonzero"}
+    assert not absent & found.keys()
+    assert all(np.isfinite(value) for value in found.values())
+    label = torch.tensor([*labels, 1.0])
+    assert absent < metrics(torch.linspace(-1, 2, len(label)), label).keys()

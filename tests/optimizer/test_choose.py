@@ -335,6 +335,22 @@ class Rescaling(Around):
                 p.copy_(b + move * 0.01 / total)
 
 
+class OfTheFirstRate(Around):
+    """Gives all param_groups the learning rate of the first one."""
+
+    def step(self, closure=None):
+        for group in self.wrapped_one.param_groups:
+            group["lr"] = self.param_groups[0]["lr"]
+
+        def with_one_rate(optimizer, *_):
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.param_groups[0]["lr"]
+
+        hook = self.wrapped_one.register_step_pre_hook(with_one_rate)
+        super().step(closure)
+        hook.remove()
+
+
 class SlowlyAround(Around):
     """As Lookahead: each fifth step goes back half of the way."""
 
@@ -584,11 +600,18 @@ def test_a_wrapper_that_builds_its_inner_optimizer_is_tried_too():
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda model: Rescaling(adamw(model)), "changes what the steps of AdamW do"),
+        (
+            lambda model: Rescaling(adamw(model)),
+            r"changes what the steps of AdamW do\. Use another optimizer\.",
+        ),
+        (
+            lambda model: OfTheFirstRate(adamw(model)),
+            r"changes what the steps of AdamW do\. Use `apply_to=\"displacement\"`\.",
+        ),
         (lambda model: NeedsAModel(adamw(model)), rf"fails in a trial.*model.*{BY_CHOICE}"),
         (lambda model: BuiltFromAModel(adamw(model), model), rf"fails in a trial.*{BY_CHOICE}"),
     ],
-    ids=["rescales", "needs a model to step", "needs a model to be built"],
+    ids=["rescales", "has one rate", "needs a model to step", "needs a model to be built"],
 )
 def test_a_wrapper_that_is_not_seen_to_work_is_refused_used_or_not(make, why, steps):
     model = Branches()

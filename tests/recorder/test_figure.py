@@ -10,7 +10,12 @@ from gradbalance import Recorder, rules
 from tests.recorder.runs import make_group_names, make_penalty
 
 WATCH = rules.Watch()
-QUANTITIES = {"Coefficient": "coefficients", "Gradient norm": "norms", "Coherence": "coherences"}
+QUANTITIES = {
+    "Coherence": "coherences",
+    "Coefficient": "coefficients",
+    "Gradient norm": "norms",
+    "Moved": "moved",
+}
 
 
 def record(steps=20, rule=WATCH, **options):
@@ -28,12 +33,12 @@ def many_groups(groups, steps, names=None):
     return record(steps, names=names or make_group_names(groups), gains=gains)
 
 
-def plot(recorder, tmp_path):
+def plot(recorder, tmp_path, **options):
     """The figure, and its panels by the quantity that they show."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = recorder.plot(tmp_path / "figure.png")
-    return figure, {axes.get_ylabel(): axes for axes in figure.axes}
+        figure = recorder.plot(tmp_path / "figure.png", **options)
+    return figure, {axes.get_title("left"): axes for axes in figure.axes}
 
 
 def lines_of(axes):
@@ -49,7 +54,7 @@ def names_in(figure):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-@pytest.mark.parametrize("groups", [2, 7])
+@pytest.mark.parametrize("groups", [1, 2, 7])
 def test_each_panel_has_a_line_for_each_group_with_the_values_of_the_record(
     groups, steps, tmp_path
 ):
@@ -58,7 +63,7 @@ def test_each_panel_has_a_line_for_each_group_with_the_values_of_the_record(
     assert names_in(figure) == list(recorder.names)
     numbers = recorder.to_dict()
     shown = [title for title in QUANTITIES if title in panels]
-    assert ("Coherence" in shown) == (steps > 1)
+    assert shown == (list(QUANTITIES) if steps > 1 else ["Coefficient", "Gradient norm"])
     for title in shown:
         drawn = np.transpose(lines_of(panels[title]))
         np.testing.assert_allclose(drawn, numbers[QUANTITIES[title]])
@@ -92,30 +97,37 @@ def test_the_coherence_has_a_band_of_one_standard_error(tmp_path):
     assert (ends.min(), ends.max()) == pytest.approx((middle - error, middle + error))
 
 
-def test_the_dominance_is_drawn_before_and_after_the_coefficients(tmp_path):
-    recorder = record(10, rule=rules.ByHand(text=0.5))
-    _, panels = plot(recorder, tmp_path)
-    before, after = lines_of(panels["Dominance"])
-    np.testing.assert_allclose(before, 10)
-    np.testing.assert_allclose(after, 5)
-
-
 def test_coherences_that_were_not_measured_have_no_panel(tmp_path):
     _, panels = plot(record(5, rule=rules.ConflictAware()), tmp_path)
-    assert list(panels) == ["Coefficient", "Gradient norm", "Dominance"]
+    assert list(panels) == ["Coefficient", "Gradient norm", "Moved"]
 
 
-def test_conflicts_have_a_panel_where_the_rule_reports_some(tmp_path):
-    conflicts = np.array([[False, True, True], [False, False, True], [False, False, False]])
+def test_of_a_rule_that_is_watched_the_proposals_are_drawn(tmp_path):
+    _, panels = plot(record(5, rule=rules.Watch(rules.ByHand(text=0.5))), tmp_path)
+    assert list(panels) == ["Coherence", "Proposed", "Gradient norm", "Moved"]
+    assert lines_of(panels["Proposed"])[0].tolist() == [0.5] * 5
+    assert lines_of(panels["Proposed"])[1].tolist() == [1.0] * 5
 
-    def reports(measured):
-        return [0.5, 0.5, 0.5], conflicts
 
-    names, gains = make_group_names(3), (3.0, 2.0, 1.0)
-    _, panels = plot(record(names=names, gains=gains, rule=reports), tmp_path)
-    assert [line[-1] for line in lines_of(panels["In conflict"])] == [1.0, 0.5, 0.0]
-    _, panels = plot(record(names=names, gains=gains, rule=lambda m: [0.5, 0.6, 0.7]), tmp_path)
-    assert "In conflict" not in panels
+def test_accuracies_are_drawn_over_all_steps_or_over_the_steps_given_with_them(tmp_path):
+    accuracy = {"alone": [0.1, 0.4, 0.5], "_balanced $": (np.array([5, 20]), [0.2, 0.6])}
+    _, panels = plot(record(21), tmp_path, accuracy=accuracy)
+    assert next(iter(panels)) == "Accuracy"
+    alone, balanced = panels["Accuracy"].lines
+    assert alone.get_ydata().tolist() == [0.1, 0.4, 0.5]
+    assert alone.get_xdata()[-1] == 21
+    assert np.diff(alone.get_xdata()).tolist() == pytest.approx([20 / 3, 20 / 3])
+    assert balanced.get_xdata().tolist() == [5, 20]
+    assert [text.get_text() for text in panels["Accuracy"].texts] == list(accuracy)
+
+
+def test_the_figure_is_at_most_half_as_tall_as_it_is_wide(tmp_path):
+    """So that it takes at most 500 pixels of a page of 1,000."""
+    for options in ({}, {"accuracy": {"alone": [0.5]}}):
+        for groups in (1, 12, 60):
+            figure, _ = plot(many_groups(groups, 5), tmp_path, **options)
+            width, height = figure.get_size_inches()
+            assert 2 * height <= width
 
 
 @pytest.mark.parametrize("steps", [1, 60])
@@ -137,7 +149,7 @@ def test_long_names_leave_the_panels_as_wide_as_short_ones(tmp_path):
     for name in ("a", "model.vision_tower.encoder.layers.0.self_attention.projection"):
         figure, panels = plot(record(names=(name, "b")), tmp_path)
         figure.draw_without_rendering()
-        widths.append(panels["Dominance"].bbox.width / figure.dpi)
+        widths.append(panels["Moved"].bbox.width / figure.dpi)
     assert widths[0] == pytest.approx(widths[1], rel=0.05)
 
 

@@ -23,7 +23,7 @@ def test_each_step_is_logged_once():
     optimizer, step = make_penalty()
     recorder, writer = Recorder(optimizer), Writer()
     step()
-    recorder.log_to(writer)
+    recorder.log_to(writer, every=1)
     values = {tag: value for tag, value, at in writer.scalars if at == 1}
     assert values == pytest.approx(
         {
@@ -42,11 +42,14 @@ def test_each_step_is_logged_once():
     writer.scalars.clear()
     optimizer.observe(text=2.0, audio=3.0)
     step()
-    recorder.log_to(writer)
-    recorder.log_to(writer)
-    assert len(writer.scalars) == 10
+    recorder.log_to(writer, every=1)
+    recorder.log_to(writer, every=1)
+    assert len(writer.scalars) == 12
     assert ("gradbalance/errors/text", 2.0, 2) in writer.scalars
     assert ("gradbalance/errors/audio", 3.0, 2) in writer.scalars
+    moved = optimizer.balance.moved
+    assert moved[0] > 0
+    assert ("gradbalance/moved/text", moved[0], 2) in writer.scalars
 
 
 def test_a_function_is_called_once_for_each_step():
@@ -56,13 +59,37 @@ def test_a_function_is_called_once_for_each_step():
     for _ in range(2):
         step()
         step()
-        recorder.log_to(lines.append)
+        recorder.log_to(lines.append, every=1)
     assert [line["gradbalance/step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["gradbalance/norms/text"] == pytest.approx(44.721, rel=1e-4)
     assert lines[-1]["gradbalance/coefficients/text"] == 0.5
     assert lines[-1]["gradbalance/coherences/audio"] == pytest.approx(1.0)
     assert "gradbalance/errors/text" not in lines[-1]  # not observed
     assert {type(value) for value in lines[-1].values()} == {int, float}
+
+
+@pytest.mark.parametrize("calls", [1, 7], ids=["at the end", "after each step"])
+@pytest.mark.parametrize("late", [False, True])
+def test_one_of_so_many_steps_is_logged_from_the_first_on(calls, late):
+    optimizer, step = make_penalty(late=late)
+    lines = []
+    with Recorder(optimizer) as recorder:
+        for i in range(7):
+            step()
+            if i + calls >= 7:
+                recorder.log_to(lines.append, every=3)
+    recorder.log_to(lines.append, every=3)
+    assert [line["gradbalance/step"] for line in lines] == [1, 4, 7]
+
+
+def test_one_of_50_steps_is_logged_unless_told_otherwise():
+    optimizer, _ = make_penalty()
+    recorder = Recorder(optimizer)
+    lines = []
+    for _ in range(101):
+        optimizer.coefficients_for({"text": 2.0, "audio": 1.0})
+        recorder.log_to(lines.append)
+    assert [line["gradbalance/step"] for line in lines] == [1, 51, 101]
 
 
 def test_a_step_whose_function_raised_is_logged_by_the_next_call():
@@ -78,8 +105,8 @@ def test_a_step_whose_function_raised_is_logged_by_the_next_call():
         lines.append(line)
 
     with pytest.raises(ConnectionError):
-        recorder.log_to(fails_at_the_second)
-    recorder.log_to(lines.append)
+        recorder.log_to(fails_at_the_second, every=1)
+    recorder.log_to(lines.append, every=1)
     assert [line["gradbalance/step"] for line in lines] == [1, 2]
 
 
@@ -107,7 +134,7 @@ def test_a_tensorboard_writer_takes_the_record(tmp_path):
     with Recorder(optimizer) as recorder, SummaryWriter(tmp_path) as writer:
         for _ in range(3):
             step()
-        recorder.log_to(writer)
+        recorder.log_to(writer, every=1)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("gradbalance/norms/text")] == [1, 2, 3]
 
@@ -119,7 +146,7 @@ def test_a_folder_is_as_good_as_a_writer(kind, tmp_path):
     recorder = Recorder(optimizer)
     for _ in range(2):
         step()
-        recorder.log_to(kind(tmp_path / "runs" / "x"))
+        recorder.log_to(kind(tmp_path / "runs" / "x"), every=1)
     folder = accumulator.EventAccumulator(str(tmp_path / "runs" / "x")).Reload()
     assert [event.step for event in folder.Scalars("gradbalance/norms/text")] == [1, 2]
     assert [event.step for event in folder.Scalars("gradbalance/coherences/audio")] == [2]

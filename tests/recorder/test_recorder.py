@@ -1,6 +1,8 @@
 """The recorder: what it holds, when it records, and its table."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -145,7 +147,7 @@ def test_a_recorder_does_not_keep_the_optimizer_or_the_model():
     gc.collect()
     assert kept() is None
     assert kept_parameter() is None
-    assert recorder.summary().steps == 1
+    assert recorder.summary().recorded == 1
     with pytest.raises(ValueError, match="must have a penalty"):
         recorder.__enter__()
 
@@ -178,96 +180,6 @@ def test_recording_does_not_change_the_training(late):
     assert all(map(torch.equal, *weights))
 
 
-def test_the_summary_equals_the_figures_of_the_record():
-    rule = rules.ConflictAware(threshold=2.0, eta=0.25)
-    optimizer, step = make_penalty(
-        ("text", "audio", "visual"), (10.0, 1.0, 4.0), rule, smoothing=0.0
-    )
-    with Recorder(optimizer) as recorder:
-        for scale in (1.0, 2.0, 3.0):
-            step(scale)
-    summary = recorder.summary()
-    unit = 2 * 5**0.5  # the norm of the gradient of a linear layer at two rows of ones
-    assert summary.steps == 3
-    assert summary.norms == pytest.approx(
-        {"text": 20 * unit, "audio": 2 * unit, "visual": 8 * unit}
-    )
-    assert all(np.isnan(coherence) for coherence in summary.coherences.values())
-    assert summary.coefficients == pytest.approx({"text": 0.25, "audio": 1.0, "visual": 0.5})
-    assert summary.conflicts == {"text": 1.0, "audio": 0.0, "visual": 1.0}
-    assert summary.dominance == pytest.approx(10 / 2.5)
-    assert summary.dominance_after == pytest.approx(2.5 / 1.5)
-
-
-norm = st.floats(1e-3, 1e3)
-
-
-@given(norms=st.lists(st.tuples(norm, norm, norm), min_size=1, max_size=5))
-def test_dominance_is_the_largest_norm_over_the_mean_of_the_others(norms):
-    names = ("a", "b", "c")
-    optimizer, _ = make_penalty(names, (1.0, 1.0, 1.0))
-    recorder = Recorder(optimizer)
-    expected = []
-    for row in norms:
-        optimizer.coefficients_for(dict(zip(names, row, strict=True)))
-        *others, largest = sorted(row)
-        expected.append(largest / (sum(others) / 2))
-    assert recorder.summary().dominance == pytest.approx(np.median(expected))
-
-
-def test_dominance_is_infinite_where_only_one_group_is_left():
-    optimizer, step = make_penalty(rule=rules.ByHand(audio=0.0))
-    recorder = Recorder(optimizer)
-    step()
-    assert recorder.summary().dominance == pytest.approx(10)
-    assert recorder.summary().dominance_after == float("inf")
-
-
-def test_the_summary_prints_a_row_for_each_group():
-    optimizer, step = make_penalty()
-    recorder = Recorder(optimizer)
-    step()
-    header, text, audio, last = str(recorder.summary()).splitlines()
-    assert header.split() == ["mean", "norm", "coherence", "coefficient", "in", "conflict"]
-    assert text.split() == ["text", "44.7", "-", "0.100", "100.0%"]
-    assert audio.split() == ["audio", "4.47", "-", "1.000", "0.0%"]
-    assert last == "dominance  10 before, 1 after; steps: 1"
-    assert len(header) == len(text) == len(audio)
-
-
-def test_the_mean_coherence_is_that_of_the_steps_in_which_it_was_known():
-    optimizer, step = make_penalty(rule=rules.Watch(), smoothing=0.5)
-    recorder = Recorder(optimizer)
-    for scale in (1.0, 1.0, -1.0):  # the cosines are 1 and -1, their running means 1 and 0
-        step(scale)
-    summary = recorder.summary()
-    assert summary.coherences == pytest.approx({"text": 0.5, "audio": 0.5}, abs=1e-6)
-    assert str(summary).splitlines()[1].split() == ["text", "44.7", "0.500", "1.000", "0.0%"]
-
-
-def test_steps_that_do_not_count_are_left_out_of_the_summary_and_the_figure(tmp_path):
-    optimizer, step = make_penalty()
-    recorder = Recorder(optimizer)
-    for scale in (1.0, float("nan"), 0.0):
-        step(scale)
-    assert len(recorded(recorder)) == 3
-    assert recorder.summary().steps == 1
-    recorder.plot(tmp_path / "figure.png")
-
-
-@pytest.mark.parametrize("ask", [Recorder.summary, lambda recorder: recorder.plot("never.png")])
-def test_a_summary_or_figure_without_a_step_says_what_to_do(ask):
-    optimizer, step = make_penalty()
-    recorder = Recorder(optimizer)
-    with pytest.raises(
-        RuntimeError, match=r"^`Recorder` must have seen .* Got 0 steps.* Make it before"
-    ):
-        ask(recorder)
-    step(float("inf"))
-    with pytest.raises(RuntimeError, match="Got 1 steps, none such"):
-        ask(recorder)
-
-
 def test_an_optimizer_without_a_penalty_is_refused():
     plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     message = r"^`optimizer` must have a penalty on it\. Got a plain SGD\. Wrap it"
@@ -279,8 +191,43 @@ def test_an_optimizer_without_a_penalty_is_refused():
         Recorder(nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize("every", [0, -1, 1.0, True])
-def test_every_must_be_a_positive_integer(every):
+@pytest.mark.parametrize("every", [0, -1, 1.0, True, "2", None])
+@pytest.mark.parametrize("ask", [Recorder, lambda _, every: log(every)], ids=["record", "log"])
+def test_every_must_be_a_positive_integer(ask, every):
     optimizer, _ = make_penalty()
-    with pytest.raises(ValueError, match=r"^`every` must be a positive integer\. Got "):
-        Recorder(optimizer, every=every)
+    is_integer = type(every) is int
+    error = ValueError if is_integer else TypeError
+    message = "positive" if is_integer else "an integer"
+    with pytest.raises(error, match=rf"^`every` must be {message}\. Got {every!r}\. Take 1"):
+        ask(optimizer, every=every)
+
+
+def log(every):
+    Recorder(make_penalty()[0]).log_to(print, every=every)
+
+
+def test_every_may_be_an_integer_of_numpy():
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer, every=np.int64(3))
+    for _ in range(5):
+        step()
+    assert recorded(recorder) == [1, 4]
+
+
+@pytest.mark.parametrize("copies", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_recorder_is_not_pickled_or_copied(copies):
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    step()
+    with pytest.raises(TypeError, match=r"^`Recorder` must not be pickled .* Got .* Save what"):
+        copies(recorder)
+    assert copies(recorder.summary())
+
+
+@pytest.mark.parametrize("copies", [lambda o: pickle.loads(pickle.dumps(o)), copy.deepcopy])
+def test_a_recorded_optimizer_is_copied_without_its_recorder(copies):
+    optimizer, step = make_penalty()
+    recorder = Recorder(optimizer)
+    step()
+    copies(optimizer).step()
+    assert recorded(recorder) == [1]

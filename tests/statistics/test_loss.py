@@ -220,6 +220,53 @@ def test_a_target_feature_without_spread_is_left_out_of_the_normalised_terms(nam
     assert leaf.grad[:, 0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("noise", "offset", "others"),
+    [(1e-8, 0, 1), (3e-7, 0, 1), (1e-8, 0, 1e-3), (3e-7, 0, 30), (1e-8, 5, 1), (1e-9, 0, 1e3)],
+)
+@pytest.mark.parametrize("name", ["mean", "variance", "covariance"])
+def test_a_target_feature_of_rounding_noise_is_one_without_spread(
+    dtype, noise, offset, others, name
+):
+    prediction, target = batch(50, 3) + 1, others * batch(50, 3, seed=1)
+    target[:, 1] = offset + noise * target[:, 1] / others
+    loss = StatisticalLoss([name], normalise=True)
+    constant = target.clone()
+    constant[:, 1] = offset
+    assert_close(
+        loss(prediction.to(dtype), target.to(dtype)), loss(prediction.to(dtype), constant.to(dtype))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_of_rounding_noise_alone_add_nothing(dtype):
+    noise = 1e-8 * batch(50, 2).to(dtype)
+    for target in (noise, noise[:, 0]):
+        prediction = torch.ones_like(target, requires_grad=True)
+        loss = statistical_loss(prediction, target, normalise=True)
+        loss.backward()
+        assert loss == 0
+        assert not prediction.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("scales", "eps"),
+    [
+        ((1.0, 1e-2, 1e6), 1e-6),
+        ((1.0, 1e-2, 1e6), 0.5),
+        ((1e-4, 1e-4, 1e-4), 1e-6),
+        ((1e-4, 1.0, 1e2), 1e-6),
+        ((1e-5, 1.0, 1e3), 1e-12),
+    ],
+)
+def test_a_feature_that_is_far_smaller_than_others_is_not_taken_for_noise(scales, eps):
+    scale = torch.tensor(scales)
+    prediction, target = scale * (1 + batch(50, 3).float()), scale * batch(50, 3, seed=1).float()
+    loss = StatisticalLoss(normalise=True, eps=eps, reduction="none")
+    assert (loss(prediction, target) > 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_a_kept_axis_without_entries_adds_nothing(reduction, normalise):
@@ -380,6 +427,27 @@ PAIR = (torch.zeros(4, 5, 3), torch.ones(4, 5, 3))
             r"`eps` must be a positive .* Got '1'\. The",
         ),
         (lambda x: StatisticalLoss(eps=True), TypeError, r"`eps` must be a positive .* Got True\."),
+        (lambda x: StatisticalLoss(eps=10**400), ValueError, r"`eps` must be .* Got 1000"),
+        (
+            lambda x: statistical_loss(x, x.to("meta")),
+            ValueError,
+            r"`target` must be on the device of `prediction`\. Got meta and cpu\. Move it",
+        ),
+        (
+            lambda x: statistical_loss(x, x, x[..., 0].to("meta") > 0),
+            ValueError,
+            r"`mask` must be on the device of `prediction`\. Got meta and cpu",
+        ),
+        (
+            lambda x: statistical_loss(x, x, x[..., 0] == 0, x[..., 0].to("meta") > 0),
+            ValueError,
+            r"`target_mask` must be on the device of `target`\. Got meta and cpu",
+        ),
+        (
+            lambda x: statistical_loss((x, x.to("meta")), x),
+            ValueError,
+            r"`prediction\[1\]` must be on the device of `prediction\[0\]`\. Got meta and cpu",
+        ),
         (lambda x: StatisticalLoss(eps=float("nan")), ValueError, r"`eps` must be .* Got nan\."),
         (
             lambda x: StatisticalLoss(process_group="gloo"),
