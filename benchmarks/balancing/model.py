@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from benchmarks.balancing.testbeds import Bed, Branch
+    from benchmarks.balancing.testbeds import Branch, Testbed
 
 
 class Tokens(nn.Module):
@@ -50,16 +50,17 @@ def encoder(branch: "Branch", dim: int, width: int) -> nn.Module:
 class Model(nn.Module):
     """An encoder for each branch, a linear layer over all of them, and one over each alone."""
 
-    def __init__(self, bed: "Bed", dims: list[int], outputs: int) -> None:
+    def __init__(self, testbed: "Testbed", dims: list[int], outputs: int) -> None:
         super().__init__()
+        self.testbed = testbed
         self.encoders = nn.ModuleDict(
             {
-                branch.name: encoder(branch, dim, bed.width)
-                for branch, dim in zip(bed.branches, dims, strict=True)
+                branch.name: encoder(branch, dim, testbed.width)
+                for branch, dim in zip(testbed.branches, dims, strict=True)
             }
         )
-        self.joint = nn.Linear(bed.width * len(dims), outputs)
-        self.heads = nn.ModuleList(nn.Linear(bed.width, outputs) for _ in dims)
+        self.joint = nn.Linear(testbed.width * len(dims), outputs)
+        self.heads = nn.ModuleList(nn.Linear(testbed.width, outputs) for _ in dims)
 
     def features(self, inputs: list[Tensor]) -> list[Tensor]:
         return [encoder(x) for encoder, x in zip(self.encoders.values(), inputs, strict=True)]
@@ -96,14 +97,3 @@ def score(output: Tensor, target: Tensor) -> float:
         return float((output.argmax(1) == target).double().mean())
     output, target = output - output.mean(0), target - target.mean(0)
     return float(F.cosine_similarity(output, target, dim=0).mean())
-
-
-def probe(train: Tensor, target: Tensor, test: Tensor, ridge: float = 1e-2) -> Tensor:
-    """What a ridge regression fitted on ``train`` predicts for ``test``."""
-    mean, std = train.mean(0), train.std(0) + 1e-3
-    train, test = (train - mean) / std, (test - mean) / std
-    labels = target if target.is_floating_point() else F.one_hot(target).to(train)
-    gram = train.T @ train / len(train) + ridge * torch.eye(train.shape[1])
-    return test @ torch.linalg.solve(
-        gram, train.T @ (labels - labels.mean(0)) / len(train)
-    ) + labels.mean(0)

@@ -7,7 +7,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from benchmarks.balancing.data import Part
@@ -16,14 +17,16 @@ from benchmarks.balancing.rules import (
     OGM,
     ClipGroups,
     Epochwise,
+    Hypergradient,
     SignalToNoise,
-    Threshold,
+    UsefulAlone,
+    certain,
     in_proportion,
     ones,
 )
 from gradbalance import PAPER, ConflictAwarePenalty
 from gradbalance._step import sketch
-from gradbalance.rules import ByHand, Coherence, Rule
+from gradbalance.rules import ByHand, Rule, Useful
 
 
 class Step:
@@ -64,27 +67,31 @@ class Rival:
     """How to train.
 
     Args:
-        rule: From the names of the branches, the optimizer and the knob to a rule; None for the optimizer alone.
+        rule: From the model, the optimizer and the knob to a rule; None for the optimizer alone.
         knobs: The values tried on validation.
         options: Of the engine.
         weight: Of the losses of the branches' own heads.
         observe: What is observed: the ``loss`` of the contribution of each branch, the probability that it ``missed``,
             or what the validation score ``keeps`` without it.
+        prepare: Changes the model or the optimizer, given the knob.
         entries: Of the sketch of all gradients, however small the model; None for that of the library.
     """
 
-    rule: Callable[[tuple[str, ...], Optimizer, Any], Rule] | None = None
+    rule: Callable[[Model, Optimizer, Any], Rule] | None = None
     knobs: tuple[Any, ...] = (None,)
     options: dict[str, Any] = field(default_factory=dict)
     weight: float = 0.0
     observe: str | None = None
+    prepare: Callable[[Model, Optimizer, Any], None] | None = None
     entries: int | None = None
 
     def step(self, model: Model, optimizer: Optimizer, knob: Any) -> Step:
+        if self.prepare is not None:
+            self.prepare(model, optimizer, knob)
         if self.rule is None:
             return Step(model, optimizer, self.weight)
         names = tuple(model.encoders)
-        rule = self.rule(names, optimizer, knob)
+        rule = self.rule(model, optimizer, knob)
         wrapped = ConflictAwarePenalty(
             optimizer, dict(model.encoders.items()), rule, **self.options
         )
@@ -117,19 +124,42 @@ class Rival:
 
 
 def _by(rule: Rule, **options: Any) -> Rival:
-    return Rival(lambda names, optimizer, knob: rule, options=options)
+    return Rival(lambda model, optimizer, knob: rule, options=options)
 
 
-def _first(names: tuple[str, ...], optimizer: Optimizer, factor: float) -> Rule:
+def _first(model: Model, optimizer: Optimizer, factor: float) -> Rule:
     """The ratio of the first branch to all others, as factors around 1."""
-    return ByHand(
-        **{name: math.sqrt(factor if m == 0 else 1 / factor) for m, name in enumerate(names)}
-    )
+    first, *others = model.encoders
+    root = math.sqrt(factor)
+    return ByHand(**{first: root}, **dict.fromkeys(others, 1 / root))
+
+
+def _slower(model: Model, optimizer: Optimizer, factor: float) -> Rule:
+    """A lower rate for the branch that is known to be noise, or worse than another."""
+    noisy = model.testbed.noisy
+    return ByHand(**({} if noisy is None else {noisy: factor}))
+
+
+def _decay(model: Model, optimizer: Optimizer, decay: float) -> None:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = decay
+
+
+def _dropout(model: Model, optimizer: Optimizer, share: float) -> None:
+    """Dropout after each hidden layer."""
+
+    def drop(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return F.dropout(output, share, layer.training)
+
+    for layer in model.encoders.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.register_forward_hook(drop)
 
 
 def _signal(rule: Rule) -> Rival:
-    def build(names: tuple[str, ...], optimizer: Optimizer, knob: Any) -> Rule:
-        return SignalToNoise(optimizer.param_groups[: len(names)], optimizer.state, rule)
+    def build(model: Model, optimizer: Optimizer, knob: Any) -> Rule:
+        groups = optimizer.param_groups[: len(model.encoders)]
+        return SignalToNoise(groups, optimizer.state, rule)
 
     return Rival(build)
 
@@ -139,41 +169,44 @@ _AS_OGM: dict[str, Any] = {"smoothing": 0.0, "apply_to": "gradient"}
 
 RIVALS = {
     "none": Rival(),
-    "Coherence": _by(Coherence()),
-    # Rivals.
+    "Useful": _by(Useful()),
+    # Cures that everybody has.
+    "a slower noisy branch": Rival(_slower, (0.1, 0.3)),
+    "weight decay": Rival(knobs=(0.1, 1.0), prepare=_decay),
+    "dropout": Rival(knobs=(0.2, 0.5), prepare=_dropout),
     "by hand": Rival(_first, (0.1, 0.3, 3.0, 10.0)),
+    # Rivals.
+    "hypergradient": Rival(
+        lambda model, optimizer, beta: Hypergradient(beta), (1e-3, 1e-2), {"smoothing": 0.0}
+    ),
     "own heads": Rival(weight=1.0),
-    "own heads and Coherence": Rival(lambda names, optimizer, knob: Coherence(), weight=1.0),
+    "own heads and Useful": Rival(lambda model, optimizer, knob: Useful(), weight=1.0),
     "OGM-GE": Rival(
-        lambda names, optimizer, alpha: OGM(alpha),
+        lambda model, optimizer, alpha: OGM(alpha),
         (0.1, 0.3, 1.0),
         _AS_OGM | {"noise": 1.0},
         observe="missed",
     ),
     "noise alone": _by(ones, noise=1.0),
-    "clip groups": Rival(lambda names, optimizer, most: ClipGroups(most), (0.1, 0.3, 1.0), _AS_OGM),
+    "clip groups": Rival(lambda model, optimizer, most: ClipGroups(most), (0.1, 0.3, 1.0), _AS_OGM),
     "epochwise, as MILES": Rival(
-        lambda names, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"
+        lambda model, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"
     ),
     "paper, on the update": Rival(
-        lambda names, optimizer, knob: PAPER["rule"],
+        lambda model, optimizer, knob: PAPER["rule"],
         options=_PAPER | {"apply_to": "update"},
         observe="loss",
     ),
-    "Adam's signal to noise": _signal(Coherence()),
     "update times signal to noise": _signal(in_proportion(1.0)),
     "update over signal to noise": _signal(in_proportion(-1.0)),
     # Parts of the formula.
-    "every 4": _by(Coherence(), every=4),
-    "every 16": _by(Coherence(), every=16),
-    "chance 0.01": _by(Coherence(chance=0.01)),
-    "raise only": _by(Coherence(clear=1e-6)),
-    "damp only": _by(Coherence(clear=1e6)),
-    "most 2": _by(Coherence(most=2.0)),
-    "most 10": _by(Coherence(most=10.0)),
-    "a threshold": _by(Threshold()),
-    "smoothing 0.9": _by(Coherence(), smoothing=0.9),
-    "smoothing 0.995": _by(Coherence(), smoothing=0.995),
-    "1,024 entries": Rival(lambda names, optimizer, knob: Coherence(), entries=1 << 10),
-    "65,536 entries": Rival(lambda names, optimizer, knob: Coherence(), entries=1 << 16),
+    "every 4": _by(Useful(), every=4),
+    "every 16": _by(Useful(), every=16),
+    "without shrinkage": _by(certain(Useful())),
+    "useful part alone": _by(UsefulAlone()),
+    "most 3": _by(Useful(most=3.0)),
+    "most 30": _by(Useful(most=30.0)),
+    "smoothing 0.98": _by(Useful(), smoothing=0.98),
+    "smoothing 0.999": _by(Useful(), smoothing=0.999),
+    "1,024 entries": Rival(lambda model, optimizer, knob: Useful(), entries=1 << 10),
 }

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gradbalance.rules import Measured, Rule
+from gradbalance.rules import Measured, Rule, Useful
 
 
 class OGM:
@@ -99,17 +99,49 @@ def in_proportion(power: float) -> Rule:
     return rule
 
 
-class Threshold:
-    """The first form: the ratio of the coherences, held while all are below a threshold."""
+class Hypergradient:
+    r"""Hypergradient descent on the learning rate of each branch: :math:`c \leftarrow c\,(1 + \beta \cos)`.
 
-    def __init__(self, floor: float = 0.08, most: float = 3.0) -> None:
-        self.floor, self.most = floor, most
+    The cosine is that of the gradient with the one of the step before, which is the derivative of the loss with respect
+    to the learning rate of that step, scaled as in the multiplicative rule. Bounds of 100 keep it from running away.
+
+    Reference:
+        Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent, ICLR 2018, section 3 and the
+        multiplicative rule of its appendix; for each group by itself is ours.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.factors: np.ndarray | None = None
 
     def __call__(self, measured: Measured) -> np.ndarray:
-        a = np.nan_to_num(measured.coherences).clip(min=1e-6)
-        if a.max() < self.floor:
-            return measured.coefficients
-        return (a / a.min()).clip(max=self.most)
+        if self.factors is None:
+            self.factors = np.ones(len(measured.names))
+        self.factors = self.factors * (1 + self.beta * np.nan_to_num(measured.coherences))
+        self.factors = self.factors.clip(0.01, 100.0)
+        return self.factors
+
+
+class UsefulAlone:
+    """The useful part alone decides: the default rule without its square of the coherences."""
+
+    def __init__(self, most: float = 10.0) -> None:
+        self.most = most
+
+    def __call__(self, measured: Measured) -> np.ndarray:
+        equal = np.ones(len(measured.names))
+        alike = measured._replace(coherences=equal, coherence_errors=0 * equal)
+        return Useful(self.most)(alike)
+
+
+def certain(rule: Rule) -> Rule:
+    """A rule that takes every mean for certain: without the shrinkage."""
+
+    def unshrunk(measured: Measured) -> np.ndarray:
+        nothing = np.where(np.isfinite(measured.useful_errors), 0.0, np.inf)
+        return rule(measured._replace(coherence_errors=nothing, useful_errors=nothing))
+
+    return unshrunk
 
 
 def ones(measured: Measured) -> np.ndarray:

@@ -1,21 +1,23 @@
 """The testbeds: a branch starves another, one is noise, the dominant one is better, or all is well.
 
 Under SGD the first branch dominates by the size of its gradient. All data are pairs, or tuples, of independent
-recordings of the same class, but POM, which has real audio and video of the same speakers.
+recordings of the same class, but POM, which has real audio and video of the same speakers. The last three formed no
+rule: they were chosen, with the constants of the rule frozen, before the first run on them.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks.balancing.data import (
-    Part,
     Parts,
     beside_noise,
+    cepstrum,
     digits,
     gaussians,
     interpolating,
     pom,
     sensor,
+    views,
 )
 
 
@@ -32,7 +34,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Bed:
+class Testbed:
     name: str
     about: str
     branches: tuple[Branch, ...]
@@ -41,7 +43,7 @@ class Bed:
     epochs: int = 60
     width: int = 128
     batch: int = 64
-    wrong: bool = False  # whether under AdamW a branch is noise or worse than another: meant so, headroom is measured
+    noisy: str | None = None  # the branch that is noise, or worse than another, if any
     starved: bool = (
         False  # whether under SGD a branch that could add much is starved by a worse one
     )
@@ -49,18 +51,6 @@ class Bed:
     @property
     def title(self) -> str:
         return f"{self.about} ({self.name})"
-
-    def alone(self, branch: Branch) -> "Bed":
-        """The same data with one branch."""
-
-        def parts(_: Bed, seed: int) -> dict[str, Part]:
-            m = self.branches.index(branch)
-            return {
-                name: Part([part.inputs[m]], part.target)
-                for name, part in self.parts(self, seed).items()
-            }
-
-        return replace(self, branches=(branch,), parts=parts)
 
 
 _AUDIO, _VISUAL = Branch("audio", 2, 1.0), Branch("visual", 4, 0.8, 0.5)
@@ -80,12 +70,12 @@ def _several(branch: Branch, count: int) -> tuple[Branch, ...]:
     return tuple(replace(branch, name=f"{branch.name}{i}") for i in range(count))
 
 
-_S1 = Bed(
+_S1 = Testbed(
     "S1", "noisy speech over a deep, faint image", (_AUDIO, _DEEP), digits, 2000, 30, starved=True
 )
-_S2 = Bed("S2", "noisy speech over a faint image", (_AUDIO, _VISUAL), digits, starved=True)
-_C1 = Bed("C1", "clean speech beside a faint image", (_CLEAN, _VISUAL), digits)
-_Y3 = Bed(
+_S2 = Testbed("S2", "noisy speech over a faint image", (_AUDIO, _VISUAL), digits, starved=True)
+_C1 = Testbed("C1", "clean speech beside a faint image", (_CLEAN, _VISUAL), digits)
+_Y3 = Testbed(
     "Y3",
     "Gaussians, one fast and noisy, two slow",
     (_FAST, *_several(_SLOW, 2)),
@@ -94,38 +84,42 @@ _Y3 = Bed(
     30,
     64,
 )
-_POM = Bed("POM", "real audio and video", (Branch("audio", 2), Branch("video", 2)), pom, epochs=20)
-_W = Bed("W", "a wide branch beside a narrow, deep one", (_WIDE, _NARROW), interpolating, 2000, 30)
+_POM = Testbed(
+    "POM", "real audio and video", (Branch("audio", 2), Branch("video", 2)), pom, epochs=20
+)
+_W = Testbed(
+    "W", "a wide branch beside a narrow, deep one", (_WIDE, _NARROW), interpolating, 2000, 30
+)
 
-_BEDS = [
+_TESTBEDS = [
     replace(
         _C1,
         name="C0",
         about="speech beside noise",
         branches=(_CLEAN, Branch("visual", 4, 20.0, 0.05)),
-        wrong=True,
+        noisy="visual",
     ),
-    Bed(
+    Testbed(
         "V2",
         "a noisy image over faint speech",
         (_SHALLOW, Branch("audio", 4, 0.5, 0.25)),
         digits,
-        wrong=True,
+        noisy="visual",
         starved=True,
     ),
-    Bed(
+    Testbed(
         "VC",
         "a clean image over noisy speech",
         (Branch("visual", 2), Branch("audio", 4, 1.5, 0.5)),
         digits,
-        wrong=True,
+        noisy="audio",
     ),
     replace(
         _C1,
         name="C2",
         about="clean speech, a noisy image",
         branches=(_CLEAN, replace(_VISUAL, noise=1.5)),
-        wrong=True,
+        noisy="visual",
     ),
     replace(
         _POM,
@@ -133,12 +127,12 @@ _BEDS = [
         about="real audio and video beside noise",
         branches=(*_POM.branches, Branch("noise", 2)),
         parts=beside_noise(pom, 86),
-        wrong=True,
+        noisy="noise",
     ),
     _S1,
     _S2,
     _C1,
-    Bed(
+    Testbed(
         "B",
         "speech and image, alike",
         (Branch("audio", 2, 0.3), Branch("visual", 2, 0.3)),
@@ -155,7 +149,7 @@ _BEDS = [
         parts=partial(gaussians, redundancy=0.5),
     ),
     _POM,
-    Bed(
+    Testbed(
         "D",
         "an image beside a dead sensor",
         (Branch("image", 2, 0.3), Branch("sensor", 2)),
@@ -163,14 +157,14 @@ _BEDS = [
         600,
         60,
         64,
-        wrong=True,
+        noisy="sensor",
     ),
     replace(
         _S2,
         name="S2N",
         about="the same beside a third branch of noise",
         branches=(_AUDIO, _VISUAL, Branch("noise", 2)),
-        wrong=True,
+        noisy="noise",
         starved=False,
     ),
     replace(
@@ -178,14 +172,14 @@ _BEDS = [
         name="U",
         about="speech beside unrelated images",
         branches=(_CLEAN, Branch("unrelated", 2)),
-        wrong=True,
+        noisy="unrelated",
     ),
     replace(
         _C1,
         name="H",
         about="two halves of a spectrogram, one noisy",
         branches=(Branch("low", 2), Branch("high", 2, 2.0)),
-        wrong=True,
+        noisy="high",
     ),
     _W,
     replace(
@@ -200,7 +194,7 @@ _BEDS = [
         about="W with a worse narrow branch",
         parts=partial(interpolating, amplitude=0.6),
     ),
-    Bed(
+    Testbed(
         "K",
         "convolutions, the image noisy",
         (Branch("speech", 2, **_PICTURE), Branch("visual", 2, 1.5, kind="convolutional", rows=8)),
@@ -208,9 +202,9 @@ _BEDS = [
         1000,
         20,
         64,
-        wrong=True,
+        noisy="visual",
     ),
-    Bed(
+    Testbed(
         "T",
         "a transformer beside a perceptron",
         (Branch("visual", 2, 0.5), Branch("speech", 2, 0.5, **_FRAMES)),
@@ -232,5 +226,28 @@ _BEDS = [
         branches=(_FAST, *_several(_SLOW, 5)),
         starved=True,
     ),
+    Testbed(
+        "V6",
+        "six views of a written digit",
+        tuple(Branch(view, 2) for view in ("fac", "fou", "kar", "mor", "pix", "zer")),
+        views,
+        600,
+    ),
+    Testbed(
+        "VN",
+        "pixels beside a noisy view of the same digit",
+        (Branch("pix", 2, 0.5), Branch("fou", 2, 4.0)),
+        views,
+        600,
+        noisy="fou",
+    ),
+    Testbed(
+        "JV",
+        "lower and higher half of a cepstrum, nine speakers",
+        (Branch("lower", 2), Branch("higher", 2)),
+        cepstrum,
+        270,
+    ),
 ]
-BEDS = {bed.name: bed for bed in _BEDS}
+TESTBEDS = {testbed.name: testbed for testbed in _TESTBEDS}
+UNSEEN = ("V6", "VN", "JV")  # formed no rule

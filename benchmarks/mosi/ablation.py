@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from tqdm import tqdm
 from benchmarks.mosi.noise import with_noise
 from benchmarks.mosi.probe import diagnostics
 from benchmarks.mosi.rows import config, study
-from benchmarks.mosi.search import search
 from examples.mosi.config import PRESETS, Config
 from examples.mosi.data import Dataset, load
 from examples.mosi.text import prepare, text_of
@@ -33,7 +32,15 @@ RESULTS = Path(__file__).parent / "results"
 MPNET = Path("~/.cache/gradbalance/encoders/all-mpnet-base-v2").expanduser()
 STUDIES = {
     "default": {},  # the example as it comes
-    "frozen": {"text": "frozen", "epochs": 6, "lr": 2e-3, "batch_size": 64, "max_norm": 0.0},
+    "frozen": {
+        "text": "frozen",
+        "epochs": 6,
+        "lr": 2e-3,
+        "batch_size": 64,
+        "max_norm": 0.0,
+        "dropout": 0.3,
+        "beta": 1.0,
+    },
     "top": {
         "text": "top",
         "text_encoder": str(MPNET),
@@ -67,16 +74,11 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", default=[], help="names of rows, such as A0 A6; default: all"
     )
-    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to this, this left out")
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument(
         "--out", type=Path, help="where the lines are appended (default: in results)"
-    )
-    parser.add_argument(
-        "--settings", type=Path, help="the record of --search (default: results/search-<text>.json)"
-    )
-    parser.add_argument(
-        "--search", type=int, metavar="TRIALS", help="tune baseline and full model, then end"
     )
     parser.add_argument(
         "--smoke", action="store_true", help="2 rows, 2 seeds, simulated data, nothing left behind"
@@ -87,7 +89,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             smoke(Path(folder) / "lines.jsonl", options.workers)
         return
-    record = options.settings or RESULTS / f"search-{options.text}.json"
     common = STUDIES[options.text] | {
         name: getattr(options, name) for name in ("data", "split", "device")
     }
@@ -95,18 +96,14 @@ def main() -> None:
     dataset = prepare(Config(**common))  # also fills the cache of states before any worker reads it
     print(dataset.corpus.banner)
     rows = study(tuple(dataset.widths))
-    if options.search:
-        search(rows, partial(train, dataset=dataset), record, options.search, common)
-        return
     if unknown := set(options.rows) - rows.keys():
         raise SystemExit(
             f"`rows` must be among {list(rows)}. Got {sorted(unknown)}. Choose others."
         )
-    tuned = json.loads(record.read_text())["best"] if record.is_file() else {}
     names = options.rows or list(rows)
     jobs = [
-        Job(name, config(rows[name], tuned, **common, seed=seed))
-        for seed in range(options.seeds)
+        Job(name, config(rows[name], **common, seed=seed))
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
         for name in names
     ]
     name = f"{options.split}-{Path(jobs[0].config.text_encoder).name}-{options.text}.jsonl"
@@ -120,7 +117,7 @@ def smoke(out: Path, workers: int) -> None:
     rows = study(tuple(load(data).features))
     common = {"data": data, "epochs": 2, "text": "frozen"}
     jobs = [
-        Job(name, config(rows[name], {}, **common, seed=seed))
+        Job(name, config(rows[name], **common, seed=seed))
         for seed in (0, 1)
         for name in ("A0", "A6")
     ]

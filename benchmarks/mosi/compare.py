@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks._statistics import interval as student
+from benchmarks.mosi.rows import title
 
 Line = dict[str, Any]
 Runs = dict[str, dict[int, Line]]  # row -> seed -> line
@@ -114,7 +115,7 @@ def verdict(runs: Runs, constant_mae: float) -> list[str]:
         ]
     else:
         answers = [
-            f"Of norms and of full against baseline: no verdict, it needs rows {BASELINE} and {FULL}."
+            "Of norms and of full against baseline: no verdict, it needs the baseline and the full model."
         ]
     return [
         *answers,
@@ -141,10 +142,10 @@ def balance_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
 
 def accuracy_verdict(base: dict[int, Line], full: dict[int, Line]) -> str:
     parts = []
-    for name, title in (("mae", "MAE"), ("corr", "Corr"), ("acc2_nonzero", "Acc-2")):
+    for name, told_as in (("mae", "MAE"), ("corr", "Corr"), ("acc2_nonzero", "Acc-2")):
         gap = difference(full, base, metric(name))
         told = "distinguishable" if gap.distinguishable else "not distinguishable"
-        parts.append(f"{title} {gap.told()}, p = {gap.p:.3f}: {told}")
+        parts.append(f"{told_as} {gap.told()}, p = {gap.p:.3f}: {told}")
     seeds = difference(full, base, metric("mae")).seeds
     return (
         f"Is the final accuracy distinguishable from the baseline's? Full minus baseline over {seeds} paired seeds: "
@@ -160,14 +161,16 @@ def collapse_verdict(runs: Runs, constant_mae: float) -> str:
         row: sum(collapsed(line, constant_mae) for line in own.values())
         for row, own in runs.items()
     }
-    fallen = [f"{row} ({count} of {len(runs[row])})" for row, count in falls.items() if count]
+    fallen = [
+        f"{title(row)} ({count} of {len(runs[row])})" for row, count in falls.items() if count
+    ]
     return f"Does a row collapse? Runs that did: {', '.join(fallen) or 'none in any row'}."
 
 
 def rest_verdict(runs: Runs) -> list[str]:
     """Which rows differ in MAE from the baseline, and which from text alone."""
     answers = []
-    for reference, title in ((TEXT, "text alone"), (BASELINE, "the baseline")):
+    for reference, it in ((TEXT, "text alone"), (BASELINE, "the baseline")):
         if reference not in runs:
             continue
         others = {
@@ -177,14 +180,14 @@ def rest_verdict(runs: Runs) -> list[str]:
         }
         better, worse = (
             [
-                f"{row} ({gap.mean:+.3f})"
+                f"{title(row)} ({gap.mean:+.3f})"
                 for row, gap in others.items()
                 if gap.distinguishable and sign * gap.mean < 0
             ]
             for sign in (1, -1)
         )
         answers.append(
-            f"Does anything beat {title}? Of {len(others)} other rows, MAE is lower in {', '.join(better) or 'none'}; "
+            f"Does anything beat {it}? Of {len(others)} other rows, MAE is lower in {', '.join(better) or 'none'}; "
             f"higher in {', '.join(worse) or 'none'} (95 % intervals that leave 0 out, not corrected for their number)."
         )
     return answers
@@ -199,12 +202,13 @@ def pairs_verdict(runs: Runs) -> list[str]:
         ("What does the balancing add to AME+SL?", FULL, LOSSES),
         ("What does the full model have on the update?", "U", FULL),
         ("What does the library's default rule do to AME+SL?", DEFAULT, LOSSES),
+        ("What does twice the rate of the text encoder do to AME+SL?", "X", LOSSES),
         ("What does a modality of pure noise cost?", NOISE, LOSSES),
         ("What does the default rule give back of it?", NOISE_DEFAULT, NOISE),
     ]
     return [
-        f"{question} MAE {difference(runs[one], runs[other], metric('mae')).told()} ({one} minus {other}, "
-        f"{difference(runs[one], runs[other], metric('mae')).seeds} paired seeds)."
+        f"{question} MAE {difference(runs[one], runs[other], metric('mae')).told()} "
+        f"({difference(runs[one], runs[other], metric('mae')).seeds} paired seeds)."
         for question, one, other in questions
         if one in runs and other in runs
     ]

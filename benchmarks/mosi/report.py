@@ -1,4 +1,4 @@
-"""``python -m benchmarks.mosi.report``: a study as Markdown and as one HTML file, with figures and a verdict."""
+"""``python -m benchmarks.mosi.report``: a study as Markdown, with a figure and a verdict."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.mosi.ablation import RESULTS, read
 from benchmarks.mosi.compare import BASELINE, TEXT, by_row, verdict
-from benchmarks.mosi.document import Block, Heading, Image, Paragraph, Table, markdown, page
+from benchmarks.mosi.document import Block, Heading, Image, Paragraph, Table, markdown
 from benchmarks.mosi.figures import draw
 from benchmarks.mosi.rows import study
 from benchmarks.mosi.tables import (
@@ -46,9 +46,8 @@ def main() -> None:
         )
     facts = statistics(options.lines.with_suffix(".data.json"), options.data, lines[0])
     blocks = report(lines, facts, options.lines)
-    for suffix, text in ((".md", markdown(blocks)), (".html", page(blocks[0].text, blocks))):
-        write_text(options.lines.with_suffix(suffix), text)
-        print(options.lines.with_suffix(suffix))
+    write_text(options.lines.with_suffix(".md"), markdown(blocks))
+    print(options.lines.with_suffix(".md"))
 
 
 def statistics(path: Path, data: str, line: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +89,8 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
     singles = tuple(facts["features"])
     rows = study(singles)
     runs = {name: found[name] for name in rows if name in found}
-    images = draw(runs, lines[0]["data"], path.parent, path.stem)
+    image = path.with_name(f"{path.stem}-rows.png")
+    draw(runs, singles, lines[0]["data"], image)
     own = lines[0]["settings"]
     blocks: list[Block] = [
         Heading(f"The MOSI study, {lines[0]['data']} data, {own['split']} split", 1),
@@ -109,7 +109,7 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         ),
         results(runs, rows),
         Image(
-            images["rows"],
+            image,
             "Every seed (grey), mean and 95 % interval of each row; a modality alone may lie outside.",
         ),
         *(
@@ -119,7 +119,7 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
             for block in (
                 Heading(f"Differences to {title}, paired by seed"),
                 Paragraph(
-                    f"Row minus {reference} over the seeds that both have, with the 95 % interval (Student) and "
+                    f"Row minus {title} over the seeds that both have, with the 95 % interval (Student) and "
                     "Wilcoxon p. With n seeds no p is below 2 / 2^n. Collapsed: Corr below 0.3, or MAE above "
                     f"{facts['constant_mae']:.3f}, that of the training mean."
                 ),
@@ -137,23 +137,15 @@ def report(lines: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> li
         Heading("Gradients"),
         Paragraph(
             "Means over the epochs. Conflicts are those of the row's own rule: in rows with GM of the paper's (audio "
-            "against timing or visual, by errors), in the others of the library's (A0 and its like only watch)."
+            "against timing or visual, by errors), in the others of the library's (rows without balancing only watch)."
         ),
         gradients(runs, rows),
-        Image(images["norms"], "Gradient norm of each encoder, mean over an epoch."),
-        Image(images["dominance"], "Largest norm over the mean of the others, median of an epoch."),
-        Image(
-            images["conflicts"],
-            "Share of the steps in which a modality was in conflict with another.",
-        ),
-        Image(images["coefficients"], "Coefficients over all steps and seeds."),
         Heading("What joint training leaves of each encoder"),
         Paragraph(
             "MAE of a ridge on the frozen, pooled output of each encoder: trained alone, in the baseline, in the full "
             "model. Lost: baseline minus alone. Given back: baseline minus full. Paired by seed, with 95 % intervals."
         ),
         potentials(runs),
-        Image(images["probes"], "The same as a figure: what each encoder lost to joint training."),
         Heading("Data"),
         Table(
             ["part", *next(iter(facts["parts"].values()))],

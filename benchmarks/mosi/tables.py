@@ -22,6 +22,7 @@ from benchmarks.mosi.compare import (
     probe,
 )
 from benchmarks.mosi.document import Block, Heading, Paragraph, Table
+from benchmarks.mosi.rows import title
 
 METRICS = {
     "mae": "MAE",
@@ -40,7 +41,15 @@ PUBLISHED = [
     ("MMIM", "BERT-base, fine-tuned", "MAG-BERT pickle", 84.1, 0.700, 0.800),
     ("UniMSE", "T5, fine-tuned", "not named", 85.9, 0.691, 0.809),
     ("MIB", "not named", "not named", 85.3, 0.711, 0.798),
+    # arXiv 2308.00264, with the context of each utterance, mean of three seeds.
+    ("MMML", "RoBERTa-large, fine-tuned", "raw audio", None, 0.557, 0.882),
 ]
+
+
+def label(name: str, rows: dict) -> list[str]:
+    """A row in words, and under which name the paper has it."""
+    row = rows[name]
+    return [row.title, name if row.published else ""]
 
 
 def results(runs: Runs, rows: dict) -> Table:
@@ -51,10 +60,10 @@ def results(runs: Runs, rows: dict) -> Table:
         cells = [
             f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else 0:.3f}" for v in values.values()
         ]
-        lines.append(
-            [name, rows[name].title, str(len(own)), cells[0], bounds(low, high), *cells[1:]]
-        )
-    return Table(["row", "", "seeds", "MAE", "95 % interval", *list(METRICS.values())[1:]], lines)
+        lines.append([*label(name, rows), str(len(own)), cells[0], bounds(low, high), *cells[1:]])
+    return Table(
+        ["row", "paper", "seeds", "MAE", "95 % interval", *list(METRICS.values())[1:]], lines
+    )
 
 
 def trained(own: dict[str, Any]) -> str:
@@ -75,7 +84,14 @@ def at_mean(runs: Runs, rows: dict) -> list[Block]:
             gap = difference(found, pairs, metric("mae"))
             cells = [f"{mean_over(found, metric(key)):.3f}" for key in ("mae_at_mean", "mae")]
             lines.append([name, rows[name].title, str(len(found)), *cells, gap.told()])
-    head = ["row", "", "seeds", "MAE at the mean latent", "MAE of the mean prediction", "change"]
+    head = [
+        "row",
+        "paper",
+        "seeds",
+        "MAE at the mean latent",
+        "MAE of the mean prediction",
+        "change",
+    ]
     told = (
         "AME trains on noisy latents. The same models, evaluated at the mean latent, as this study once was, and by "
         "the mean of their predictions over draws of the noise."
@@ -95,13 +111,12 @@ def differences(runs: Runs, rows: dict, constant: float, reference: str) -> Tabl
             cells += [gap.told(), f"{gap.p:.3f}"]
         lines.append(
             [
-                name,
-                rows[name].title,
+                *label(name, rows),
                 *(["–"] * 6 if name == reference else cells),
                 f"{falls} of {len(own)}",
             ]
         )
-    return Table(["row", "", "MAE", "p", "Corr", "p", "Acc-2", "p", "collapsed"], lines)
+    return Table(["row", "paper", "MAE", "p", "Corr", "p", "Acc-2", "p", "collapsed"], lines)
 
 
 def beside(runs: Runs, rows: dict) -> Table:
@@ -120,15 +135,15 @@ def beside(runs: Runs, rows: dict) -> Table:
                 f"{ours[3]:.4f}",
             ]
             lines.append(
-                [name, row.title, f"{acc:.2f}", f"{f1:.2f}", f"{mae:.4f}", f"{corr:.4f}", *cells]
+                [*label(name, rows), f"{acc:.2f}", f"{f1:.2f}", f"{mae:.4f}", f"{corr:.4f}", *cells]
             )
     ours = [f"our {title}" for title in ("Acc-2", "F1", "MAE", "Corr")]
-    return Table(["row", "", "paper Acc-2", "F1", "MAE", "Corr", *ours], lines)
+    return Table(["row", "paper", "paper Acc-2", "F1", "MAE", "Corr", *ours], lines)
 
 
 def published(runs: Runs, encoder: str, singles: tuple[str, ...]) -> Table:
     lines = [
-        [name, encoder, features, f"{acc:.2f}", f"{mae:.3f}", f"{corr:.3f}"]
+        [name, encoder, features, f"{acc:.2f}" if acc else "–", f"{mae:.3f}", f"{corr:.3f}"]
         for name, encoder, features, acc, mae, corr in PUBLISHED
     ]
     for name in (TEXT, BASELINE, FULL, LOSSES, DEFAULT):
@@ -138,7 +153,7 @@ def published(runs: Runs, encoder: str, singles: tuple[str, ...]) -> Table:
             )
             cells = [f"{100 * acc:.2f}", f"{mae:.3f}", f"{corr:.3f}"]
             how = trained(next(iter(runs[name].values()))["settings"])
-            lines.append([f"ours, {name}", f"{encoder}, {how}", ", ".join(singles), *cells])
+            lines.append([f"ours, {title(name)}", f"{encoder}, {how}", ", ".join(singles), *cells])
     return Table(["system", "text encoder", "other features", "Acc-2", "MAE", "Corr"], lines)
 
 
@@ -157,7 +172,7 @@ def gradients(runs: Runs, rows: dict) -> Table:
     paths = [(key, name) for key in keys for name in names] + [("dominance",), ("dominance_after",)]
     head = [
         "row",
-        "",
+        "paper",
         *(f"{title}: {name}" for title in keys.values() for name in names),
         "dominance before",
         "after",
@@ -169,8 +184,7 @@ def gradients(runs: Runs, rows: dict) -> Table:
         ]
         lines.append(
             [
-                row,
-                rows[row].title,
+                *label(row, rows),
                 *("–" if np.isnan(value) else f"{value:.3g}" for value in values),
             ]
         )
@@ -189,4 +203,4 @@ def potentials(runs: Runs) -> Table:
             for other in (single, FULL)
         ]
         lines.append([name, *cells, *gaps])
-    return Table(["encoder", "alone", BASELINE, FULL, "lost", "given back"], lines)
+    return Table(["encoder", "alone", title(BASELINE), title(FULL), "lost", "given back"], lines)

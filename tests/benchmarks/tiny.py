@@ -4,9 +4,9 @@ import torch
 
 from benchmarks.balancing.data import gaussians
 from benchmarks.balancing.model import Model
-from benchmarks.balancing.testbeds import Bed, Branch
+from benchmarks.balancing.testbeds import Branch, Testbed
 
-TINY = Bed(
+TINY = Testbed(
     "tiny",
     "",
     (Branch("a", 1, 0.5, 2.0), Branch("b", 2, 0.5)),

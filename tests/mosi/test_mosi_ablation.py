@@ -16,7 +16,6 @@ from benchmarks.mosi.rows import config, study
 from examples.mosi.build import balancing
 from examples.mosi.config import Config
 from examples.mosi.simulated import simulate
-from tests import needs
 from tests.mosi import samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +37,7 @@ def jobs(*names, seeds=2):
         "draws": 4,
     }
     return [
-        ablation.Job(name, config(ROWS[name], {}, **common, seed=seed))
+        ablation.Job(name, config(ROWS[name], **common, seed=seed))
         for seed in range(seeds)
         for name in names
     ]
@@ -96,7 +95,7 @@ def test_a_killed_study_goes_on_without_loss_or_repetition(out, tmp_path):
 
 
 def test_the_study_of_the_defaults_runs_the_example_as_it_comes():
-    assert config(ROWS["L"], {}, **ablation.STUDIES["default"]) == Config()
+    assert config(ROWS["L"], **ablation.STUDIES["default"]) == Config()
 
 
 WORKING = """
@@ -191,7 +190,7 @@ def test_every_row_gives_a_line_with_what_the_report_asks_for(name):
     ],
 )
 def test_each_row_of_the_paper_has_the_parts_of_its_name(name, ame, sl, gm, ge, cp):
-    own = config(ROWS[name], {"full": {"stat": 0.2}, "baseline": {"stat": 0.2}})
+    own = config(ROWS[name], stat=0.2)
     options = balancing(own, 10, ["audio"])
     assert (own.ame, own.stat > 0, own.balance) == (ame, sl, "paper" if gm else "off")
     if gm:
@@ -202,26 +201,3 @@ def test_every_row_of_the_paper_has_its_numbers():
     assert [name for name, row in ROWS.items() if row.published] == [
         *("A0", "A6", "C2", "A5", "A1", "A2", "A3", "A4", "B2", "B3", "B4", "B5", "C1", "C5"),
     ]
-
-
-def test_the_search_gives_both_models_as_many_trials_and_hides_the_test(tmp_path):
-    needs("optuna", extra="bench")
-    from benchmarks.mosi.search import search
-
-    seen = []
-
-    def train(own):
-        seen.append(own)
-        return {"history": [{"valid": {"mae": own.dropout}}, {"valid": {"mae": 2.0}}]}
-
-    search(ROWS, train, tmp_path / "search.json", 3, {"data": "simulated"})
-    record = json.loads((tmp_path / "search.json").read_text())
-    assert [own.balance for own in seen] == ["off"] * 3 + ["paper"] * 3
-    for model in ("baseline", "full"):
-        tried = record["trials"][model]
-        assert tried[0]["lr"] == 2e-3
-        best = min(tried, key=lambda trial: trial["valid_mae"])
-        assert record["best"][model] == {
-            name: value for name, value in best.items() if name != "valid_mae"
-        }
-        assert best["valid_mae"] == record["best"][model]["dropout"]
