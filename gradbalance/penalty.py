@@ -271,7 +271,8 @@ class ConflictAwarePenalty(Optimizer):
     and what the step does to the group is scaled by it. A *group* is the parameters of one branch
     of a model: an encoder, a modality, a tower, a head. The default rule,
     :class:`gradbalance.rules.Useful`, slows the groups whose gradients are of little use; its
-    docstring says when that helps and when it does not. The class has the name of the paper's rule, :class:`gradbalance.rules.ConflictAware`, which ``PAPER`` sets.
+    docstring says when that helps and when it does not. The class has the name of the paper's rule,
+    :class:`gradbalance.rules.ConflictAware`, which ``PAPER`` sets.
 
     Parameters of no group are never touched; leave fusion layers and joint heads out. Everything
     that this class does not add is forwarded to the wrapped optimizer, reading, calling and
