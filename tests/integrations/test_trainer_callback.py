@@ -242,7 +242,7 @@ def test_a_group_that_never_gets_a_gradient_is_warned_of_after_twenty_steps(tmp_
     ("groups", "options", "error", "message"),
     [
         (["toy.text"], {}, TypeError, "`groups` must map names to modules, parameters or patterns"),
-        (PATTERNS, {"every": 0}, ValueError, "`every` must be positive"),
+        (PATTERNS, {"every": 0}, ValueError, "`every` must be in"),
         (PATTERNS, {"apply_to": "loss"}, ValueError, "`apply_to` must be one of"),
     ],
 )
