@@ -9,7 +9,7 @@ from torch import Tensor
 from gradbalance.statistics._central import Central, merge
 
 
-def over_ranks(central: Central, group: dist.ProcessGroup) -> Central:
+def over_ranks(central: Central, group: "dist.ProcessGroup") -> Central:
     """The moments of the batches of all ranks, out of those of this rank, with a precise mean."""
     fields = [central.count, central.mean, *central.powers]
     if central.covariance is not None:
@@ -27,7 +27,7 @@ class _AllGather(torch.autograd.Function):
     """A vector of each rank -> ``[ranks, n]``; backward sums the gradients of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, message: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, message: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         replies = message.new_empty(group.size(), len(message))
         dist.all_gather(list(replies.unbind()), message, group=group)

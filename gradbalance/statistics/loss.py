@@ -86,7 +86,7 @@ class StatisticalLoss(nn.Module):
         mixture: bool = False,
         reduction: str = "mean",
         eps: float = 1e-6,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
         self.moments = _checked_names(moments)
@@ -215,7 +215,7 @@ def statistical_loss(
     mixture: bool = False,
     reduction: str = "mean",
     eps: float = 1e-6,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Distance of the statistics of two batches: `StatisticalLoss` as a function, documented there.
 

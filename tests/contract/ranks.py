@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -12,6 +13,9 @@ from multiprocessing.connection import wait
 import pytest
 import torch
 import torch.distributed as dist
+
+if sys.platform == "win32":
+    pytest.skip("Ranks are forked, which Windows cannot.", allow_module_level=True)
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import signal
+import sys
 from multiprocessing import get_context
 
 import numpy as np
@@ -189,6 +190,7 @@ def train_until_killed(rule, every, path):
         torch.save([model.state_dict(), optimizer.state_dict()], path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows neither forks nor has SIGKILL.")
 @each_rule
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_killed_run_resumes_bit_for_bit(rule, every, tmp_path):
