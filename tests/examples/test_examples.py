@@ -54,7 +54,8 @@ def test_the_quickstart_records_its_steps(rule):
     needs("sklearn")
     from examples.quickstart import train
 
-    recorded = train("Short", rule, epochs=2).to_dict()
+    recorder, _ = train("Short", rule, epochs=2)
+    recorded = recorder.to_dict()
     assert len(recorded["step"]) > 2
     assert (recorded["coefficients"] == 1).all() or not isinstance(rule, Watch)
 

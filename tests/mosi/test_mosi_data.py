@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.mosi import door
-from examples.mosi.build import others
 from examples.mosi.config import Config
-from examples.mosi.data import Ragged, atomic, load, scale_of, standardise
+from examples.mosi.data import Ragged, atomic, check_present, load, scale_of, standardise
 from examples.mosi.files import UTTERANCES, VISUAL, WORDS
 from examples.mosi.simulated import simulate
 from examples.mosi.text import states, tokenise
@@ -453,8 +452,8 @@ def test_a_word_file_without_words_leaves_timing_out_by_name(columns, tmp_path):
     said = [{"id": name, "words": []} for name in columns["id"]]
     data = samples.dataset(load(str(samples.write(tmp_path, columns, said))))
     with pytest.raises(ValueError, match=r"Got 'timing'.*--modalities text audio"):
-        others(Config(), data)
-    assert others(Config(modalities=("text", "audio")), data) == ["audio"]
+        check_present(data.corpus, Config().others(data.widths))
+    assert Config(modalities=("text", "audio")).others(data.widths) == ["audio"]
 
 
 def test_a_pickled_column_is_refused(columns, tmp_path):

@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.mosi import pickles, published
-from examples.mosi.build import others
 from examples.mosi.config import Config
-from examples.mosi.data import Dataset, Ragged, load
+from examples.mosi.data import Dataset, Ragged, check_present, load
 from examples.mosi.train import train
 from tests.mosi.samples import dataset
 
@@ -528,7 +527,7 @@ def test_a_modality_that_training_lacks_is_named(utterances, tmp_path, parts):
     message = "`modalities` must be there in .* Got 'audio'.*Leave it out: --modalities text visual"
     with pytest.raises(ValueError, match=message):
         train(Config(epochs=1, text="frozen", hidden=8, fused=8), data)
-    assert others(Config(modalities=("text", "visual")), data) == ["visual"]
+    assert Config(modalities=("text", "visual")).others(data.widths) == ["visual"]
 
 
 def test_a_file_without_any_word_can_be_read(tmp_path):
@@ -537,4 +536,4 @@ def test_a_file_without_any_word_can_be_read(tmp_path):
     corpus = load(str(write(tmp_path, {part: [example] for part in SPLIT})))
     data = Dataset(corpus, Ragged.of([torch.zeros(2, 8)] * 3), torch.full((6,), -1))
     with pytest.raises(ValueError, match=r"Got 'audio'.*Leave it out: --modalities text"):
-        others(Config(), data)
+        check_present(data.corpus, Config().others(data.widths))
