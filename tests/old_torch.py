@@ -17,6 +17,7 @@ FEATURES = {
 # What torch warns of by itself, each with the last version that does; warnings are errors in these tests.
 WARNINGS = {
     "torch.distributed is unavailable:UserWarning": (2, 6),
+    "DTensor random operators may not have complete support:UserWarning": (2, 6),
     "TypedStorage is deprecated:UserWarning": (2, 6),
     "The epoch parameter in .scheduler.step:UserWarning": (2, 8),
     "Warning. Profiler clears events:UserWarning": (2, 10),

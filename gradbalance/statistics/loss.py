@@ -178,7 +178,8 @@ class StatisticalLoss(nn.Module):
         self, pair: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> dict[str, Tensor]:
         """Count, mean and variance of what an encoder puts out."""
-        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        # Two types in a tuple: the compiler of torch 2.6 knows no union.
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not is_pair or not isinstance(pair[0], Tensor) or not isinstance(pair[1], Tensor):
             raise TypeError(
                 "`prediction` must be a tensor, or a pair (mean, variance) of tensors. "

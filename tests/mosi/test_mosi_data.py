@@ -67,7 +67,7 @@ def test_shuffling_depends_on_the_seed_alone(simulated):
 @given(size=st.integers(2, 9), world=st.integers(1, 4))
 def test_shards_divide_a_batch(simulated, size, world):
     batch = simulated.batch(torch.arange(size), ["audio", "timing"])
-    shards = [batch.shard(rank, world) for rank in range(world)]
+    shards = [batch.shard(rank, world) for rank in range(min(size, world))]
     assert sorted(torch.cat([shard.index for shard in shards]).tolist()) == list(range(size))
     for shard in shards:
         rows = shard.index
