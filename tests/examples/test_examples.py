@@ -56,7 +56,9 @@ def test_the_quickstart_records_its_steps(rule):
     needs("sklearn")
     from examples.quickstart import train
 
-    recorded = train("Short", rule, epochs=2).to_dict()
+    recorder, accuracies = train("Short", rule, epochs=2)
+    recorded = recorder.to_dict()
+    assert len(accuracies) == 2
     assert len(recorded["step"]) > 2
     assert (recorded["coefficients"] == 1).all() or not isinstance(rule, Watch)
 
