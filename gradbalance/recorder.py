@@ -261,6 +261,7 @@ class Recorder:
         # The last rows, then one of every so many rows before them.
         self._recent = np.empty(RECENT, row)
         self._n_recent = 0
+        self._columns = {field: self._recent[field] for field in FIELDS}
         self._kept = np.empty(RECENT, row)
         self._n_kept = 0
         self._stride = 1
@@ -322,12 +323,9 @@ class Recorder:
         self._seen += 1
         if (self._seen - 1) % self.every:
             return
-        row = self._recent[self._n_recent]
-        for field in FIELDS:
-            row[field] = getattr(balance, field)
-        norms = balance.norms
-        is_finite = bool(np.isfinite(norms).all())
-        row["counts"] = is_new and is_finite and (norms > 0).sum() >= self._fewest
+        for field, column in self._columns.items():
+            column[self._n_recent] = getattr(balance, field)
+        self._recent["counts"][self._n_recent] = is_new
         self._n_recent += 1
         if self._n_recent == RECENT:
             self._fold()
@@ -335,6 +333,8 @@ class Recorder:
     def _fold(self) -> None:
         """Take the last rows into the totals, and keep some of them."""
         rows = self._recent[: self._n_recent]
+        norms = rows["norms"]
+        rows["counts"] &= np.isfinite(norms).all(1) & ((norms > 0).sum(1) >= self._fewest)
         kept = rows[-self._totals.recorded % self._stride :: self._stride]
         self._totals.add(rows)
         self._n_recent = 0

@@ -185,7 +185,7 @@ class Engine:
         self.state.moved = [nan] * n
         if moved is None:
             return
-        *squares, watching = moved
+        watching, *squares = moved
         self._is_watched_anywhere = watching > 0
         if not self._has_counted or not any(squares):
             return

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Mesh = DeviceMesh | None
 
-ENTRIES = 1 << 14  # of all groups together, unless all are read
+ENTRIES = 1 << 13  # of all groups together, unless all are read
 
 
 class Entries:
@@ -33,36 +33,43 @@ class Entries:
     def __init__(self, n: int, copies: int, device: torch.device) -> None:
         self._copies = copies
         self._device = device
-        self._picks: list[tuple[Tensor, Tensor | None]] = []  # parameters and positions
+        self._picks: list[tuple[Tensor, slice | Tensor]] = []  # parameters and positions
         self._sizes = [0] * n
         self._before = self._step = torch.empty(0)
+        self._now: Tensor | None = None
 
-    def add(self, m: int, p: Tensor, positions: Tensor | None) -> None:
+    def add(self, m: int, p: Tensor, positions: slice | Tensor) -> None:
         """Read more entries of group m, which must not be lower than that of the last ones.
 
         Args:
             m: Index of the group.
             p: The parameter.
-            positions: In this rank's shard of it, flattened; None for all.
+            positions: In this rank's shard of it, flattened.
         """
         self._picks.append((p, positions))
-        self._sizes[m] += local(p).numel() if positions is None else len(positions)
+        if isinstance(positions, slice):
+            self._sizes[m] += len(range(*positions.indices(local(p).numel())))
+        else:
+            self._sizes[m] += len(positions)
 
     def begin(self) -> None:
-        """Read the entries before the step."""
-        self._before = self._read()
+        """Read the entries before the step, unless they have just been read after the last one."""
+        self._before = self._read() if self._now is None else self._now
+        self._now = None
 
-    def end(self) -> None:
-        """Read them after the step."""
-        self._step = self._read() - self._before
+    def end(self, is_open: bool) -> None:
+        """Read them after the step, if they were before it."""
+        self._now = None
+        if is_open:
+            self._now = self._read()
+            self._step = self._now - self._before
 
     def squares(self) -> Tensor:
-        """Squared lengths of the parameters and of the step on this rank, shape ``[2 N]``."""
-        parts: list[Tensor] = []
+        """0, and squared lengths of the parameters and of the step on this rank, ``[1 + 2 N]``."""
+        parts = [self._before[:0]]
         for entries in (self._before, self._step):
             parts += torch.split(entries, self._sizes)
-        lengths = torch._foreach_norm(parts, 2.0, dtype=wide(self._device))
-        squares = torch.stack(lengths).square()
+        squares = torch.stack(torch._foreach_norm(parts)).to(wide(self._device)).square()
         return squares if self._copies == 1 else squares / self._copies
 
     def _read(self) -> Tensor:
@@ -72,7 +79,10 @@ class Entries:
             shard = local(p)
             if shard.is_complex():
                 shard = shard.real
-            own = shard.reshape(-1) if positions is None else shard.take(positions)
+            if isinstance(positions, slice):
+                own = shard.reshape(-1)[positions]
+            else:
+                own = shard.take(positions)
             entries.append(own.to(self._device, non_blocking=True))
         read = torch.cat(entries)
         return read.to(torch.promote_types(read.dtype, torch.float32))
@@ -112,37 +122,32 @@ class Movement:
 
     def end(self) -> None:
         """After the step, or after steps that were not read."""
-        if self._is_open:
-            for entries in self._entries.values():
-                entries.end()
-            self._is_known = True
+        for entries in self._entries.values():
+            entries.end(self._is_open)
+        self._is_known |= self._is_open
         self._is_open = False
 
     def take(self, is_watched: bool) -> dict["Mesh", Tensor]:
-        """What was read on this rank since the last call, by mesh, each of shape ``[2 N + 1]``.
+        """What was read on this rank since the last call, by mesh, each of shape ``[1 + 2 N]``.
 
-        Squared lengths of the parameters and of their step, and at the end whether anybody watches,
-        as on another rank nobody may. What is on a mesh has to be summed over its ranks. That is
-        there even if nothing was read, so that all ranks send messages of the same length.
+        Whether anybody watches, as on another rank nobody may; squared lengths of the parameters
+        and of their step. What is on a mesh has to be summed over its ranks. That is there even if
+        nothing was read, so that all ranks send messages of the same length.
 
         Args:
             is_watched: Whether anybody does on this rank.
         """
         taken: dict[Mesh, Tensor] = {}
+        size = 1 + 2 * len(self._members)
         for mesh in self.meshes:
-            taken[mesh] = self._zeros()
-            taken[mesh][-1] = float(is_watched)
+            taken[mesh] = torch.zeros(size, dtype=wide(self._device), device=self._device)
+            taken[mesh][0] = float(is_watched)
         if self._is_known:
             for (mesh, _), entries in self._entries.items():
-                if mesh not in taken:
-                    taken[mesh] = self._zeros()
-                taken[mesh][:-1] += entries.squares()
+                squares = entries.squares()
+                taken[mesh] = taken[mesh] + squares if mesh in taken else squares
         self._is_known = False
         return taken
-
-    def _zeros(self) -> Tensor:
-        size = 2 * len(self._members) + 1
-        return torch.zeros(size, dtype=wide(self._device), device=self._device)
 
     def _choose(self) -> None:
         n = len(self._members)
@@ -154,13 +159,13 @@ class Movement:
                 key = getattr(p, "device_mesh", None), copies_of(p)
                 if key not in self._entries:
                     self._entries[key] = Entries(n, key[1], self._device)
-                positions = None
+                number = p.numel()
                 if not quota.takes_all:
-                    positions = _positions(p, ENTRIES // n * p.numel() // max(total, 1))
-                self._entries[key].add(m, p, positions)
+                    number = ENTRIES // n * p.numel() // max(total, 1)
+                self._entries[key].add(m, p, _positions(p, number))
 
 
-def _positions(p: Tensor, number: int) -> Tensor:
+def _positions(p: Tensor, number: int) -> slice | Tensor:
     """Positions of entries of ``p`` in this rank's shard of it, flattened.
 
     Evenly spaced in the whole, at a distance that takes them through all columns: a gradient of few
@@ -169,7 +174,10 @@ def _positions(p: Tensor, number: int) -> Tensor:
     distance = max(1, p.numel() // max(number, 1))
     while gcd(distance, p.numel()) > 1:
         distance -= 1
-    if not hasattr(p, "device_mesh"):
+    is_sharded = hasattr(p, "device_mesh")
+    if distance == 1 or (not is_sharded and p.is_contiguous()):
+        return slice(None, None, distance)  # which needs no list of positions
+    if not is_sharded:
         return torch.arange(0, p.numel(), distance, device=p.device)
     sizes, offsets = local_slices(p)
     every = np.arange(0, p.numel(), distance)
