@@ -59,7 +59,11 @@ def test_the_report_shows_what_the_gpu_gave():
         **size["cases"],
         report.TRITON: {**size["cases"]["moments"], "launches_forward": 2, "launches_both": 3},
     }
-    ratios = {**size["ratios"], f"{report.TRITON} / naive, masked": [0.1, 0.25, 0.3]}
+    ratios = {
+        **size["ratios"],
+        f"{report.TRITON} / naive, masked": [0.1, 0.25, 0.3],
+        f"{report.TRITON} / moments, masked, compiled": [0.5, 0.6, 0.7],
+    }
     given = {**size, "cases": cases, "ratios": ratios, "bandwidth / copy": 0.83}
     shown = report.report(
         figures, {"moments": {"sizes": {report.LARGEST: given, "b": {"error": "no"}}}}
@@ -76,4 +80,6 @@ def test_kernels_that_fail_on_the_gpu_leave_the_other_figures():
     *_, size = figures["sizes"].values()
     given = {**size, "cases": {**size["cases"], report.TRITON: {"error": "no"}}}
     shown = report.report(figures, {"moments": {"sizes": {report.LARGEST: given}}})
-    assert shown.count(_markdown.FAILED) == 4
+    assert shown.count(_markdown.FAILED) == 5
+    parts = {"moments": {"sizes": {report.LARGEST: size}}, "triton": {"error": "died"}}
+    assert report.report(figures, parts).count(_markdown.FAILED) == 5
