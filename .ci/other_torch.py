@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradbalance"
-SECONDS = 900  # for both
+SECONDS = 600  # for both
 # The oldest numpy beside the oldest torch.
 NUMPY = {"oldest": "numpy==1.26.*", "newest": "numpy"}
 # What is about one torch more than about another; compiling takes minutes.

@@ -65,13 +65,18 @@ PARTS = [
 def best_rate(
     runs: Mapping[Run, Found], testbed: str, optimizer: str, rule: str, value: str = "valid"
 ) -> float:
-    """The learning rate that is best for a rule on validation, by the mean over the seeds of tuning."""
+    """The learning rate that is best for a rule on validation, by the mean over the seeds of tuning.
+
+    NaN until each rate was tried with each of these seeds.
+    """
     scores: dict[float, list[float]] = {}
     for run, found in runs.items():
         if run[:3] == (testbed, rule, optimizer) and run.seed in TUNING:
             scores.setdefault(run.lr, []).append(found[value])
     complete = {lr: fmean(v) for lr, v in scores.items() if len(v) == len(TUNING)}
-    return max(complete, key=lambda lr: complete[lr], default=nan)
+    if set(complete) < set(RATES[optimizer]):
+        return nan
+    return max(complete, key=lambda lr: complete[lr])
 
 
 def measure(results: Results, part: Part, carry_out: Callable[..., Iterable[Found]] = map) -> None:

@@ -23,6 +23,13 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
+def section(title: str, lines: list[str]) -> list[str]:
+    """A table under its title; nothing if none of it was run."""
+    head_and_rule = 2
+    rows = [line for line in lines if line][head_and_rule:]
+    return [f"## {title}\n", *lines] if rows else []
+
+
 def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
@@ -115,7 +122,7 @@ def compared(cells: Cells, rules: Iterable[str], *, time: bool = False) -> list[
     rules = [rule for rule in rules if any(cells.change(name, rule) for name in ORDERED)]
     shown = [name for name in ORDERED if any(cells.change(name, rule) for rule in rules)]
     rows = []
-    for rule in ("Useful", *rules):
+    for rule in ("Useful", *rules) if rules else ():
         row: list[Change | str | None] = [rule, *(cells.change(name, rule) for name in shown)]
         if time:
             ratio = cells.slowdown(rule)
@@ -158,26 +165,17 @@ def describe(runs: Mapping[Run, Found]) -> str:
         "validation, for both. *Tuned* is each at the rate that is best for it on three other seeds. POM has too few "
         "speakers to choose a rate. *The rule* is `rules.Useful()`, the default.\n",
         "The last three testbeds formed no rule.\n",
-        "## AdamW\n",
-        *gains(cells),
-        "All testbeds together:\n",
-        *together(cells),
-        "## AdamW at every rate\n",
-        *rates(cells, "AdamW"),
-        "## SGD\n",
-        *at_best(cells, "SGD"),
-        "## Adam and Muon\n",
-        *at_best(cells, "Adam"),
-        *at_best(cells, "Muon"),
-        "## Cures that everybody has\n",
-        *compared(cells, CURES),
-        "## Rivals\n",
-        *compared(cells, RIVAL, time=True),
-        "## Parts of the rule\n",
-        *compared(cells, FORMULA),
-        *against_itself(cells, ("every 4", "every 16")),
-        "## Seeds and test set\n",
-        *fixed_test_sets(cells),
+        *section("AdamW", gains(cells)),
+        *section("All testbeds together", together(cells)),
+        *section("AdamW at every rate", rates(cells, "AdamW")),
+        *section("SGD", at_best(cells, "SGD")),
+        *section("Adam", at_best(cells, "Adam")),
+        *section("Muon", at_best(cells, "Muon")),
+        *section("Cures that everybody has", compared(cells, CURES)),
+        *section("Rivals", compared(cells, RIVAL, time=True)),
+        *section("Parts of the rule", compared(cells, FORMULA)),
+        *section("Every so many steps", against_itself(cells, ("every 4", "every 16"))),
+        *section("Seeds and test set", fixed_test_sets(cells)),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
