@@ -18,7 +18,12 @@ import pdoc
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-API = ("gradbalance", "gradbalance.report")
+API = (
+    "gradbalance",
+    "gradbalance.integrations.lightning",
+    "gradbalance.integrations.transformers",
+    "gradbalance.report",
+)
 CHAPTERS = {
     "Start": "README.md",
     "See what each tower does": "examples/lora_towers.py",
