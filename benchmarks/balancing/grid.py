@@ -36,6 +36,7 @@ SEEN = tuple(testbed for testbed in TESTBEDS if testbed not in UNSEEN)
 OTHERS = tuple(t for t in SEEN if t not in (*GAINS, *LOSSES, "S3", "Y6"))
 STARVED = ("S1", "V2", "Y3", "S2", "S3", "Y6")
 CURES = ("a slower noisy branch", "weight decay", "dropout", "by hand", "hypergradient")
+WATCHED = ("watched for 1 epoch", "watched for 5 epochs")
 RIVAL = (
     "own heads", "own heads and Useful", "OGM-GE", "noise alone", "clip groups", "epochwise, as MILES",
     "paper, on the update", "update times signal to noise", "update over signal to noise",
@@ -52,6 +53,7 @@ PARTS = [
     Part("AdamW", LOSSES, BASE),
     Part("SGD", STARVED, BASE, at_best=True),
     Part("AdamW", ("C0", "D", "H", "V2", "POMN"), CURES, lr=DEFAULT),
+    *(Part("AdamW", ("D", "C0", "H", "V2", "S2", "WU"), WATCHED, lr=lr) for lr in RATES["AdamW"]),
     Part("AdamW", OTHERS, BASE),
     Part("AdamW", (*FEW, "WU"), ("every 4", "every 16"), lr=DEFAULT),
     Part("AdamW", (*FEW, "H", "WU"), FORMULA, lr=DEFAULT),

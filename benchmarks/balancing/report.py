@@ -9,7 +9,7 @@ import torch
 
 from benchmarks._markdown import table
 from benchmarks.balancing.cells import Cells, Change, holm, redrawn
-from benchmarks.balancing.grid import CURES, DEFAULT, FORMULA, RIVAL
+from benchmarks.balancing.grid import CURES, DEFAULT, FORMULA, RIVAL, WATCHED
 from benchmarks.balancing.runs import KEPT, RATES, Found, Run
 from benchmarks.balancing.testbeds import TESTBEDS, UNSEEN
 
@@ -132,6 +132,18 @@ def compared(cells: Cells, rules: Iterable[str], *, time: bool = False) -> list[
     return table(head + (["time"] if time else []), rows)
 
 
+def constants(cells: Cells) -> list[str]:
+    """The rule at work, and the factors that it gave in a short watch, at each rate."""
+    rows = []
+    for name in ORDERED:
+        for rule in ("Useful", *WATCHED):
+            changes = [cells.change(name, rule, lr=lr) for lr in RATES["AdamW"]]
+            if any(cells.change(name, w, lr=lr) for w in WATCHED for lr in RATES["AdamW"]):
+                title = "the rule at work" if rule == "Useful" else rule
+                rows.append([TESTBEDS[name].title, title, *changes])
+    return table(["AdamW", "", *(f"{lr:g}" for lr in RATES["AdamW"])], rows)
+
+
 def against_itself(cells: Cells, rules: Iterable[str]) -> list[str]:
     """Ways to run the default rule, against the default rule itself."""
     rules = [rule for rule in rules if any(cells.change(name, rule) for name in ORDERED)]
@@ -172,6 +184,7 @@ def describe(runs: Mapping[Run, Found]) -> str:
         *section("Adam", at_best(cells, "Adam")),
         *section("Muon", at_best(cells, "Muon")),
         *section("Cures that everybody has", compared(cells, CURES)),
+        *section("Constant factors out of a short watch", constants(cells)),
         *section("Rivals", compared(cells, RIVAL, time=True)),
         *section("Parts of the rule", compared(cells, FORMULA)),
         *section("Every so many steps", against_itself(cells, ("every 4", "every 16"))),

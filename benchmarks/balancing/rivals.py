@@ -74,6 +74,7 @@ class Rival:
         observe: What is observed: the ``loss`` of the contribution of each branch, the probability that it ``missed``,
             or what the validation score ``keeps`` without it.
         prepare: Changes the model or the optimizer, given the knob.
+        watch: For how many epochs the default rule is watched first, whose factors are constant for a fresh run.
         entries: Of the sketch of all gradients, however small the model; None for that of the library.
     """
 
@@ -83,6 +84,7 @@ class Rival:
     weight: float = 0.0
     observe: str | None = None
     prepare: Callable[[Model, Optimizer, Any], None] | None = None
+    watch: int = 0
     entries: int | None = None
 
     def step(self, model: Model, optimizer: Optimizer, knob: Any) -> Step:
@@ -140,6 +142,11 @@ def _slower(model: Model, optimizer: Optimizer, factor: float) -> Rule:
     return ByHand(**({} if noisy is None else {noisy: factor}))
 
 
+def by_hand(factors: dict[str, float]) -> Rival:
+    """Constant factors."""
+    return Rival(lambda model, optimizer, knob: ByHand(**factors))
+
+
 def _decay(model: Model, optimizer: Optimizer, decay: float) -> None:
     for group in optimizer.param_groups:
         group["weight_decay"] = decay
@@ -175,6 +182,9 @@ RIVALS = {
     "weight decay": Rival(knobs=(0.1, 1.0), prepare=_decay),
     "dropout": Rival(knobs=(0.2, 0.5), prepare=_dropout),
     "by hand": Rival(_first, (0.1, 0.3, 3.0, 10.0)),
+    # The default rule watched, then its factors as constants for a fresh run.
+    "watched for 1 epoch": Rival(watch=1),
+    "watched for 5 epochs": Rival(watch=5),
     # Rivals.
     "hypergradient": Rival(
         lambda model, optimizer, beta: Hypergradient(beta), (1e-3, 1e-2), {"smoothing": 0.0}

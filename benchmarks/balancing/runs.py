@@ -2,7 +2,8 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from time import process_time
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from benchmarks.balancing.data import Part
 from benchmarks.balancing.model import Model, score
-from benchmarks.balancing.rivals import RIVALS
-from benchmarks.balancing.testbeds import TESTBEDS
+from benchmarks.balancing.rivals import RIVALS, Step, by_hand
+from benchmarks.balancing.testbeds import TESTBEDS, Testbed
+from gradbalance import ConflictAwarePenalty, Recorder
+from gradbalance.rules import Useful, Watch
 
 Found = dict[str, Any]
 
@@ -63,22 +66,15 @@ def train(run: Run) -> Found:
     """
     testbed = TESTBEDS[run.testbed]
     parts = testbed.parts(testbed, run.seed)
-    known = parts["train"]
-    torch.manual_seed(run.seed)
-    outputs = 1 + int(known.target.max())
-    if known.target.is_floating_point():
-        outputs = known.target.shape[1]
-    model = Model(testbed, [x.shape[1] for x in known.inputs], outputs)
-    step = RIVALS[run.rule].step(model, optimizer_for(run.optimizer, model, run.lr), run.knob)
+    rival = RIVALS[run.rule]
+    if rival.watch:
+        rival = by_hand(watched(run, testbed, parts["train"], rival.watch))
+    model = model_for(testbed, parts["train"], run.seed)
+    step = rival.step(model, optimizer_for(run.optimizer, model, run.lr), run.knob)
     found: Found = run._asdict() | {"best_valid": -1.0}
-    seconds, batches = 0.0, torch.Generator().manual_seed(run.seed)
-    for epoch in range(1, testbed.epochs + 1):
-        model.train()
-        began = process_time()
-        for batch in torch.randperm(len(known.target), generator=batches).split(testbed.batch):
-            if len(batch) == testbed.batch:
-                step([x[batch] for x in known.inputs], known.target[batch])
-        seconds += process_time() - began
+    seconds = 0.0
+    for epoch, spent in enumerate(epochs_of(testbed, parts["train"], run.seed, model, step), 1):
+        seconds += spent
         model.eval()
         with torch.no_grad():
             if step.after_epoch is not None:
@@ -95,6 +91,40 @@ def train(run: Run) -> Found:
     found["coefficients"] = [round(c, 3) for c in step.coefficients()]
     found["seconds"] = round(seconds, 3)
     return found
+
+
+def model_for(testbed: Testbed, known: Part, seed: int) -> Model:
+    torch.manual_seed(seed)
+    outputs = 1 + int(known.target.max())
+    if known.target.is_floating_point():
+        outputs = known.target.shape[1]
+    return Model(testbed, [x.shape[1] for x in known.inputs], outputs)
+
+
+def epochs_of(
+    testbed: Testbed, known: Part, seed: int, model: Model, step: Step
+) -> Iterator[float]:
+    """Train epoch by epoch, giving the processor time of the steps of each."""
+    batches = torch.Generator().manual_seed(seed)
+    for _ in range(testbed.epochs):
+        model.train()
+        began = process_time()
+        for batch in torch.randperm(len(known.target), generator=batches).split(testbed.batch):
+            if len(batch) == testbed.batch:
+                step([x[batch] for x in known.inputs], known.target[batch])
+        yield process_time() - began
+
+
+def watched(run: Run, testbed: Testbed, known: Part, epochs: int) -> dict[str, float]:
+    """The constant factors that the default rule would give, after a watch of a few epochs that changes nothing."""
+    model = model_for(testbed, known, run.seed)
+    optimizer = optimizer_for(run.optimizer, model, run.lr)
+    rule = Watch(Useful())
+    wrapped = ConflictAwarePenalty(optimizer, dict(model.encoders.items()), rule)
+    with Recorder(wrapped) as recorder:
+        for _ in islice(epochs_of(testbed, known, run.seed, model, Step(model, wrapped)), epochs):
+            pass
+    return {name: factor for name, (factor, _) in recorder.multipliers().items()}
 
 
 def predicted(model: Model, part: Part) -> Tensor:

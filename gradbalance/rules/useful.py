@@ -46,10 +46,10 @@ class Useful:
     it is clearer still. The longest step stays as long as it was.
 
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does
-    nothing where all branches are alike, or done. It harms where noise looks useful: a small
-    training set agrees with itself, above all in a narrow branch beside a wide one, and features
-    that leak the labels look useful too. It needs a long memory, the default ``smoothing`` of
-    .995: with a short one it takes a branch that has learned for one of noise.
+    nothing where all branches are alike, or done. It can harm at the largest learning rates, where
+    every branch turns at every step. It cannot see that features leak the labels, and noise looks
+    useful where a small training set agrees with itself. It needs a long memory, the default
+    ``smoothing`` of .995: with a short one it takes a branch that has learned for one of noise.
 
     Args:
         most: How many times more slowly a branch moves at most, >= 1. Under SGD how much further

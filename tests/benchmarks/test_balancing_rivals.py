@@ -152,6 +152,17 @@ def test_the_noisy_branch_alone_is_slowed_where_it_is_known(monkeypatch):
     assert rival.rule(model, None, 0.3).factors == {"b": 0.3}
 
 
+def test_a_watch_gives_constant_factors_of_which_the_largest_is_one():
+    run = Run("tiny", "watched for 1 epoch", "AdamW", 1e-2, None, 0)
+    long = dataclasses.replace(TINY, size=64 * 20)
+    known = long.parts(long, 0)["train"]
+    factors = runs.watched(run, long, known, 2)
+    assert set(factors) == {"a", "b"}
+    assert max(factors.values()) == 1
+    rule = rivals.by_hand(factors).rule(None, None, None)
+    assert rule.factors == factors
+
+
 def test_dropout_acts_in_training_alone():
     model, part = model_and_batch()
     rivals.RIVALS["dropout"].step(model, runs.optimizer_for("SGD", model, 0.0), 0.5)
@@ -178,7 +189,10 @@ def test_by_hand_sets_the_ratio_of_the_first_branch_to_the_others():
 
 @pytest.mark.filterwarnings("ignore:`apply_to")  # under AdamW: their authors' way all the same
 @pytest.mark.parametrize("rival", rivals.RIVALS)
-def test_every_rival_trains(rival):
+def test_every_rival_trains(rival, monkeypatch):
+    if rivals.RIVALS[rival].watch:  # a factor needs a few steps
+        longer = dataclasses.replace(TINY, size=64 * 8)
+        monkeypatch.setitem(testbeds.TESTBEDS, "tiny", longer)
     found = train(Run("tiny", rival, "AdamW", 1e-3, rivals.RIVALS[rival].knobs[0], 0))
     assert len(found["coefficients"]) == 2
     assert math.isfinite(found["test"])
