@@ -181,6 +181,7 @@ def _merge_parts(
     near = tl.load(source, where, 0).to(tl.float64)
     s1 = tl.load(source + step, where, 0).to(tl.float64) * scale
     common = tl.sum(weight * near + s1, 0)
+    common += common - common  # NaN where it is infinite, wherever in the data that comes from
     t = (near - common[None, :]).to(wide)
     s1, weight, scale = s1.to(wide), weight.to(wide), scale.to(wide)
     out = group * features + column
