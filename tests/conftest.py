@@ -18,12 +18,13 @@ settings.load_profile("torch")
 torch.set_num_threads(1)
 
 
-# What cannot be imported, and not be searched for doctests, without the package.
+# What cannot be imported, and not be searched for doctests, without a package.
 OPTIONAL = {
-    "lightning": "gradbalance/integrations/lightning.py",
-    "matplotlib": "gradbalance/_figure.py",
-    "transformers": "gradbalance/integrations/transformers.py",
-    "triton": "gradbalance/statistics/_triton.py",
+    "gradbalance/_figure.py": "matplotlib",
+    "gradbalance/integrations/lightning.py": "lightning",
+    "gradbalance/integrations/transformers.py": "transformers",
+    "gradbalance/statistics/_triton.py": "triton",
+    "tests/statistics/compiled.py": "triton",
 }
 
 
@@ -33,5 +34,5 @@ def pytest_configure(config):
 
     for line in filters():
         config.addinivalue_line("filterwarnings", line)
-    missing = [path for package, path in OPTIONAL.items() if find_spec(package) is None]
+    missing = [path for path, package in OPTIONAL.items() if find_spec(package) is None]
     config.option.ignore = [*(config.option.ignore or []), *missing]

@@ -8,17 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.optim import SGD, AdamW, Muon
+from torch.optim import SGD, AdamW
 
 from gradbalance import Recorder, attach, rules
 from tests.contract.branches import NAMES, Branches, batch, losses, share
 from tests.contract.ranks import on_ranks
+from tests.old_torch import has_torch
 
 OPTIMIZERS = {
     "AdamW": partial(AdamW, lr=0.02, weight_decay=0.1),
     "SGD": partial(SGD, lr=0.1, momentum=0.9),
-    "Muon": partial(Muon, lr=0.02),
 }
+if has_torch("torch.optim.Muon"):
+    OPTIMIZERS["Muon"] = partial(torch.optim.Muon, lr=0.02)
 HALVES = rules.ByHand(text=0.5)
 WATCH = rules.Watch()
 
