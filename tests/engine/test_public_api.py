@@ -74,6 +74,7 @@ with Recorder(handle, every=2) as recorder:
 assert_type(recorder.to_dict(), dict[str, np.ndarray])
 assert_type(recorder.summary().warnings, list[str])
 assert_type(recorder.summary().rows["text"].coherence, float)
+assert_type(recorder.multipliers()["text"], tuple[float, float])
 assert_type(recorder.plot("figure.png"), Figure)
 x = torch.randn(5, 3)
 assert_type(statistical_loss(x, x, moments=("mean", "skewness")), Tensor)
