@@ -34,7 +34,7 @@ with Recorder(optimizer) as recorder:
         optimizer.step()
 optimizer.load_state_dict(optimizer.state_dict())
 report(optimizer)
-print(optimizer.coefficients(), recorder.summary().steps)
+print(optimizer.coefficients(), recorder.summary().recorded)
 """
 
 

@@ -93,14 +93,14 @@ def test_one_group_alone_cannot_be_balanced(rule):
         make_penalty(names=("all",), gains=(1.0,), rule=rule)
 
 
-def test_a_step_with_a_gradient_in_one_group_counts_if_it_is_watched_and_not_else():
-    for rule, counted in ((WATCH, 4), (rules.Watch(rules.ConflictAware()), 4), (rules.Useful(), 0)):
-        optimizer, step = make_penalty(gains=(1.0, 0.0), rule=rule)
-        recorder = Recorder(optimizer)
-        for _ in range(4):
-            step()
-        assert optimizer.balance.step == counted
-        assert (recorder.summary().counted > 0) == (counted > 0)
+@pytest.mark.parametrize("rule", [WATCH, rules.Watch(rules.ConflictAware()), rules.Useful()])
+def test_a_step_with_a_gradient_in_one_of_two_groups_does_not_count(rule):
+    optimizer, step = make_penalty(gains=(1.0, 0.0), rule=rule)
+    recorder = Recorder(optimizer)
+    for _ in range(4):
+        step()
+    assert optimizer.balance.step == 0
+    assert recorder.summary().counted == 0
 
 
 # A memory that does not grow.
