@@ -109,7 +109,15 @@ def prepared(version, numpy, deadline):
     output([sys.executable, "-m", "venv", place], deadline)
     output([*install, "--no-deps", "--no-compile", f"torch=={version}"], deadline)
     output(
-        [*install, numpy, "pytest", "hypothesis", *pure_requirements(python, deadline)], deadline
+        [
+            *install,
+            numpy,
+            "pytest",
+            "hypothesis",
+            "matplotlib",
+            *pure_requirements(python, deadline),
+        ],
+        deadline,
     )
     [library] = place.glob("lib/python*/site-packages/torch/lib")
     stand_in(library, deadline)

@@ -12,6 +12,8 @@ FEATURES = {
     "Tensor.grad_dtype": (2, 10),
     "fused Adagrad under GradScaler": (2, 11),
     "Adagrad after add_param_group": (2, 11),
+    # Not there in 2.6; nothing between was tried.
+    "a trial that draws beside another thread": (2, 13),
 }
 
 # What torch warns of by itself, each with the last version that does; warnings are errors in these tests.

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from gradbalance import ConflictAwarePenalty, attach, rules
 from tests.contract.fixed import Branches, displacements, feed
+from tests.old_torch import needs_torch
 
 BY_CHOICE = 'apply_to="learning_rate".*apply_to="displacement"'
 
@@ -709,6 +710,7 @@ def test_a_step_that_draws_is_tried_and_moves_no_global_generator(draw):
 
 
 def test_a_trial_does_not_disturb_what_another_thread_draws_in_torch():
+    needs_torch("a trial that draws beside another thread")
     model = Branches()
     torch.manual_seed(7)
     expected = [torch.rand(()) for _ in range(2000)]

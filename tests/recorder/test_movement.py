@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 from gradbalance import Recorder, attach, rules
 from tests.contract.branches import NAMES, Branches, batch, losses, share
 from tests.contract.ranks import on_ranks
-from tests.old_torch import has_torch
+from tests.old_torch import has_torch, needs_torch
 
 OPTIMIZERS = {
     "AdamW": partial(AdamW, lr=0.02, weight_decay=0.1),
@@ -251,6 +251,8 @@ def record(engine, recording, late=False):
 
 @pytest.mark.parametrize("engine", [fully_sharded, partly_sharded, zero_redundancy])
 def test_distributed_the_movement_and_the_table_are_those_of_one_process(engine):
+    if engine is not zero_redundancy:
+        needs_torch("FSDP2 on the CPU")
     moved, table = record(one_process, [0])
     assert np.isfinite(moved[1:]).all()
     for found, printed in on_ranks(partial(record, engine), 2, [0, 1]):
@@ -260,6 +262,7 @@ def test_distributed_the_movement_and_the_table_are_those_of_one_process(engine)
 
 @pytest.mark.parametrize("late", [False, True])
 def test_distributed_one_rank_alone_may_record(late):
+    needs_torch("FSDP2 on the CPU")
     moved, _ = record(one_process, [0], late)
     first, second = on_ranks(partial(record, fully_sharded), 2, [0], late)
     assert second is None
