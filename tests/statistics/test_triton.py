@@ -115,7 +115,7 @@ expected = moments(x, mask, order=4)
 for asked, sample, times in (("", OnGpu, 0), ("0", OnGpu, 0), ("1", torch.Tensor, 0), ("1", OnGpu, 1)):
     os.environ["GRADBALANCE_TRITON"] = asked
     taken.clear()
-    found = moments(x.as_subclass(sample), mask, order=4)
+    found = moments(x.as_subclass(sample), mask.as_subclass(sample), order=4)
     assert len(taken) == times, (asked, sample)
     for value, same in zip(found, expected):
         torch.testing.assert_close(value.as_subclass(torch.Tensor), same)
