@@ -87,8 +87,7 @@ class Summary(NamedTuple):
 
     Attributes:
         recorded: Number of recorded steps.
-        counted: Number of those with finite gradients in enough groups: two, or one that is only
-            watched.
+        counted: Number of those with finite gradients in enough groups: two, or the only one.
         rows: What each group did.
         warnings: What is wrong, by the names of groups.
     """

@@ -14,19 +14,15 @@ from torch.optim import Optimizer
 from benchmarks.balancing.data import Part
 from benchmarks.balancing.model import Model, losses, score
 from benchmarks.balancing.rules import (
-    OGM,
-    ClipGroups,
-    Epochwise,
     Hypergradient,
     SignalToNoise,
     UsefulAlone,
     certain,
     in_proportion,
-    ones,
 )
 from gradbalance import PAPER, ConflictAwarePenalty
 from gradbalance._step import sketch
-from gradbalance.rules import ByHand, Rule, Useful
+from gradbalance.rules import OGM, ByHand, ClipGroups, Epochwise, Rule, Useful
 
 
 class Step:
@@ -197,7 +193,7 @@ RIVALS = {
         _AS_OGM | {"noise": 1.0},
         observe="missed",
     ),
-    "noise alone": _by(ones, noise=1.0),
+    "noise alone": _by(ByHand(), noise=1.0),
     "clip groups": Rival(lambda model, optimizer, most: ClipGroups(most), (0.1, 0.3, 1.0), _AS_OGM),
     "epochwise, as MILES": Rival(
         lambda model, optimizer, knob: Epochwise(), options={"smoothing": 0.0}, observe="keeps"

@@ -1,64 +1,8 @@
-"""The rivals that are rules: what the engine measured goes in, coefficients come out, in ten lines each."""
+"""Rivals and parts of the default rule that are rules of the benchmark alone."""
 
 import numpy as np
 
 from gradbalance.rules import Measured, Rule, Useful
-
-
-class OGM:
-    r"""On-the-fly gradient modulation, :math:`k_m = 1 - \tanh(\alpha\,r_m)` where :math:`r_m > 1`, else 1.
-
-    :math:`r_m` is the score of branch m over the mean of the others. Observed is the probability that the branch gives
-    to the other classes, so that the score is 1 minus the error.
-
-    Reference:
-        Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, equations 8 to 10.
-    """
-
-    needs_coherence = False
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
-    def __call__(self, measured: Measured) -> np.ndarray:
-        scores = 1 - measured.errors
-        ratio = scores * (len(scores) - 1) / (scores.sum() - scores)
-        return np.where(ratio > 1, 1 - np.tanh(self.alpha * ratio), 1.0)
-
-
-class ClipGroups:
-    """No gradient of a branch is longer than ``most``."""
-
-    needs_coherence = False
-
-    def __init__(self, most: float) -> None:
-        self.most = most
-
-    def __call__(self, measured: Measured) -> np.ndarray:
-        with np.errstate(divide="ignore"):  # a group without a gradient keeps its step
-            return np.minimum(self.most / measured.norms, 1.0)
-
-
-class Epochwise:
-    """Like MILES: who is used more than another, by more than ``lead``, moves half as far in the next epoch.
-
-    Observed once an epoch is what a branch is used for, as what the joint score keeps without it: 1 - u,
-    u = (M - M without the branch) / M.
-
-    Reference:
-        arXiv 2510.17394. The rule is written from its description, for any number of branches.
-    """
-
-    needs_coherence = False
-
-    def __init__(self, lead: float = 0.2) -> None:
-        self.lead = lead
-
-    def __call__(self, measured: Measured) -> np.ndarray:
-        if measured.errors is None:
-            return np.ones(len(measured.names))
-        used = 1 - measured.errors
-        return np.where(used - used.min() > self.lead, 0.5, 1.0)
 
 
 class SignalToNoise:
@@ -142,10 +86,3 @@ def certain(rule: Rule) -> Rule:
         return rule(measured._replace(coherence_errors=nothing, useful_errors=nothing))
 
     return unshrunk
-
-
-def ones(measured: Measured) -> np.ndarray:
-    return np.ones(len(measured.names))
-
-
-ones.needs_coherence = False

@@ -1,8 +1,9 @@
 """Rules of others, for any number of groups, with where they help and harm in our own tables.
 
 The figures are changes against no balancing under AdamW at its default rate, ± half a 95 %
-interval, out of ``benchmarks/balancing/results/report.md``: points of accuracy, or 100 times a
-correlation for real audio and video.
+interval: points of accuracy, or 100 times a correlation for real audio and video. They were
+measured before 0.3.0, and ``python -m benchmarks.balancing`` measures them again; its report has
+none of them yet.
 """
 
 import math

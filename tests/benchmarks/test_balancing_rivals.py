@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from benchmarks.balancing import rivals, rules, runs, testbeds
 from benchmarks.balancing.runs import Run, train
-from gradbalance.rules import Measured, Useful
+from gradbalance.rules import OGM, Epochwise, Measured, Useful
 from tests.benchmarks.tiny import TINY, model_and_batch
 
 
@@ -50,19 +50,19 @@ def gradients_of(rival, knob=None):
 
 
 def test_ogm_damps_the_branch_of_the_higher_score_by_one_minus_tanh():
-    found = rules.OGM(0.5)(measured(errors=[0.1, 0.7]))
+    found = OGM(0.5)(measured(errors=[0.1, 0.7]))
     assert found.tolist() == pytest.approx([1 - math.tanh(1.5), 1.0])
 
 
 def test_ogm_compares_with_the_mean_of_several_others():
-    found = rules.OGM(1.0)(measured((1.0, 1.0, 1.0), errors=[0.4, 0.9, 0.8]))
+    found = OGM(1.0)(measured((1.0, 1.0, 1.0), errors=[0.4, 0.9, 0.8]))
     assert found.tolist() == pytest.approx([1 - math.tanh(0.6 / 0.15), 1.0, 1.0])
 
 
 def test_ogm_scores_by_the_probability_of_the_class_in_each_contribution():
     model, part = model_and_batch()
     step = rivals.Rival(
-        lambda *_: rules.OGM(0.3),
+        lambda *_: OGM(0.3),
         options={"smoothing": 0.0, "apply_to": "gradient"},
         observe="missed",
     )
@@ -72,7 +72,7 @@ def test_ogm_scores_by_the_probability_of_the_class_in_each_contribution():
         parts = model.contributions(model.features(part.inputs))
         scores = torch.stack([p.softmax(1).gather(1, part.target[:, None]).mean() for p in parts])
     run(*part)
-    expected = rules.OGM(0.3)(measured(errors=(1 - scores).tolist()))
+    expected = OGM(0.3)(measured(errors=(1 - scores).tolist()))
     assert expected.min() < 1
     for name, k in zip("ab", expected.tolist(), strict=True):
         assert_close(
@@ -98,7 +98,7 @@ def test_noise_alone_leaves_the_joint_layer_alone_and_no_branch():
 
 
 def test_the_epochwise_rule_halves_the_branch_that_is_used_by_more_than_its_lead():
-    rule = rules.Epochwise(lead=0.2)
+    rule = Epochwise(lead=0.2)
     assert rule(measured(errors=[0.3, 0.6])).tolist() == [0.5, 1.0]
     assert rule(measured(errors=[0.5, 0.6])).tolist() == [1.0, 1.0]
     assert rule(measured()).tolist() == [1.0, 1.0]
