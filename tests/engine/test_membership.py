@@ -635,13 +635,16 @@ def test_a_tensor_that_gets_the_id_of_one_that_left_a_module_does_not_get_its_gr
     del text[1]
     if steps_before:
         optimizer.step()
-    left = id(layer.weight)
+    values = list(torch.ones(10_000, 2, 2))
+    weight = layer.weight
     del layer
     gc.collect()
+    left = id(weight)
     others = []
+    del weight  # what is made next is most likely put into its place
     while not others or id(others[-1]) != left:
         assert len(others) < 10_000
-        others.append(nn.Parameter(torch.ones(2, 2)))
+        others.append(nn.Parameter(values[len(others)]))
     optimizer.add_param_group({"params": others[-1:]})
     feed(optimizer)
     optimizer.step()
