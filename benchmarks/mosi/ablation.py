@@ -221,7 +221,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, (json.dumps(line) + "\n").encode())
+        os.write(file, (json.dumps(line, separators=(",", ":")) + "\n").encode())
         os.fsync(file)
     finally:
         os.close(file)

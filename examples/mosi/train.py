@@ -252,7 +252,7 @@ def train_epoch(
 
 
 def balance_of(recorder: Recorder) -> dict[str, Any]:
-    """Means over an epoch by group, of what was measured; how far the largest norm is above the others; a histogram."""
+    """Means over an epoch by group, of what was measured; how far the largest norm is above the others."""
     record = recorder.to_dict()
     counts = np.isfinite(record["norms"]).all(1) & ((record["norms"] > 0).sum(1) >= 2)
     if not counts.any():
@@ -270,11 +270,6 @@ def balance_of(recorder: Recorder) -> dict[str, Any]:
         balance[name] = dict(zip(recorder.names, values.tolist(), strict=True))
     balance["dominance"] = dominance(record["norms"])
     balance["dominance_after"] = dominance(record["norms"] * record["coefficients"])
-    # How many of the steps each group's coefficient was in each fifth of a unit, from 0 to 4.
-    balance["histogram"] = {
-        name: np.histogram(values.clip(0, 4), 20, (0, 4))[0].tolist()
-        for name, values in zip(recorder.names, record["coefficients"].T, strict=True)
-    }
     return balance
 
 
