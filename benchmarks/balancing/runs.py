@@ -86,7 +86,8 @@ def train(run: Run) -> Found:
             if found["valid"] > found["best_valid"]:
                 best = {"epoch": epoch, "valid": found["valid"], "test": found["test"]}
                 found |= {f"best_{key}": value for key, value in best.items()}
-    if run.testbed in KEPT and run.optimizer == "AdamW" and run.lr == 1e-3:
+    is_kept = run.testbed in KEPT and run.rule in ("none", "Useful")
+    if is_kept and (run.optimizer, run.lr) == ("AdamW", 1e-3):
         found["predictions"] = packed(output)
     found["coefficients"] = [round(c, 3) for c in step.coefficients()]
     found["seconds"] = round(seconds, 3)
@@ -161,5 +162,5 @@ class Results(dict[Run, Found]):
         with self.path.open("a") as file:
             for found in carry_out(train, missing):
                 self[Run(*(found[field] for field in Run._fields))] = found
-                file.write(json.dumps(found) + "\n")
+                file.write(json.dumps(found, separators=(",", ":")) + "\n")
                 file.flush()
