@@ -105,6 +105,7 @@ class Scenario(NamedTuple):
         dtype: Of the parameters.
         scales: Whether a GradScaler steps.
         records: Whether a Recorder listens.
+        names: Of the branches that are groups.
     """
 
     optimizer: Callable[..., Any] = adamw
@@ -116,6 +117,7 @@ class Scenario(NamedTuple):
     dtype: torch.dtype = torch.float32
     scales: bool = False
     records: bool = False
+    names: tuple[str, ...] = NAMES
 
 
 CONFLICTS = {"rule": rules.ConflictAware(threshold=1.2)}
@@ -157,6 +159,9 @@ SCENARIOS = {
     "errors on either": Scenario(adamw, CONFLICTS, observed=on_either),
     "conflicts without errors": Scenario(adamw, CONFLICTS),
     "watched": Scenario(adamw, {"rule": rules.Watch(rules.Useful())}),
+    "one group, watched and recorded": Scenario(
+        adamw, {"rule": rules.Watch()}, records=True, names=NAMES[:1]
+    ),
     "by hand": Scenario(adamw, {"rule": rules.ByHand(text=0.5)}),
     "the rule of the benchmarks": Scenario(adamw, {"rule": Busy()}),
     "a function for a rule": Scenario(adamw, {"rule": lambda m: m.shares.min() / m.shares}),
@@ -222,7 +227,8 @@ def train(scenario, options, devices, simulation=None):
     # A param_group for each branch, as the penalty would split a common one.
     param_groups = [{"params": members} for members in branches.values()]
     optimizer = scenario.optimizer(param_groups, devices[0])
-    penalty = None if options is None else attach(optimizer, branches, **options)
+    groups = {name: branches[name] for name in scenario.names}
+    penalty = None if options is None else attach(optimizer, groups, **options)
     recorder = Recorder(penalty) if penalty and scenario.records else None
     scaler = None
     scale = 1.0

@@ -405,7 +405,7 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    first, second, *_ = finish(start("--out", out, "--epochs", 16)).splitlines()
+    first, second, *_ = finish(start("--out", out, "--epochs", 6)).splitlines()
     assert first.endswith("cpu, 1 thread.")
     assert second == f"To {out}. Loading ..."
     return out
@@ -414,7 +414,7 @@ def whole(start, tmp_path_factory):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_resumes_bit_for_bit(start, whole, tmp_path, how):
     out = tmp_path / "killed"
-    process = start("--out", out, "--epochs", 16)
+    process = start("--out", out, "--epochs", 6)
     log = out / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
         time.sleep(0.01)
