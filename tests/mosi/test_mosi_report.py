@@ -1,5 +1,6 @@
 """The report of the MOSI study: its statistics, and its verdict."""
 
+import json
 import math
 import re
 import sys
@@ -209,8 +210,8 @@ def test_a_report_needs_lines_of_one_data_set(lines, monkeypatch, tmp_path):
 
 def test_an_unfinished_study_is_reported_too(lines, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", str(lines), "--data", "simulated"])
-    kept = [line for line in lines.read_text().splitlines(keepends=True) if '"row": "T"' in line]
-    lines.write_text(kept[0])
+    kept = [line for line in lines.read_text().splitlines() if json.loads(line)["row"] == "T"]
+    lines.write_text(kept[0] + "\n")
     report.main()
     assert "it needs the baseline and the full model" in lines.with_suffix(".md").read_text(
         encoding="utf-8"
