@@ -33,7 +33,7 @@ def test_every_figure_of_the_readme_stands_in_a_table_that_it_names():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = " ".join(
         (ROOT / link).read_text(encoding="utf-8")
-        for link in re.findall(r"\]\((benchmarks/[^)]+\.md)\)", text)
+        for link in re.findall(r"\]\(((?:benchmarks|examples)/[^)]+\.md)\)", text)
     )
     figures = re.findall(INTERVAL, text)
     assert len(figures) > 8
