@@ -106,6 +106,7 @@ def train(
     say(corpus.banner)
     if not resume:
         save()
+    recorder = None
     while (
         state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] <= config.patience
     ):
@@ -136,6 +137,8 @@ def train(
         say(told(state, time.perf_counter() - started))
         if log and rank == 0:
             send(state["history"][-1], recorder, log)
+    if recorder:
+        say(f"What each modality did in the last epoch:\n{recorder.summary()}")
 
     model.load_state_dict(state["best"])
     parts = corpus.split if out else ("test",)

@@ -131,8 +131,12 @@ def test_the_run_folder_tells_all_and_the_best_epoch_was_tested(data, tmp_path):
     result = train.train(config, data, out=tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     log = (tmp_path / "run/log.txt").read_bytes().decode().splitlines(keepends=True)
-    assert [line.split("  ")[0] for line in log[1:]] == ["epoch 0", "epoch 1", "epoch 2"]
-    assert all(line.endswith(" s\n") and "validation MAE" in line for line in log[1:])
+    epochs, (title, _, *rows, counted) = log[1:4], log[4:]
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert all(line.endswith(" s\n") and "validation MAE" in line for line in epochs)
+    assert title == "What each modality did in the last epoch:\n"
+    assert [row.split()[0] for row in rows] == ["text", "audio", "timing"]
+    assert counted.endswith("counted\n")
     assert "\r" not in "".join(log)
     test = json.loads((tmp_path / "run/test.json").read_text())
     assert test["data"] == "simulated"
