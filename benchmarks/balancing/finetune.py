@@ -2,13 +2,12 @@
 
 ``python -m benchmarks.balancing.finetune`` trains what is missing and writes ``results/finetune.md``. Both branches see
 real text, the transcripts of CMU-MOSI: MiniLM, of which the two top layers are trained, the second half of each
-utterance, and a perceptron on hashed words the first half. Neither half alone says all. Each run is a line of
-``results/finetune.jsonl``.
+utterance, and a new perceptron the features of the first half, which MiniLM gave without training. Neither half alone
+says all. Each run is a line of ``results/finetune.jsonl``.
 """
 
 import argparse
 import json
-import zlib
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -29,13 +28,13 @@ from gradbalance import ConflictAwarePenalty, rules
 RESULTS = Path(__file__).parent / "results"
 SEEDS = range(400, 410)
 RATES = ((1e-4, 1e-3), (3e-5, 1e-3), (1e-4, 3e-3))  # of the encoder, and of what is new
-EPOCHS, BATCH, WORDS, WIDTH = 4, 32, 1024, 64
+EPOCHS, BATCH, WIDTH = 4, 32, 64
 LAYERS = 2  # of the encoder, the last ones, are trained
 ARMS = {
     "none": rules.Watch(rules.Useful()),
     "Useful": rules.Useful(),
 }
-ALONE = ("text", "words")
+ALONE = ("text", "features")
 
 
 class Inputs(NamedTuple):
@@ -43,70 +42,69 @@ class Inputs(NamedTuple):
 
     states: Tensor  # [B, T, W], below the layers that are trained
     mask: Tensor  # [B, T]
-    words: Tensor  # [B, WORDS]
+    features: Tensor  # [B, W], of the other half
     target: Tensor  # [B, 1]
 
 
 class Model(nn.Module):
-    """Mean of MiniLM's states over the second half, a perceptron over the first, a linear layer over both."""
+    """Mean of MiniLM's states over the second half, a perceptron over features of the first, a linear layer over both."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text = top(transformer("minilm"), LAYERS)
-        self.words = nn.Sequential(nn.Linear(WORDS, WIDTH), nn.ReLU(), nn.Dropout(0.1))
-        self.joint = nn.Linear(self.text.config.hidden_size + WIDTH, 1)
+        size = self.text.config.hidden_size
+        self.features = nn.Sequential(nn.Linear(size, WIDTH), nn.ReLU(), nn.Dropout(0.1))
+        self.joint = nn.Linear(size + WIDTH, 1)
 
     def forward(self, inputs: Inputs, alone: str | None = None) -> Tensor:
         states = self.text(inputs_embeds=inputs.states, attention_mask=inputs.mask)
         states = states.last_hidden_state
-        mask = inputs.mask[..., None]
-        text = (states * mask).sum(1) / mask.sum(1)
-        words = self.words(inputs.words)
+        text = pooled(states, inputs.mask)
+        features = self.features(inputs.features)
         if alone == "text":
-            words = torch.zeros_like(words)
-        if alone == "words":
+            features = torch.zeros_like(features)
+        if alone == "features":
             text = torch.zeros_like(text)
-        return self.joint(torch.cat([text, words], 1))
+        return self.joint(torch.cat([text, features], 1))
 
 
 @cache
 def parts() -> dict[str, Inputs]:
     """The utterances of the three parts."""
-    from transformers import AutoTokenizer
-
     corpus = load("auto", "standard")
     if corpus.source != "real":
         raise FileNotFoundError(
             "`GRADBALANCE_DATA` must be a folder with CMU-MOSI. Got none. Set it to where the data lies."
         )
-    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
     halves = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in corpus.words]
-    encoded = tokenizer(
-        [" ".join(second) for _, second in halves],
-        padding=True,
-        truncation=True,
-        max_length=64,
-        return_tensors="pt",
-    )
-    words = torch.zeros(len(halves), WORDS)
-    for row, (first, _) in enumerate(halves):
-        for word in first:
-            words[row, zlib.crc32(word.lower().encode()) % WORDS] = 1.0
-    words = words / words.sum(1, keepdim=True).clamp(min=1).sqrt()
-    whole = Inputs(below(encoded), encoded.attention_mask, words, corpus.labels[:, None])
+    first, second = ([" ".join(half) for half in both] for both in zip(*halves, strict=True))
+    states, mask = encoded(second)
+    outputs, its_mask = encoded(first, of_the_last=True)
+    whole = Inputs(states, mask, pooled(outputs, its_mask), corpus.labels[:, None])
     return {name: rows(whole, index) for name, index in corpus.split.items()}
 
 
 @torch.no_grad()
-def below(encoded: Any) -> Tensor:
-    """The states below the layers that are trained, once for all runs."""
+def encoded(texts: list[str], *, of_the_last: bool = False) -> tuple[Tensor, Tensor]:
+    """The states that enter the layers that are trained, or those of the last layer, and which are no padding."""
+    from transformers import AutoTokenizer
+
     encoder = transformer("minilm").eval()
-    parts = zip(encoded.input_ids.split(64), encoded.attention_mask.split(64), strict=True)
-    states = [
-        encoder(input_ids=numbers, attention_mask=mask, output_hidden_states=True).hidden_states
-        for numbers, mask in parts
-    ]
-    return torch.cat([of_all[-1 - LAYERS] for of_all in states])
+    tokens = AutoTokenizer.from_pretrained(locate("minilm"))(
+        texts, padding=True, truncation=True, max_length=64, return_tensors="pt"
+    )
+    states = []
+    for numbers, mask in zip(
+        tokens.input_ids.split(64), tokens.attention_mask.split(64), strict=True
+    ):
+        layers = encoder(input_ids=numbers, attention_mask=mask, output_hidden_states=True)
+        states.append(layers.hidden_states[-1 if of_the_last else -1 - LAYERS])
+    return torch.cat(states), tokens.attention_mask
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean over what is no padding."""
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def rows(inputs: Inputs, index: Tensor) -> Inputs:
@@ -121,12 +119,12 @@ def train(arm: str, encoder_lr: float, lr: float, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = Model()
     layers = [p for p in model.text.parameters() if p.requires_grad]
-    new = [*model.words.parameters(), *model.joint.parameters()]
+    new = [*model.features.parameters(), *model.joint.parameters()]
     groups = [{"params": layers, "lr": encoder_lr}, {"params": new, "lr": lr}]
     alone = arm if arm in ALONE else None
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     if alone is None:
-        branches = {"text": model.text, "words": model.words}
+        branches = {"text": model.text, "features": model.features}
         optimizer = ConflictAwarePenalty(optimizer, branches, ARMS[arm])
     known = parts()["train"]
     steps = EPOCHS * (len(known.target) // BATCH)
@@ -189,7 +187,7 @@ def describe(lines: list[dict[str, Any]]) -> str:
     head = ["rates: encoder, new", "", "MAE, mean ± std", "change, 95 %", "seeds"]
     lead = (
         "Mean absolute error on the test part of CMU-MOSI; the pretrained MiniLM reads the second half of each "
-        "utterance, a new perceptron the words of the first. Lower is better.\n"
+        "utterance, a new perceptron frozen features of the first. Lower is better.\n"
     )
     return "\n".join(["# Fine-tuning\n", lead, *table(head, shown)]).rstrip() + "\n"
 
