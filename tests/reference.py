@@ -165,6 +165,7 @@ def useful_coefficients(
     shares: Sequence[float],
     scale_free: bool,
     *,
+    rates: Sequence[float] | None = None,
     most: float = 10.0,
     limit: float = 20.0,
 ) -> list[float]:
@@ -192,6 +193,9 @@ def useful_coefficients(
         a_k, a_m = max(coherences[k], 0.0), max(coherences[m], 0.0)
         highest = min(1.0, a_k + math.hypot(coherence_errors[k], coherence_errors[m]))
         spared = max(1.0, highest / max(a_m, 1e-150)) ** 2
+        if rates is not None and rates[k] > rates[m]:
+            spared *= math.inf if rates[m] == 0 else (rates[k] / rates[m]) ** 2
+        spared = min(spared, 1e300)
         ratio = beside(k, m, useful, useful_errors)
         return min(max(ratio * spared, 1 / most), 1.0)
 

@@ -96,6 +96,8 @@ def measurements(draw, n=None, inactive=True, unknown=True):
     if inactive:
         active[draw(st.integers(0, n - 1))] = draw(st.booleans()) or n == 2
     shares = norms / norms.sum()
+    rate = st.sampled_from([0.0, 1e-5, 1e-4, 1e-3, math.nan])
+    rates = draw(st.none() | st.lists(rate, min_size=n, max_size=n))
     return Measured(
         names=tuple("abcde"[:n]),
         norms=np.where(active, norms, 0.0),
@@ -109,4 +111,5 @@ def measurements(draw, n=None, inactive=True, unknown=True):
         scale_free=draw(st.booleans()),
         coefficients=np.ones(n),
         step=9,
+        rates=None if rates is None else np.array(rates),
     )

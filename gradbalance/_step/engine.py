@@ -135,6 +135,9 @@ class Engine:
             with_norms=options.max_norm is not None or (is_measured and not reads_alone),
             process_group=options.process_group,
         )
+        if is_measured:
+            rates = layout.rates(self._reader.param_groups)
+            parts["rates"] = torch.tensor(rates, dtype=torch.float64, device="cpu")
         # GradScaler leaves both on a fused optimizer, which it lets step with scaled gradients.
         norms = parts.get("norms")
         for name in ("grad_scale", "found_inf"):
@@ -159,7 +162,7 @@ class Engine:
             scale = nan if is_skipped else numbers.get("grad_scale", 1.0)
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
             self._see_movement(numbers.get("moved"))
-            active = self.state.learn(norms, cosines, numbers.get("errors"))
+            active = self.state.learn(norms, cosines, numbers.get("errors"), numbers.get("rates"))
             self._has_counted = any(active)
         elif is_skipped or sum(active) < self.state.fewest:
             # That is all that is known of a step that is not measured.

@@ -126,6 +126,10 @@ class Layout:
                 if p.requires_grad and p.device.type != "meta":
                     rows[group_of.get(id(p), UNGROUPED)].append(p)  # UNGROUPED is the last row
         self.members = rows[:n_groups]
+        self._holders = [
+            [i for i, known in enumerate(self._known) if not ids.isdisjoint(map(id, known))]
+            for ids in (set(map(id, members)) for members in self.members)
+        ]
         self.rows = n_groups + with_rest
         self.device = torch.device("cpu")
         for members in reversed(self.members):
@@ -150,6 +154,15 @@ class Layout:
             if described != list(map(_DESCRIPTION, parameters)):
                 return False
         return True
+
+    def rates(self, param_groups: ParamGroups) -> list[float]:
+        """The largest learning rate of each group, NaN where the host does not know one."""
+        rates = [_rate(group.get("lr")) for group in param_groups]
+        largest = []
+        for holders in self._holders:
+            own = [rates[i] for i in holders]
+            largest.append(max(own) if own and not any(map(math.isnan, own)) else math.nan)
+        return largest
 
     @property
     def is_sharded(self) -> bool:
@@ -213,6 +226,13 @@ class Layout:
             flat += of_row
             rows += [row] * len(of_row)
         return Bucket(flat, rows, device, dtype, mesh, placements, copies, is_plain, table, cells)
+
+
+def _rate(lr: object) -> float:
+    """A learning rate, NaN if there is none or to read it is to wait for a device."""
+    if isinstance(lr, Tensor):
+        return float(lr) if on_host(lr.device) and lr.numel() == 1 else math.nan
+    return float(lr) if isinstance(lr, (int, float)) else math.nan
 
 
 def _unshare(parameters: Iterable[Tensor]) -> None:

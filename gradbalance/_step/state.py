@@ -136,10 +136,14 @@ class State:
         self._scale_free = scale_free
         self._watchdog = Watchdog(names)
         if getattr(rule, "is_constant", False):
-            self.decided, _ = self._ask(self.means, [nan] * n, has_errors=False)
+            self.decided, _ = self._ask(self.means, [nan] * n, has_errors=False, rates=None)
 
     def learn(
-        self, norms: list[float], cosines: list[float] | None, errors: list[float] | None
+        self,
+        norms: list[float],
+        cosines: list[float] | None,
+        errors: list[float] | None,
+        rates: list[float] | None,
     ) -> list[bool]:
         """Take a step into the means and decide, if the step counts.
 
@@ -147,6 +151,7 @@ class State:
             norms: Unscaled, of each group.
             cosines: NaN where there is none; None if they are not measured.
             errors: ``UNSEEN`` for a group that was not observed; None if none was.
+            rates: Learning rates, NaN where one is not known; None if none is.
 
         Returns:
             Which groups are active, none if the step does not count.
@@ -167,7 +172,7 @@ class State:
         means = self._after(norms, cosines, errors)
         has_errors = self.has_errors or errors is not None
         if sum(active) >= 2:  # a rule compares groups
-            self.decided, self.conflicts = self._ask(means, norms, has_errors)
+            self.decided, self.conflicts = self._ask(means, norms, has_errors, rates)
         self.means = means
         self.has_errors = has_errors
         return active
@@ -197,7 +202,7 @@ class State:
         return means
 
     def _ask(
-        self, means: list[Means], norms: list[float], has_errors: bool
+        self, means: list[Means], norms: list[float], has_errors: bool, rates: list[float] | None
     ) -> tuple[list[float], Flags | None]:
         """Call the rule."""
         with_coherence = getattr(self._rule, "needs_coherence", True)
@@ -214,6 +219,7 @@ class State:
             scale_free=self._scale_free,
             coefficients=np.array(self.decided),
             step=self.step,
+            rates=None if rates is None else np.array(rates),
         )
         if with_coherence:
             coherences = [group.coherence for group in means]

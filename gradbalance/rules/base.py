@@ -38,6 +38,8 @@ class Measured(NamedTuple):
             for all but ``torch.optim.SGD`` and its subclasses. [R]
         coefficients: Coefficients in force, 1 at the start, shape ``[N]``.
         step: Number of optimizer steps that counted before this one.
+        rates: Learning rate of each group, the largest of its ``param_groups``, shape ``[N]``; NaN
+            where the host has none, as of a tensor on a GPU. None for what was measured elsewhere.
 
     Reference:
         Gradient coherence: Chatterjee, Coherent Gradients, ICLR 2020; Chatterjee and Zielinski,
@@ -57,6 +59,7 @@ class Measured(NamedTuple):
     scale_free: bool
     coefficients: Vector
     step: int
+    rates: Vector | None = None
 
 
 def check_number(name: str, value: object) -> None:

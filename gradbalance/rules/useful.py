@@ -20,17 +20,20 @@ class Useful:
 
     .. math::
         c_k = \min_m\ \text{clip}\Bigl(\rho^u_{km}\,
-        \max\bigl(1, \tfrac{a_k + e_{km}}{a_m}\bigr)^2,\ \tfrac{1}{\text{most}},\ 1\Bigr), \qquad
-        \rho^x_{km} = 1 - \frac{s(x_m - x_k)}{x_m}
+        \max\bigl(1, \tfrac{a_k + e_{km}}{a_m}\bigr)^2 \max\bigl(1, \tfrac{\eta_k}{\eta_m}\bigr)^2,
+        \ \tfrac{1}{\text{most}},\ 1\Bigr), \qquad \rho^x_{km} = 1 - \frac{s(x_m - x_k)}{x_m}
 
     - :math:`u_m` is the useful part of the gradient norm of group m and :math:`a_m` its coherence,
       negative ones counting as 0.
     - :math:`\rho^x_{km}`, in [0, 1], is how large :math:`x_k` is beside :math:`x_m` as far as that
       can be told from chance: of a difference d > 0 with the squared standard error v only
       :math:`s(d) = \max(0, d - v/d)` counts, and none of one below its standard error.
-    - The square spares a branch whose gradient is still small, but may be more coherent than that
-      of the branch that is more useful now. :math:`e_{km}` is the standard error of
+    - The first square spares a branch whose gradient is still small, but may be more coherent than
+      that of the branch that is more useful now. :math:`e_{km}` is the standard error of
       :math:`a_k - a_m`.
+    - The second square spares a branch that you gave a higher learning rate :math:`\eta`, as new
+      layers beside a pretrained encoder have: it may be of little use beside the encoder, and has
+      to learn nevertheless. Rates that are not known count as equal.
 
     So a group moves in proportion to the useful part of its gradient, the most useful one at your
     learning rate and none above it. SGD's steps are already as long as the gradient. There the
@@ -109,16 +112,20 @@ class Useful:
         a, a_errors = np.maximum(a[known], 0), a_errors[known]
         u, u_errors = np.maximum(u[known], 0), u_errors[known]
         if measured.scale_free:
-            coefficients[known] = self._by_use(_ratios(u, u_errors), a, a_errors)
+            faster = np.ones((len(a), len(a)))
+            if measured.rates is not None:
+                faster = _faster(measured.rates[known])
+            coefficients[known] = self._by_use(_ratios(u, u_errors), a, a_errors, faster)
         else:
             coefficients[known] = self._by_share(_ratios(a, a_errors), measured.shares[known])
         return coefficients
 
-    def _by_use(self, useful: Matrix, coherences: Vector, errors: Vector) -> Vector:
+    def _by_use(self, useful: Matrix, coherences: Vector, errors: Vector, faster: Matrix) -> Vector:
         highest = coherences[:, None] + np.hypot(errors, errors[:, None])
         highest = np.minimum(highest, 1)  # a cosine is not larger
         clearer = np.maximum(highest / np.maximum(coherences, TINY), 1)
-        coefficients: Vector = np.clip(useful * np.square(clearer), 1 / self.most, 1).min(axis=1)
+        spared = np.square(np.minimum(clearer * faster, 1 / TINY))
+        coefficients: Vector = np.clip(useful * spared, 1 / self.most, 1).min(axis=1)
         return coefficients
 
     def _by_share(self, coherent: Matrix, shares: Vector) -> Vector:
@@ -130,6 +137,18 @@ class Useful:
         paid = shares.max() / (further * shares).max()
         coefficients: Vector = np.minimum(further * paid, self.limit)
         return coefficients
+
+
+def _faster(rates: Vector) -> Matrix:
+    r"""How many times the learning rate of one group is that of another, at least 1, ``[N, N]``.
+
+    Example:
+        >>> _faster(np.array([1.0, 4.0, np.nan])).tolist()
+        [[1.0, 1.0, 1.0], [4.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    with np.errstate(all="ignore"):
+        ratios: Matrix = rates[:, None] / rates
+    return np.fmin(np.fmax(ratios, 1), 1 / TINY)
 
 
 def _ratios(values: Vector, errors: Vector) -> Matrix:

@@ -168,6 +168,38 @@ def test_a_group_that_is_not_known_yet_has_one_and_changes_nothing_for_the_other
     assert c[others].tolist() == pytest.approx(RULE(without).tolist(), rel=1e-9)
 
 
+@given(measured=measurements(), factor=st.floats(1e-6, 1e6))
+def test_a_schedule_of_all_rates_changes_nothing(measured, factor):
+    if measured.rates is None:
+        measured = measured._replace(rates=np.full(len(measured.names), 1e-3))
+    scheduled = measured._replace(rates=factor * measured.rates)
+    assert RULE(scheduled).tolist() == pytest.approx(RULE(measured).tolist(), rel=1e-6)
+
+
+@given(measured=measurements(), rate=st.sampled_from([0.0, 1e-5, 1.0, math.nan]))
+def test_equal_and_unknown_rates_change_nothing(measured, rate):
+    expected = RULE(measured._replace(rates=None)).tolist()
+    assert RULE(measured._replace(rates=np.full(len(measured.names), rate))).tolist() == expected
+
+
+@given(data=st.data(), measured=measurements(unknown=False), factor=st.floats(1, 1e3))
+def test_a_higher_rate_spares_a_group_and_slows_no_other(data, measured, factor):
+    m = data.draw(st.integers(0, len(measured.names) - 1))
+    higher = np.full(len(measured.names), 1e-3)
+    higher[m] *= factor
+    before, after = RULE(measured._replace(rates=None)), RULE(measured._replace(rates=higher))
+    assert after[m] >= before[m] - 1e-12
+    others = np.arange(len(before)) != m
+    assert after[others].tolist() == pytest.approx(before[others].tolist(), rel=1e-12)
+
+
+def test_new_layers_at_ten_times_the_rate_of_a_pretrained_encoder_are_spared():
+    measured = measured_of([0.14, 0.15], [0.96, 0.04], 0.0)
+    assert RULE(measured).tolist() == [1.0, 0.1]
+    assert RULE(measured._replace(rates=np.array([1e-4, 1e-3]))).tolist() == [1.0, 1.0]
+    assert RULE(measured._replace(rates=np.array([1e-3, 1e-4]))).tolist() == [1.0, 0.1]
+
+
 def test_before_the_third_cosine_every_coefficient_is_one():
     for scale_free in (True, False):
         asked = Asked(RULE, 3, smoothing=0.995, scale_free=scale_free)
@@ -198,6 +230,7 @@ def test_the_answer_is_finite_whatever_was_measured(data, n, scale_free):
                 useful=wild(_WILD.filter(lambda a: not a > 1)),
                 useful_errors=np.abs(wild()),
                 shares=wild(st.sampled_from([0.0, 5e-324, 1e-160, 1e-30, 0.5, 1.0])),
+                rates=wild(),
             )
         )
     assert c.shape == (n,)
@@ -217,6 +250,7 @@ def test_the_rule_equals_its_equations_pair_by_pair(measured, most):
         measured.coherence_errors.tolist(),
         measured.shares.tolist(),
         measured.scale_free,
+        rates=None if measured.rates is None else measured.rates.tolist(),
         most=most,
     )
     assert Useful(most)(measured).tolist() == pytest.approx(expected, rel=1e-6)
