@@ -21,7 +21,7 @@ from gradbalance.rules import Useful, Watch
 Found = dict[str, Any]
 
 RATES = {
-    "SGD": (0.01, 0.02, 0.04, 0.08, 0.16),
+    "SGD": (0.01, 0.02, 0.04, 0.08, 0.16, 0.32),
     "Adam": (1e-3, 3e-3, 1e-2, 3e-2),
     "AdamW": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "Muon": (3e-3, 0.01, 0.03, 0.1, 0.3),
