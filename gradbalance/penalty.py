@@ -299,6 +299,7 @@ class ConflictAwarePenalty(Optimizer):
             most others but SGD cancel a constant factor there.
         smoothing: Weight of the past in the running means, in [0, 1). [P] 0.
         every: Measure and call the rule at one of so many steps, and keep the coefficients between.
+            Fewer steps tell less from chance: the default rule then acts later.
         window: ``(start, stop)`` in optimizer steps between which the rule acts, ``stop`` None for
             no end; None for always. [P] epochs 0 to 25 of 30.
         late: Whether a step is decided from the gradients of the step before. None: on an
