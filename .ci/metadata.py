@@ -12,7 +12,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 # Code is passed over, where brackets may look like a link.
 LINK = re.compile(
-    r"(?:^```.*?^```|`[^`\n]*`)|(!?)(\[[^\]]*\]\()([^)\s]+)(\))", re.MULTILINE | re.DOTALL
+    r"(?:^```.*?^```|`[^`\n]*`)|(!?\[[^\]]*\]\(|<img [^>]*src=\")([^)\"\s]+)([)\"])",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -46,9 +47,10 @@ def with_absolute_links(text, address, ref):
     """The text with links and images that lead somewhere from any page; those inside the text stay."""
 
     def absolute(link):
-        mark, label, target, end = link.groups()
+        start, target, end = link.groups()
         if target is None or target.startswith(("http://", "https://", "#")):
             return link[0]
-        return f"{mark}{label}{address}/{'raw' if mark else 'blob'}/{ref}/{target}{end}"
+        kind = "raw" if start.startswith(("!", "<")) else "blob"
+        return f"{start}{address}/{kind}/{ref}/{target}{end}"
 
     return LINK.sub(absolute, text)

@@ -33,7 +33,9 @@ CHAPTERS = {
     "Benchmarks": "benchmarks/README.md",
 }
 # Code is passed over, where brackets may look like a link.
-LINK = re.compile(r"(?:^```.*?^```|`[^`\n]*`)|(\]\()([^)\s]+)(\))", re.MULTILINE | re.DOTALL)
+LINK = re.compile(
+    r"(?:^```.*?^```|`[^`\n]*`)|(\]\(|src=\")([^)\"\s]+)([)\"])", re.MULTILINE | re.DOTALL
+)
 
 
 class Pages:

@@ -194,8 +194,8 @@ def describe(lines: list[dict[str, Any]]) -> str:
         shown.append([f"{encoder_lr:g}, {lr:g}", arm, value, change, len(cell)])
     head = ["rates: encoder, new", "", "MAE, mean ± std", "change, 95 %", "seeds"]
     lead = (
-        "Mean absolute error on the test part of CMU-MOSI; the pretrained MiniLM reads the second half of each "
-        "utterance, a new perceptron frozen features of the first. Lower is better.\n"
+        "Mean absolute error on the test part of CMU-MOSI; two top layers of a pretrained MiniLM read the second "
+        "half of each utterance, a new perceptron frozen features of the first. Lower is better.\n"
     )
     return "\n".join(["# Fine-tuning\n", lead, *table(head, shown)]).rstrip() + "\n"
 

@@ -54,10 +54,12 @@ def test_the_oldest_torch_is_the_one_that_is_tested():
 
 def test_links_of_the_readme_lead_to_the_commit_that_was_built(metadata, tmp_path):
     readme = "![a figure](a/b.png) [text](c.md#d) [`code`](e) [far](https://x.org) [here](#top)"
+    readme += ' <img alt="" src="a/c.png" height="9">'
     found = metadata(tmp_path, readme, BUILT)
     assert found["readme"]["text"] == (
         f"![a figure]({ADDRESS}/raw/0123abc/a/b.png) [text]({ADDRESS}/blob/0123abc/c.md#d) "
         f"[`code`]({ADDRESS}/blob/0123abc/e) [far](https://x.org) [here](#top)"
+        f' <img alt="" src="{ADDRESS}/raw/0123abc/a/c.png" height="9">'
     )
     assert found["urls"]["Repository"] == ADDRESS
 
@@ -76,6 +78,7 @@ def test_without_a_repository_the_readme_stays_as_it_is(metadata, tmp_path):
 def test_no_link_of_the_published_readme_is_relative(metadata, tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     published = metadata(tmp_path, text, BUILT)["readme"]["text"]
-    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", published, flags=re.M | re.S))
+    text = re.sub(r"^```.*?^```", "", published, flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r' src="([^"]+)"', text)
     assert len(links) > 10
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
