@@ -51,7 +51,7 @@ def test_a_schedule_is_followed_and_what_the_penalty_did_to_the_rate_is_not_seen
 
 def test_a_rate_in_a_tensor_on_the_host_is_read(parameters):
     a, b, *_ = parameters
-    rates = [{"params": [a], "lr": torch.tensor(0.25)}, {"params": [b], "lr": torch.tensor([0.5])}]
+    rates = [{"params": [a], "lr": torch.tensor(0.25)}, {"params": [b], "lr": torch.tensor(0.5)}]
     seen, _ = told(torch.optim.AdamW(rates), {"a": [a], "b": [b]})
     assert seen == [[0.25, 0.5]]
 
