@@ -7,7 +7,6 @@ says all. Each run is a line of ``results/finetune.jsonl``.
 """
 
 import argparse
-import json
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,10 +19,12 @@ from torch import Tensor, nn
 from benchmarks._markdown import table
 from benchmarks._statistics import interval
 from benchmarks.balancing.model import score
+from benchmarks.mosi.ablation import append, read, repair
 from examples.mosi.data import load
 from examples.mosi.text import locate, transformer
 from examples.mosi.top import top
 from gradbalance import ConflictAwarePenalty, rules
+from gradbalance.rules.base import Vector
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = range(400, 410)
@@ -32,7 +33,7 @@ EPOCHS, BATCH, WIDTH = 4, 32, 64
 LAYERS = 2  # of the encoder, the last ones, are trained
 
 
-def blind(measured: rules.Measured) -> rules.base.Vector:
+def blind(measured: rules.Measured) -> Vector:
     """The default rule as if it did not know that the rates differ."""
     return rules.Useful()(measured._replace(rates=None))
 
@@ -189,8 +190,9 @@ def describe(lines: list[dict[str, Any]]) -> str:
         if arm != "none" and len(changes) > 1:
             mean, half = interval(changes)
             change = f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
-        spread = stdev(cell.values()) if len(cell) > 1 else float("nan")
-        value = f"{fmean(cell.values()):.3f} ± {spread:.3f}"
+        value = f"{fmean(cell.values()):.3f}"
+        if len(cell) > 1:
+            value += f" ± {stdev(cell.values()):.3f}"
         shown.append([f"{encoder_lr:g}, {lr:g}", arm, value, change, len(cell)])
     head = ["rates: encoder, new", "", "MAE, mean ± std", "change, 95 %", "seeds"]
     lead = (
@@ -206,17 +208,15 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = []
-    if options.out.exists():
-        lines = [json.loads(line) for line in options.out.read_text().splitlines()]
+    repair(options.out)
+    lines = read(options.out)
     done = {(line["arm"], line["encoder_lr"], line["lr"], line["seed"]) for line in lines}
     wanted = [(arm, *RATES[0], seed) for seed in SEEDS for arm in ARMS]
     wanted += [(arm, *RATES[0], seed) for seed in SEEDS for arm in ALONE]
     wanted += [(arm, *rates, seed) for rates in RATES[1:] for seed in SEEDS for arm in ARMS]
     for job in [] if options.report else [job for job in wanted if job not in done]:
         lines.append(train(*job))
-        with options.out.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+        append(options.out, lines[-1])
     options.out.with_suffix(".md").write_text(describe(lines))
 
 

@@ -135,9 +135,6 @@ class Engine:
             with_norms=options.max_norm is not None or (is_measured and not reads_alone),
             process_group=options.process_group,
         )
-        if is_measured:
-            rates = layout.rates(self._reader.param_groups)
-            parts["rates"] = torch.tensor(rates, dtype=torch.float64, device="cpu")
         # GradScaler leaves both on a fused optimizer, which it lets step with scaled gradients.
         norms = parts.get("norms")
         for name in ("grad_scale", "found_inf"):
@@ -146,7 +143,8 @@ class Engine:
                 parts[name] = value.to(layout.device).reshape(())
         if norms is not None and "grad_scale" in parts:
             norms = norms / parts["grad_scale"]
-        return Reading(parts, gradients.plan.present, is_measured), norms
+        rates = layout.rates(self._reader.param_groups) if is_measured else None
+        return Reading(parts, gradients.plan.present, is_measured, rates), norms
 
     def _decide(self, reading: Reading) -> list[bool]:
         """Take a reading into the state; on which groups the decision acts, if the step counts."""
@@ -162,7 +160,7 @@ class Engine:
             scale = nan if is_skipped else numbers.get("grad_scale", 1.0)
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
             self._see_movement(numbers.get("moved"))
-            active = self.state.learn(norms, cosines, numbers.get("errors"), numbers.get("rates"))
+            active = self.state.learn(norms, cosines, numbers.get("errors"), reading.rates)
             self._has_counted = any(active)
         elif is_skipped or sum(active) < self.state.fewest:
             # That is all that is known of a step that is not measured.

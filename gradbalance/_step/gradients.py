@@ -6,6 +6,7 @@ This is the only room that knows DTensor.
 import math
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from numbers import Real
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,15 +122,15 @@ class Layout:
         self._known = [list(group["params"]) for group in param_groups]
         self._described = [list(map(_DESCRIPTION, parameters)) for parameters in self._known]
         rows: list[list[Tensor]] = [[] for _ in range(n_groups + 1)]
-        for parameters in self._known:
+        holders: list[set[int]] = [set() for _ in rows]  # param_groups that hold some of a row
+        for i, parameters in enumerate(self._known):
             for p in parameters:
                 if p.requires_grad and p.device.type != "meta":
-                    rows[group_of.get(id(p), UNGROUPED)].append(p)  # UNGROUPED is the last row
+                    row = group_of.get(id(p), UNGROUPED)  # UNGROUPED is the last row
+                    rows[row].append(p)
+                    holders[row].add(i)
         self.members = rows[:n_groups]
-        self._holders = [
-            [i for i, known in enumerate(self._known) if not ids.isdisjoint(map(id, known))]
-            for ids in (set(map(id, members)) for members in self.members)
-        ]
+        self._holders = holders[:n_groups]
         self.rows = n_groups + with_rest
         self.device = torch.device("cpu")
         for members in reversed(self.members):
@@ -232,7 +233,7 @@ def _rate(lr: object) -> float:
     """A learning rate, NaN if there is none or to read it is to wait for a device."""
     if isinstance(lr, Tensor):
         return float(lr) if on_host(lr.device) and lr.numel() == 1 else math.nan
-    return float(lr) if isinstance(lr, (int, float)) else math.nan
+    return float(lr) if isinstance(lr, Real) else math.nan
 
 
 def _unshare(parameters: Iterable[Tensor]) -> None:

@@ -29,11 +29,19 @@ class Reading:
         parts: The measurements by name; those that are not on the host are on one device.
         present: Which groups had a gradient, N flags.
         is_measured: Whether the step is one of those that are decided on.
+        rates: Learning rates of the step, one of each group; None if they are not known.
     """
 
-    def __init__(self, parts: Mapping[str, Tensor], present: list[bool], is_measured: bool) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, Tensor],
+        present: list[bool],
+        is_measured: bool,
+        rates: list[float] | None = None,
+    ) -> None:
         self.present = present
         self.is_measured = is_measured
+        self.rates = rates
         self._transfer: Transfer | None = None
         self._numbers: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}  # of those that are on their way

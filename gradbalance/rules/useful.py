@@ -113,9 +113,8 @@ class Useful:
         a, a_errors = np.maximum(a[known], 0), a_errors[known]
         u, u_errors = np.maximum(u[known], 0), u_errors[known]
         if measured.scale_free:
-            faster = np.ones((len(a), len(a)))
-            if measured.rates is not None:
-                faster = _faster(measured.rates[known])
+            rates = np.ones(len(known)) if measured.rates is None else measured.rates
+            faster = _faster(rates[known])
             coefficients[known] = self._by_use(_ratios(u, u_errors), a, a_errors, faster)
         else:
             coefficients[known] = self._by_share(_ratios(a, a_errors), measured.shares[known])

@@ -37,7 +37,7 @@ def test_rows_keep_no_padding_that_none_of_them_needs():
     assert short.mask.all()
 
 
-def test_watching_changes_nothing_and_the_rule_slows_only_the_groups(small):
+def test_a_seed_gives_the_same_run_and_no_rule_raises_a_branch(small):
     plain = finetune.train("none", 1e-4, 1e-3, seed=0)
     assert [found["coefficients"] for found in plain["history"]] == [[1.0, 1.0]] * 2
     again = finetune.train("none", 1e-4, 1e-3, seed=0)

@@ -14,7 +14,7 @@ def parameters():
     return [nn.Parameter(torch.ones(3)) for _ in range(4)]
 
 
-def told(optimizer, groups, steps=1, after=lambda: None, **options):
+def told(optimizer, groups, steps=1, after=lambda: None, apply_to="learning_rate"):
     """The rates that a rule sees at each step."""
     seen = []
 
@@ -23,10 +23,11 @@ def told(optimizer, groups, steps=1, after=lambda: None, **options):
         return [0.5] * len(groups)
 
     rule.needs_coherence = False
-    wrapped = ConflictAwarePenalty(optimizer, groups, rule, apply_to="learning_rate", **options)
+    wrapped = ConflictAwarePenalty(optimizer, groups, rule, apply_to=apply_to)
     for _ in range(steps):
-        for p in optimizer.param_groups[0]["params"] + optimizer.param_groups[-1]["params"]:
-            p.grad = torch.ones_like(p)
+        for members in groups.values():
+            for p in members:
+                p.grad = torch.ones_like(p)
         wrapped.step()
         after()
     return seen, wrapped
@@ -77,17 +78,8 @@ def test_without_a_rate_it_is_not_known(parameters):
                     p.data -= 0.1 * p.grad.sign()
 
     a, b, *_ = parameters
-    seen = []
-
-    def rule(measured):
-        seen.append(measured.rates)
-        return [1.0, 1.0]
-
     optimizer = NoRate([{"params": [a]}, {"params": [b]}])
-    wrapped = ConflictAwarePenalty(optimizer, {"a": [a], "b": [b]}, rule, apply_to="displacement")
-    for p in (a, b):
-        p.grad = torch.ones_like(p)
-    wrapped.step()
+    seen, _ = told(optimizer, {"a": [a], "b": [b]}, apply_to="displacement")
     assert all(map(math.isnan, seen[0]))
 
 
