@@ -82,3 +82,14 @@ def test_no_link_of_the_published_readme_is_relative(metadata, tmp_path):
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r' src="([^"]+)"', text)
     assert len(links) > 10
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
+def test_the_documentation_shows_the_figure_of_the_readme():
+    needs("pdoc", "docs")
+    place = ROOT / ".ci" / "docs" / "__main__.py"
+    spec = importlib.util.spec_from_file_location("docs", place)
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    pages = docs.Pages(["README.md"])
+    assert 'src="files/examples/quickstart.png"' in pages.modules["index"].docstring
+    assert Path("examples/quickstart.png") in pages.files
