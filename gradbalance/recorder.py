@@ -51,8 +51,8 @@ class Row(NamedTuple):
         trainable: Entries of those that require a gradient.
         in_optimizer: Entries of those of them that the optimizer has.
         steps: Number of recorded steps at which the group had a gradient other than 0.
-        moved: Length of a step over the length of the parameters, on a sketch of their entries,
-            without the last step; NaN if it is not known.
+        moved: Length of a step over the length of the parameters, on a sketch of their entries, of
+            the first seven steps and of every seventh after them; NaN if it is not known.
         norm_share: Share of the sum of the gradient norms.
         useful_share: The useful part of that share, NaN if it was not measured.
         coherence: Cosine between successive gradients, NaN if it was not measured.

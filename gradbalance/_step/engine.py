@@ -93,8 +93,8 @@ class Engine:
         if self._writes:
             is_noisy = is_inside and any(self._amounts) and any(active)
             self._write(gradients, norms, is_noisy)
-        if self._movement is not None and reading.is_measured and self._is_watched():
-            self._movement.begin()  # and it ends before the next step
+        if self._movement is not None and reading.is_measured:
+            self._movement.begin(self._is_watched())  # and it ends before the next step
         if self.scaling is not None:
             self.scaling.begin(self.coefficients)
 
@@ -177,18 +177,18 @@ class Engine:
         return active
 
     def _see_movement(self, moved: list[float] | None) -> None:
-        """Take in how far the groups moved at the measured step before.
+        """Take in how far the groups moved at the measured step before, if that was read.
 
         Args:
             moved: See :meth:`Movement.take`; None if nothing was read.
         """
-        n = len(self.state.names)
-        self.state.moved = [nan] * n
-        if moved is None:
-            return
-        watching, *squares = moved
+        watching, *squares = moved or [0.0]
         self._is_watched_anywhere = watching > 0
-        if not self._has_counted or not any(squares):
+        n = len(self.state.names)
+        is_read = any(squares)
+        if is_read or not self._is_watched():
+            self.state.moved = [nan] * n
+        if not is_read or not self._has_counted:
             return
         for m in range(n):
             size, step = squares[m], squares[n + m]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Mesh = DeviceMesh | None
 
 ENTRIES = 1 << 13  # of all groups together, unless all are read
+# After as many steps only one of so many is read: a prime, so that of groups that take turns each
+# is seen at work.
+EVERY = 7
 
 
 class Entries:
@@ -93,7 +96,8 @@ class Movement:
 
     It reads some of their entries before the step and after it, which is the same for every
     optimizer. After it is before the next one, as some optimizers write parameters when their step
-    is over (ZeroRedundancyOptimizer, from other ranks).
+    is over (ZeroRedundancyOptimizer, from other ranks). Of a long record only one step of ``EVERY``
+    is read, as reading costs as much as measuring.
 
     Args:
         members: Trainable parameters of each group.
@@ -107,13 +111,20 @@ class Movement:
         self._members = members
         self._device = device
         self._entries: dict[tuple[Mesh, int], Entries] = {}  # chosen at the first reading
+        self._watched = 0  # measured steps since somebody watches
         self._is_open = False  # between the two readings of a step
         self._is_known = False
         meshes = [getattr(p, "device_mesh", None) for p in chain.from_iterable(members)]
         self.meshes = {mesh: None for mesh in meshes if mesh is not None}
 
-    def begin(self) -> None:
-        """Before the step."""
+    def begin(self, is_watched: bool) -> None:
+        """Before a measured step, which is read if somebody watches and its turn has come."""
+        if not is_watched:
+            self._watched = 0
+            return
+        self._watched += 1
+        if self._watched > EVERY and self._watched % EVERY:
+            return
         if not self._entries:
             self._choose()
         for entries in self._entries.values():
@@ -121,7 +132,7 @@ class Movement:
         self._is_open = True
 
     def end(self) -> None:
-        """After the step, or after steps that were not read."""
+        """After the step, whether or not it was read."""
         for entries in self._entries.values():
             entries.end(self._is_open)
         self._is_known |= self._is_open

@@ -107,7 +107,7 @@ class State:
         decided: The coefficients that the rule returned last.
         norms: Of the last step that was read.
         cosines: Of the last step that was read, NaN where there are none.
-        moved: How far each group moved at the measured step before it, NaN where that is unknown.
+        moved: How far each group moved at the last step that was read, NaN where that is unknown.
         conflicts: As the rule reported them at the last step, bool, shape ``[N, N]``; or None.
         has_errors: Whether errors were ever observed.
     """

@@ -95,6 +95,53 @@ def test_the_movement_of_large_matrices_is_within_5_percent(name):
     np.testing.assert_allclose(moved, expected, rtol=0.05)
 
 
+@pytest.mark.parametrize("options", [{}, {"late": True}], ids=["direct", "late"])
+def test_of_a_long_record_one_step_in_seven_is_read_and_shown_until_the_next(options):
+    model = Matrices()
+    optimizer = AdamW(model.parameters(), lr=0.02)
+    attach(optimizer, model.groups(), WATCH, **options)
+    moved, expected, _ = train(model, optimizer, steps=30)
+    read = [0, 1, 2, 3, 4, 5, 6, 13, 20, 27]
+    last_read = [max(i for i in read if i <= step) for step in range(29)]
+    np.testing.assert_allclose(moved, expected[last_read], rtol=1e-6)
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 6])
+def test_groups_that_take_turns_are_seen_to_move(period):
+    """Each stands still but at one step of a period."""
+    names = [f"group{m}" for m in range(period)]
+    groups = {name: [nn.Parameter(torch.ones(3)) for _ in "ab"] for name in names}
+    optimizer = SGD([p for group in groups.values() for p in group], lr=0.01)
+    attach(optimizer, groups, WATCH)
+    recorder = Recorder(optimizer)
+    steps = 7 * 6 * period
+    for step in range(steps):
+        for name in names:
+            strength = float(name == names[step % period])
+            for p in groups[name]:
+                p.grad = torch.full((3,), strength)
+        groups[names[(step + 1) % period]][0].grad[0] = 1e-30  # as two groups count
+        optimizer.step()
+    means = [row.moved for row in recorder.summary().rows.values()]
+    assert max(means) < 2 * min(means)
+    assert sum(means) == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_second_record_is_read_from_its_first_step_on():
+    model = Matrices()
+    optimizer = AdamW(model.parameters(), lr=0.02)
+    attach(optimizer, model.groups(), WATCH)
+    for _ in range(2):
+        with Recorder(optimizer) as recorder:
+            for step in range(9):
+                optimizer.zero_grad()
+                model.loss(step).backward()
+                optimizer.step()
+        moved = recorder.to_dict()["moved"][:, 0]
+        assert len(set(moved[1:8])) == 7
+        optimizer.step()  # which nobody records
+
+
 def test_with_every_the_movement_is_that_of_the_measured_step_before():
     model = Matrices()
     optimizer = AdamW(model.parameters(), lr=0.02)
@@ -233,14 +280,14 @@ def zero_redundancy():
     return Branches(), make, batch
 
 
-def record(engine, recording, late=False):
+def record(engine, recording, late=False, steps=16):
     """The table and the record of a rank, if it records."""
     model, make, part = engine()
     optimizer = make(model.parameters())
     attach(optimizer, model.groups(), rules.Watch(rules.Useful()), smoothing=0.5, late=late)
     rank = dist.get_rank() if dist.is_initialized() else 0
     recorder = Recorder(optimizer) if rank in recording else None
-    for step in range(6):
+    for step in range(steps):
         optimizer.zero_grad()
         losses(model, *part(step))[0].backward()
         optimizer.step()
@@ -263,8 +310,8 @@ def test_distributed_the_movement_and_the_table_are_those_of_one_process(engine)
 @pytest.mark.parametrize("late", [False, True])
 def test_distributed_one_rank_alone_may_record(late):
     needs_torch("FSDP2 on the CPU")
-    moved, _ = record(one_process, [0], late)
-    first, second = on_ranks(partial(record, fully_sharded), 2, [0], late)
+    moved, _ = record(one_process, [0], late, 6)
+    first, second = on_ranks(partial(record, fully_sharded), 2, [0], late, 6)
     assert second is None
     # Late, that somebody records is known to the other ranks one step later.
     np.testing.assert_allclose(first[0][1 + late :], moved[1 + late :], rtol=1e-6)
