@@ -85,7 +85,7 @@ def test_the_movement_of_a_small_model_is_that_of_a_full_copy(name, apply_to, op
     np.testing.assert_allclose(means, expected.mean(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])  # Muon takes minutes on the CPU
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_movement_of_large_matrices_is_within_5_percent(name):
     """Of 4 samples, whose gradient has few large rows and columns."""
     model = Matrices(width=1024)
