@@ -163,6 +163,7 @@ def useful_coefficients(
     coherences: Floats,
     coherence_errors: Sequence[float],
     shares: Sequence[float],
+    norms: Sequence[float],
     scale_free: bool,
     *,
     rates: Sequence[float] | None = None,
@@ -211,8 +212,11 @@ def useful_coefficients(
     elif known:
         x = {m: max(further(m, k) for k in known) for m in known}
         longest = max(shares[m] for m in known) / max(x[m] * shares[m] for m in known)
+        now = max(norms[m] for m in known)
         for m in known:
             coefficients[m] = min(x[m] * longest, limit)
+            if coefficients[m] * norms[m] > now:
+                coefficients[m] = now / norms[m]
     return coefficients
 
 

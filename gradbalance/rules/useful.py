@@ -43,15 +43,16 @@ class Useful:
 
     .. math::
         x_m = \max_k\ \min(K_{mk}, L_{mk}, \text{most})\,L_{mk}^{\min(1, \log_2 K_{mk})}, \qquad
-        c_m = \min\Bigl(x_m\,\frac{\max p}{\max (x p)},\ 20\Bigr).
+        c_m = \min\Bigl(x_m\,\frac{\max p}{\max (x p)},\ \frac{\max n}{n_m},\ 20\Bigr).
 
     A branch with K of 2 comes up to the step of the one that dominates it, and beyond it as far as
-    it is clearer still. The longest step stays as long as it was.
+    it is clearer still. The longest step stays as long as it was, in the mean and, with the norms n
+    of the present gradients, at every step: a gradient that has grown is not multiplied.
 
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does
     nothing where all branches are alike, or done. It can harm at the largest learning rates, where
-    every branch turns at every step and a raised one diverges, and it slows a small new branch
-    beside a pretrained one at the same rate. It cannot see that features leak the labels, and noise
+    every branch turns at every step, and it slows a small new branch beside a pretrained one at the
+    same rate. It cannot see that features leak the labels, and noise
     looks useful where a small training set agrees with itself. It needs a long memory, the default
     ``smoothing`` of .995: with a short one it takes a branch that has learned for one of noise.
 
@@ -117,7 +118,9 @@ class Useful:
             faster = _faster(rates[known])
             coefficients[known] = self._by_use(_ratios(u, u_errors), a, a_errors, faster)
         else:
-            coefficients[known] = self._by_share(_ratios(a, a_errors), measured.shares[known])
+            norms = np.where(measured.active, measured.norms, 0.0)[known]
+            shares = measured.shares[known]
+            coefficients[known] = self._by_share(_ratios(a, a_errors), shares, norms)
         return coefficients
 
     def _by_use(self, useful: Matrix, coherences: Vector, errors: Vector, faster: Matrix) -> Vector:
@@ -128,14 +131,17 @@ class Useful:
         coefficients: Vector = np.clip(useful * spared, 1 / self.most, 1).min(axis=1)
         return coefficients
 
-    def _by_share(self, coherent: Matrix, shares: Vector) -> Vector:
+    def _by_share(self, coherent: Matrix, shares: Vector, norms: Vector) -> Vector:
         clearer = np.square(1 / np.maximum(coherent.T, TINY))
         shares = np.maximum(shares, TINY)
         longer = np.maximum(shares / shares[:, None], 1)
         pairs = np.minimum(np.minimum(clearer, longer), self.most)
         further = (pairs * longer ** np.minimum(np.log2(clearer), 1)).max(axis=1)
         paid = shares.max() / (further * shares).max()
-        coefficients: Vector = np.minimum(further * paid, self.limit)
+        of_longest = norms / max(norms.max(), TINY)
+        coefficients: Vector = np.minimum(
+            further * paid, 1 / np.maximum(of_longest, 1 / self.limit)
+        )
         return coefficients
 
 

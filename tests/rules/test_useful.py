@@ -109,6 +109,14 @@ def test_under_sgd_the_coefficients_are_bounded(measured, most):
     assert c.max() <= RULE.limit
 
 
+@given(data=st.data(), measured=measurements(unknown=False))
+def test_under_sgd_no_step_is_longer_than_the_longest_was(data, measured):
+    """However large a gradient is now that was small in the mean."""
+    norms = np.array(data.draw(st.permutations(measured.norms.tolist())))
+    c = RULE(measured._replace(norms=norms, scale_free=False))
+    assert (c * norms).max() <= norms.max() * (1 + 1e-12)
+
+
 @given(data=st.data(), first=measurements(inactive=False, unknown=False))
 def test_no_coefficient_jumps(data, first):
     """Between two measurements the half with the larger change, again and again: a jump stays in sight."""
@@ -222,6 +230,7 @@ def test_the_answer_is_finite_whatever_was_measured(data, n, scale_free):
     def wild(values=_WILD):
         return np.array(data.draw(st.lists(values, min_size=n, max_size=n)))
 
+    norms = np.abs(wild())
     with np.errstate(all="raise", under="ignore"):
         c = RULE(
             measured_of([0.1] * n, [0.1] * n, 0.0, scale_free)._replace(
@@ -230,6 +239,8 @@ def test_the_answer_is_finite_whatever_was_measured(data, n, scale_free):
                 useful=wild(_WILD.filter(lambda a: not a > 1)),
                 useful_errors=np.abs(wild()),
                 shares=wild(st.sampled_from([0.0, 5e-324, 1e-160, 1e-30, 0.5, 1.0])),
+                norms=norms,
+                active=np.isfinite(norms) & (norms > 0),
                 rates=wild(),
             )
         )
@@ -238,10 +249,13 @@ def test_the_answer_is_finite_whatever_was_measured(data, n, scale_free):
     assert (c > 0).all()
 
 
-@given(measured=measurements(inactive=False), most=MOST)
-def test_the_rule_equals_its_equations_pair_by_pair(measured, most):
+@given(data=st.data(), measured=measurements(inactive=False), most=MOST)
+def test_the_rule_equals_its_equations_pair_by_pair(data, measured, most):
     def known(values):
         return [None if math.isnan(value) else value for value in values.tolist()]
+
+    norms = data.draw(st.permutations(measured.norms.tolist()))
+    measured = measured._replace(norms=np.array(norms))
 
     expected = useful_coefficients(
         known(measured.useful),
@@ -249,6 +263,7 @@ def test_the_rule_equals_its_equations_pair_by_pair(measured, most):
         known(measured.coherences),
         measured.coherence_errors.tolist(),
         measured.shares.tolist(),
+        norms,
         measured.scale_free,
         rates=None if measured.rates is None else measured.rates.tolist(),
         most=most,
