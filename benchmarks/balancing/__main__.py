@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.balancing.grid import PARTS, measure
+from benchmarks.balancing.grid import PARTS, SEEDS, SLOWED, measure
 from benchmarks.balancing.report import write
 from benchmarks.balancing.runs import Results
 
@@ -32,4 +32,5 @@ if __name__ == "__main__":
         with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
             for part in PARTS:
                 measure(kept, part, pool.map)
+            kept.complete([run._replace(seed=s) for s in SEEDS for run in SLOWED], pool.map)
     write(kept, FOLDER)

@@ -63,6 +63,13 @@ PARTS = [
     Part("SGD", ("C1", "C2", "VC", "C0", "B", "YB", "POM"), BASE, at_best=True),
 ]
 
+# A noisy branch slowed by hand where the rate is so large that it cannot settle.
+SLOWED = [
+    Run(testbed, "a slower noisy branch", optimizer, lr, factor, 0)
+    for testbed, optimizer, lr in (("H", "AdamW", 3e-2), ("D", "Muon", 0.1))
+    for factor in (0.3, 0.1, 0.001)
+]
+
 
 def best_rate(
     runs: Mapping[Run, Found], testbed: str, optimizer: str, rule: str, value: str = "valid"

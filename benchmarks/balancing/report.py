@@ -9,7 +9,7 @@ import torch
 
 from benchmarks._markdown import table
 from benchmarks.balancing.cells import Cells, Change, holm, redrawn
-from benchmarks.balancing.grid import CURES, DEFAULT, FORMULA, RIVAL, WATCHED
+from benchmarks.balancing.grid import CURES, DEFAULT, FORMULA, RIVAL, SEEDS, SLOWED, WATCHED
 from benchmarks.balancing.runs import KEPT, RATES, Found, Run
 from benchmarks.balancing.testbeds import TESTBEDS, UNSEEN
 
@@ -144,6 +144,23 @@ def constants(cells: Cells) -> list[str]:
     return table(["AdamW", "", *(f"{lr:g}" for lr in RATES["AdamW"])], rows)
 
 
+def slowed(cells: Cells, runs: Mapping[Run, Found]) -> list[str]:
+    """A noisy branch by hand at a rate at which it cannot settle, beside the rule."""
+    rows: dict[tuple[str, str, float], list[object]] = {}
+    for run in SLOWED:
+        place = run.testbed, run.optimizer, run.lr
+        plain = cells.cell(run.testbed, "none", run.optimizer, run.lr)
+        by_hand = {s: runs[run._replace(seed=s)] for s in SEEDS if run._replace(seed=s) in runs}
+        change = Change.of(by_hand[s]["test"] - plain[s]["test"] for s in by_hand if s in plain)
+        if change:
+            score = points(cells.score(run.testbed, "none", run.optimizer, run.lr))
+            rule = cells.change(run.testbed, "Useful", run.optimizer, run.lr)
+            title = f"{TESTBEDS[run.testbed].title}, {run.optimizer} at {run.lr:g}"
+            rows.setdefault(place, [title, score, rule]).append(change)
+    factors = dict.fromkeys(f"{run.knob:g} by hand" for run in SLOWED)
+    return table(["a noisy branch slowed", "plain", "the rule", *factors], list(rows.values()))
+
+
 def against_itself(cells: Cells, rules: Iterable[str]) -> list[str]:
     """Ways to run the default rule, against the default rule itself."""
     rules = [rule for rule in rules if any(cells.change(name, rule) for name in ORDERED)]
@@ -185,6 +202,7 @@ def describe(runs: Mapping[Run, Found]) -> str:
         *section("Muon", at_best(cells, "Muon")),
         *section("Cures that everybody has", compared(cells, CURES)),
         *section("Constant factors out of a short watch", constants(cells)),
+        *section("Slowed by hand at the largest rates", slowed(cells, runs)),
         *section("Rivals", compared(cells, RIVAL, time=True)),
         *section("Parts of the rule", compared(cells, FORMULA)),
         *section("Every so many steps", against_itself(cells, ("every 4", "every 16"))),

@@ -189,6 +189,24 @@ def test_the_report_tells_every_table_out_of_a_few_runs():
     assert "| speech beside noise (C0) | 60.0 | +20.0 ± 127.1 (n=2) |" in text
 
 
+def test_a_branch_slowed_by_hand_is_shown_by_its_factor():
+    by_hand = {0.3: 0.4, 0.1: 0.3, 0.001: 0.6}
+    at = {"testbed": "H", "lr": 3e-2}
+    lines = [
+        found(rule, s, t) | at for rule, t in (("none", 0.5), ("Useful", 0.4)) for s in (400, 401)
+    ]
+    lines += [
+        found("a slower noisy branch", s, t) | at | {"knob": factor}
+        for factor, t in by_hand.items()
+        for s in (400, 401)
+    ]
+    known = as_runs(lines)
+    shown = report.slowed(cells.Cells(known), known)
+    assert "| 0.3 by hand | 0.1 by hand | 0.001 by hand |" in shown[0]
+    changes = [cell.partition(" ")[0].strip("*") for cell in shown[2].split(" | ")[2:]]
+    assert changes == ["−10.0", "−10.0", "−20.0", "+10.0"]
+
+
 def test_a_run_is_one_line_with_both_epochs():
     line = runs.train(Run("tiny", "none", "AdamW", 1e-2, None, 0))
     assert 1 <= line["best_epoch"] <= TINY.epochs
