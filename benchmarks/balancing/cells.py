@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Iterable, Mapping
-from statistics import fmean, median
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -120,15 +120,6 @@ class Cells:
         scores = [self.score(testbed, rule, optimizer, lr) for lr in rates]
         known = [score for score in scores if score is not None]
         return (min(known), max(known)) if len(known) == len(scores) else None
-
-    def slowdown(self, rule: str, optimizer: str = "AdamW") -> float | None:
-        """Processor time of a training against the plain one, the median over all pairs."""
-        ratios = []
-        for (testbed, r, o, lr), cell in self._cells.items():
-            plain = self.cell(testbed, "none", o, lr)
-            if (r, o) == (rule, optimizer):
-                ratios += [cell[s]["seconds"] / plain[s]["seconds"] for s in cell if s in plain]
-        return median(ratios) if ratios else None
 
 
 def redrawn(

@@ -117,19 +117,15 @@ def at_best(cells: Cells, optimizer: str) -> list[str]:
     return table(head + ([f"plain AdamW at {DEFAULT:g}"] if optimizer == "SGD" else []), rows)
 
 
-def compared(cells: Cells, rules: Iterable[str], *, time: bool = False) -> list[str]:
+def compared(cells: Cells, rules: Iterable[str]) -> list[str]:
     """Rules under AdamW at its default rate beside the default rule, where they were run."""
     rules = [rule for rule in rules if any(cells.change(name, rule) for name in ORDERED)]
     shown = [name for name in ORDERED if any(cells.change(name, rule) for rule in rules)]
-    rows = []
-    for rule in ("Useful", *rules) if rules else ():
-        row: list[Change | str | None] = [rule, *(cells.change(name, rule) for name in shown)]
-        if time:
-            ratio = cells.slowdown(rule)
-            row.append("–" if ratio is None else f"{ratio:.2f}")
-        rows.append(row)
-    head = [f"AdamW at {DEFAULT:g}", *(TESTBEDS[name].title for name in shown)]
-    return table(head + (["time"] if time else []), rows)
+    rows = [
+        [rule, *(cells.change(name, rule) for name in shown)]
+        for rule in (("Useful", *rules) if rules else ())
+    ]
+    return table([f"AdamW at {DEFAULT:g}", *(TESTBEDS[name].title for name in shown)], rows)
 
 
 def constants(cells: Cells) -> list[str]:
@@ -203,7 +199,7 @@ def describe(runs: Mapping[Run, Found]) -> str:
         *section("Cures that everybody has", compared(cells, CURES)),
         *section("Constant factors out of a short watch", constants(cells)),
         *section("Slowed by hand at the largest rates", slowed(cells, runs)),
-        *section("Rivals", compared(cells, RIVAL, time=True)),
+        *section("Rivals", compared(cells, RIVAL)),
         *section("Parts of the rule", compared(cells, FORMULA)),
         *section("Every so many steps", against_itself(cells, ("every 4", "every 16"))),
         *section("Seeds and test set", fixed_test_sets(cells)),

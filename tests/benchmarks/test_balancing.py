@@ -131,7 +131,6 @@ def test_changes_pair_the_seeds_of_a_rule_with_those_without_balancing():
     change = known.change("C0", lr=1e-2)
     assert (change.mean, change.seeds) == (pytest.approx(15), 2)
     assert known.change("C0", "OGM-GE") is None
-    assert known.slowdown("Useful") == 2.0
 
 
 def test_each_rule_is_tuned_for_itself():
