@@ -128,7 +128,7 @@ class Totals:
         self.recorded += len(rows)
         self.not_finite += int((~np.isfinite(norms).all(1)).sum())
         self.with_gradient += (np.isfinite(norms) & (norms > 0)).sum(0)
-        self.moved.add(rows["moved"])  # of the step before, which has counted
+        self.moved.add(rows["moved"])  # of the last step that was read, which has counted
         rows = rows[rows["counts"]]
         self.counted += len(rows)
         norms = rows["norms"]

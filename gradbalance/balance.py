@@ -34,9 +34,10 @@ class Balance(NamedTuple):
             ``[N]``.
         errors: Running mean of the observed errors, NaN where none is in force, shape ``[N]``.
         moved: Length of a step of each group, divided by that of its parameters, on a sketch of
-            their entries: of the last step that was read, which is the one before this one at the
-            first seven and at every seventh after them. NaN unless a :class:`gradbalance.Recorder`
-            listens, shape ``[N]``.
+            their entries, at the last step that was read: while a :class:`gradbalance.Recorder`
+            listens these are its first 32 steps and about one of 7 after them, each known at the
+            next one. NaN where nothing was read yet, and for a group that had no gradient then,
+            shape ``[N]``.
         coefficients: Factor on the step of each group, shape ``[N]``.
         proposed: What the rule answered, whether or not it was applied, shape ``[N]``.
         conflicts: ``conflicts[m, k]``: group m is slowed down for the sake of group k, as the rule

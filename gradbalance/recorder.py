@@ -51,8 +51,9 @@ class Row(NamedTuple):
         trainable: Entries of those that require a gradient.
         in_optimizer: Entries of those of them that the optimizer has.
         steps: Number of recorded steps at which the group had a gradient other than 0.
-        moved: Length of a step over the length of the parameters, on a sketch of their entries, of
-            the first seven steps and of every seventh after them; NaN if it is not known.
+        moved: Length of a step over the length of the parameters, on a sketch of their entries, at
+            the first 32 steps and about one of 7 after them, of those but the last at which the
+            group had a gradient; NaN if there is none.
         norm_share: Share of the sum of the gradient norms.
         useful_share: The useful part of that share, NaN if it was not measured.
         coherence: Cosine between successive gradients, NaN if it was not measured.
@@ -269,9 +270,8 @@ class Recorder:
     def close(self) -> None:
         """Stop recording; what was recorded stays."""
         penalty = self._settled()
-        if penalty is not None and self._record in penalty._engine.listeners:
+        if penalty is not None and penalty._engine.leave(self._record):
             self._look_up(penalty)
-            penalty._engine.listeners.remove(self._record)
 
     def __enter__(self) -> Self:
         self._listen()
@@ -297,8 +297,7 @@ class Recorder:
                 "`optimizer` must have a penalty on it. Got one whose penalty was removed. "
                 "Wrap it again, and make a new recorder."
             )
-        if self._record not in penalty._engine.listeners:
-            penalty._engine.listeners.append(self._record)
+        penalty._engine.listen(self._record)
         self._look_up(penalty)
 
     def _look_up(self, penalty: Penalty) -> None:

@@ -215,7 +215,9 @@ def useful_coefficients(
         now = max(norms[m] for m in known)
         for m in known:
             coefficients[m] = min(x[m] * longest, limit)
-            if coefficients[m] * norms[m] > now:
+            if norms[m] == 0:
+                coefficients[m] = min(coefficients[m], 1.0)
+            elif coefficients[m] * norms[m] > now:
                 coefficients[m] = now / norms[m]
     return coefficients
 

@@ -147,14 +147,16 @@ def slowed(cells: Cells, runs: Mapping[Run, Found]) -> list[str]:
         place = run.testbed, run.optimizer, run.lr
         plain = cells.cell(run.testbed, "none", run.optimizer, run.lr)
         by_hand = {s: runs[run._replace(seed=s)] for s in SEEDS if run._replace(seed=s) in runs}
-        change = Change.of(by_hand[s]["test"] - plain[s]["test"] for s in by_hand if s in plain)
-        if change:
-            score = points(cells.score(run.testbed, "none", run.optimizer, run.lr))
-            rule = cells.change(run.testbed, "Useful", run.optimizer, run.lr)
+        if place not in rows:
             title = f"{TESTBEDS[run.testbed].title}, {run.optimizer} at {run.lr:g}"
-            rows.setdefault(place, [title, score, rule]).append(change)
+            score = cells.score(run.testbed, "none", run.optimizer, run.lr)
+            rule = cells.change(run.testbed, "Useful", run.optimizer, run.lr)
+            rows[place] = [title, points(score), rule]
+        changes = (by_hand[s]["test"] - plain[s]["test"] for s in by_hand if s in plain)
+        rows[place].append(Change.of(changes))
     factors = dict.fromkeys(f"{run.knob:g} by hand" for run in SLOWED)
-    return table(["a noisy branch slowed", "plain", "the rule", *factors], list(rows.values()))
+    known = [row for row in rows.values() if any(cell is not None for cell in row[2:])]
+    return table(["a noisy branch slowed", "plain", "the rule", *factors], known)
 
 
 def against_itself(cells: Cells, rules: Iterable[str]) -> list[str]:

@@ -59,12 +59,14 @@ class Engine:
         self.state = State(membership.names, options.rule, smoothing, scale_free, fewest)
         self.observed = ObservedErrors(membership.names)
         self.coefficients = [1.0] * len(membership.names)
-        self.listeners: list[Callable[[Balance], None]] = []
+        self._listeners: list[Callable[[Balance], None]] = []
+        self._begun = 0  # how often somebody began to listen
         self._layout: Layout | None = None
         self._sketch: Sketch | None = None
         self._movement: Movement | None = None
-        self._is_watched_anywhere = False
-        self._has_counted = False  # the last measured step
+        self._watch_anywhere = 0  # the sum of `_own_watch` over the ranks, if they have shards
+        self._watch_before = 0  # at the last measured step
+        self._active = [False] * len(membership.names)  # at the last measured step, if it counted
         self._loaded_sketch: Saved = {}  # of a checkpoint, until there is a sketch
         self._reading: Reading | None = None  # of the last step, until it is decided on
         self._steps = 0  # however they ended: one of so many is measured
@@ -94,7 +96,7 @@ class Engine:
             is_noisy = is_inside and any(self._amounts) and any(active)
             self._write(gradients, norms, is_noisy)
         if self._movement is not None and reading.is_measured:
-            self._movement.begin(self._is_watched())  # and it ends before the next step
+            self._movement.begin(self._watch())  # and it ends before the next step
         if self.scaling is not None:
             self.scaling.begin(self.coefficients)
 
@@ -124,7 +126,7 @@ class Engine:
         if self._movement is not None:
             self._movement.end()
             if is_measured:
-                moved = self._movement.take(bool(self.listeners))
+                moved = self._movement.take(self._own_watch())
         reads_alone = self._sketch is not None and self._sketch.is_whole
         parts = measure(
             gradients,
@@ -161,7 +163,7 @@ class Engine:
             norms = [norm / scale for norm in numbers.get("norms", lengths)[:n]]
             self._see_movement(numbers.get("moved"))
             active = self.state.learn(norms, cosines, numbers.get("errors"), reading.rates)
-            self._has_counted = any(active)
+            self._active = active
         elif is_skipped or sum(active) < self.state.fewest:
             # That is all that is known of a step that is not measured.
             active = [False] * n
@@ -170,9 +172,9 @@ class Engine:
             self.state.step += 1
             if self._sketch is not None:
                 self._sketch.keep(lengths)
-        if reading.is_measured and self.listeners:
+        if reading.is_measured and self._listeners:
             balance = self.state.balance(self._in_force(active, is_inside))
-            for listener in self.listeners:
+            for listener in self._listeners:
                 listener(balance)
         return active
 
@@ -182,26 +184,45 @@ class Engine:
         Args:
             moved: See :meth:`Movement.take`; None if nothing was read.
         """
-        watching, *squares = moved or [0.0]
-        self._is_watched_anywhere = watching > 0
+        watch, *squares = moved or [0.0]
+        self._watch_anywhere = int(watch)
+        is_new = self._watch() != self._watch_before
+        self._watch_before = self._watch()
         n = len(self.state.names)
         is_read = any(squares)
-        if is_read or not self._is_watched():
+        if is_read or is_new:
             self.state.moved = [nan] * n
-        if not is_read or not self._has_counted:
+        if not is_read or is_new or not any(self._active):
             return
         for m in range(n):
             size, step = squares[m], squares[n + m]
-            if step == 0:
+            if step == 0 and self._active[m]:
                 self.state.moved[m] = 0.0
-            elif size > 0:  # unlike that of an adapter that begins with zeros
+            elif step > 0 and size > 0:  # unlike that of an adapter that begins with zeros
                 self.state.moved[m] = sqrt(step / size)
 
-    def _is_watched(self) -> bool:
-        """Whether how far the groups move is of interest to a listener on any rank."""
+    def listen(self, listener: Callable[[Balance], None]) -> None:
+        """Tell what was measured at each measured step, until :meth:`leave`."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
+            self._begun += 1
+
+    def leave(self, listener: Callable[[Balance], None]) -> bool:
+        """Tell it no longer; whether it has listened."""
+        if listener not in self._listeners:
+            return False
+        self._listeners.remove(listener)
+        return True
+
+    def _own_watch(self) -> int:
+        """0 if nobody listens on this rank, and another number whenever somebody begins to."""
+        return self._begun if self._listeners else 0
+
+    def _watch(self) -> int:
+        """The same on all ranks that have shards of the parameters."""
         if self._movement is not None and self._movement.meshes:
-            return self._is_watched_anywhere
-        return bool(self.listeners)
+            return self._watch_anywhere
+        return self._own_watch()
 
     def _in_force(self, active: list[bool], is_inside: bool) -> list[float]:
         """The coefficients of a step on these groups, inside or outside the window."""
@@ -252,6 +273,7 @@ class Engine:
                 sketch.load(self.state.names, self._loaded_sketch)
                 self._loaded_sketch = {}
         self._movement = Movement(layout.members, layout.device)
+        self.state.moved = [nan] * n
         self.state.forget([not members for members in layout.members])
         if self.scaling is not None:
             self.scaling.divide(self.membership.group_of)
@@ -345,7 +367,7 @@ class Engine:
         if hasattr(self._options.rule, "load_state_dict"):
             self._options.rule.load_state_dict(saved["rule_state"])
         self._reading = None
-        self._has_counted = False  # what lies between is not a step
+        self._active = [False] * len(self._active)  # what lies between is not a step
         self.state.load(saved)
         self.observed.load(saved["observed"])
         self._steps = int(saved["phase"])

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     Mesh = DeviceMesh | None
 
 ENTRIES = 1 << 13  # of all groups together, unless all are read
-# After as many steps only one of so many is read: a prime, so that of groups that take turns each
-# is seen at work.
-EVERY = 7
+FIRST = 32  # steps of a record that are all read
+EVERY = 7  # about one of so many is read after them
+# By multiples of it the steps are chosen: it is irrational, so that none of several groups that
+# take turns is missed, whatever their period.
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Entries:
@@ -96,8 +98,8 @@ class Movement:
 
     It reads some of their entries before the step and after it, which is the same for every
     optimizer. After it is before the next one, as some optimizers write parameters when their step
-    is over (ZeroRedundancyOptimizer, from other ranks). Of a long record only one step of ``EVERY``
-    is read, as reading costs as much as measuring.
+    is over (ZeroRedundancyOptimizer, from other ranks). Of a long record about one step of
+    ``EVERY`` is read, as reading costs as much as measuring.
 
     Args:
         members: Trainable parameters of each group.
@@ -111,19 +113,26 @@ class Movement:
         self._members = members
         self._device = device
         self._entries: dict[tuple[Mesh, int], Entries] = {}  # chosen at the first reading
-        self._watched = 0  # measured steps since somebody watches
+        self._watch = 0  # see `begin`
+        self._watched = 0  # measured steps of this watch
         self._is_open = False  # between the two readings of a step
         self._is_known = False
         meshes = [getattr(p, "device_mesh", None) for p in chain.from_iterable(members)]
         self.meshes = {mesh: None for mesh in meshes if mesh is not None}
 
-    def begin(self, is_watched: bool) -> None:
-        """Before a measured step, which is read if somebody watches and its turn has come."""
-        if not is_watched:
+    def begin(self, watch: int) -> None:
+        """Before a measured step, which is read if somebody watches and its turn has come.
+
+        Args:
+            watch: 0 if nobody watches, and another number whenever somebody begins to.
+        """
+        if watch != self._watch:
+            self._watch = watch
             self._watched = 0
+        if watch == 0:
             return
         self._watched += 1
-        if self._watched > EVERY and self._watched % EVERY:
+        if self._watched > FIRST and self._watched * GOLDEN % 1 > 1 / EVERY:
             return
         if not self._entries:
             self._choose()
@@ -138,21 +147,21 @@ class Movement:
         self._is_known |= self._is_open
         self._is_open = False
 
-    def take(self, is_watched: bool) -> dict["Mesh", Tensor]:
+    def take(self, watch: int) -> dict["Mesh", Tensor]:
         """What was read on this rank since the last call, by mesh, each of shape ``[1 + 2 N]``.
 
-        Whether anybody watches, as on another rank nobody may; squared lengths of the parameters
-        and of their step. What is on a mesh has to be summed over its ranks. That is there even if
-        nothing was read, so that all ranks send messages of the same length.
+        Who watches, as on another rank nobody may; squared lengths of the parameters and of their
+        step. What is on a mesh has to be summed over its ranks. That is there even if nothing was
+        read, so that all ranks send messages of the same length.
 
         Args:
-            is_watched: Whether anybody does on this rank.
+            watch: As for :meth:`begin`, on this rank.
         """
         taken: dict[Mesh, Tensor] = {}
         size = 1 + 2 * len(self._members)
         for mesh in self.meshes:
             taken[mesh] = torch.zeros(size, dtype=wide(self._device), device=self._device)
-            taken[mesh][0] = float(is_watched)
+            taken[mesh][0] = watch
         if self._is_known:
             for (mesh, _), entries in self._entries.items():
                 squares = entries.squares()

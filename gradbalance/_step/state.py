@@ -311,6 +311,7 @@ class State:
         if not getattr(self._rule, "is_constant", False):
             self.decided = decided
         self.norms = [0.0] * len(decided)
+        self.moved = [nan] * len(decided)
         self.conflicts = None
 
 

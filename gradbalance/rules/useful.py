@@ -46,8 +46,10 @@ class Useful:
         c_m = \min\Bigl(x_m\,\frac{\max p}{\max (x p)},\ \frac{\max n}{n_m},\ 20\Bigr).
 
     A branch with K of 2 comes up to the step of the one that dominates it, and beyond it as far as
-    it is clearer still. The longest step stays as long as it was, in the mean and, with the norms n
-    of the present gradients, at every step: a gradient that has grown is not multiplied.
+    it is clearer still. The longest step becomes no longer, in the mean and by the norms n that
+    were measured last: a gradient that has grown is raised no further than to the longest of them,
+    and a group without one is not raised. With ``every``, and on an accelerator, these are the
+    norms of an earlier step.
 
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does
     nothing where all branches are alike, or done. It can harm at the largest learning rates, where
@@ -138,7 +140,7 @@ class Useful:
         pairs = np.minimum(np.minimum(clearer, longer), self.most)
         further = (pairs * longer ** np.minimum(np.log2(clearer), 1)).max(axis=1)
         paid = shares.max() / (further * shares).max()
-        of_longest = norms / max(norms.max(), TINY)
+        of_longest = np.where(norms > 0, norms / max(norms.max(), TINY), 1)
         coefficients: Vector = np.minimum(
             further * paid, 1 / np.maximum(of_longest, 1 / self.limit)
         )

@@ -113,8 +113,9 @@ def test_under_sgd_the_coefficients_are_bounded(measured, most):
 def test_under_sgd_no_step_is_longer_than_the_longest_was(data, measured):
     """However large a gradient is now that was small in the mean."""
     norms = np.array(data.draw(st.permutations(measured.norms.tolist())))
-    c = RULE(measured._replace(norms=norms, scale_free=False))
+    c = RULE(measured._replace(norms=norms, active=norms > 0, scale_free=False))
     assert (c * norms).max() <= norms.max() * (1 + 1e-12)
+    assert (c[norms == 0] <= 1).all()
 
 
 @given(data=st.data(), first=measurements(inactive=False, unknown=False))
@@ -249,13 +250,13 @@ def test_the_answer_is_finite_whatever_was_measured(data, n, scale_free):
     assert (c > 0).all()
 
 
-@given(data=st.data(), measured=measurements(inactive=False), most=MOST)
+@given(data=st.data(), measured=measurements(), most=MOST)
 def test_the_rule_equals_its_equations_pair_by_pair(data, measured, most):
     def known(values):
         return [None if math.isnan(value) else value for value in values.tolist()]
 
     norms = data.draw(st.permutations(measured.norms.tolist()))
-    measured = measured._replace(norms=np.array(norms))
+    measured = measured._replace(norms=np.array(norms), active=np.array(norms) > 0)
 
     expected = useful_coefficients(
         known(measured.useful),
