@@ -25,7 +25,7 @@ from benchmarks.overhead.rivals import (
     with_own_backward,
 )
 from benchmarks.overhead.small import measure_small
-from gradbalance import attach
+from gradbalance import Recorder, attach
 from gradbalance.rules import Measured
 
 CLIP = "clip_grad_norm_"
@@ -172,6 +172,10 @@ def measure_step(
         balanced = twin()
         balance(balanced, model.groups(), MODES[name])
         calls[name] = partial(whole, balanced)
+    recorded = twin()
+    balance(recorded, model.groups(), MODES["update, defaults"])
+    Recorder(recorded)  # which the penalty keeps
+    calls["update, defaults, recorded"] = partial(whole, recorded)
     others = clipping({**model.groups(), "head": list(model.head.parameters())})
     if rivals:
         calls |= {name: partial(whole, plain, other) for name, other in others.items()}

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._timing import Call, interleaved, quartiles, ratios
-from gradbalance import attach
+from gradbalance import Recorder, attach
 
 WIDTHS = (32, 128, 512)
 STEPS = 10  # between two looks at the clock
@@ -79,7 +79,11 @@ def operators(optimizer: str, width: int = 32, **options: Any) -> list[str]:
 
 
 def training(
-    width: int, optimizer: str, options: dict[str, Any] | None, clip: bool = False
+    width: int,
+    optimizer: str,
+    options: dict[str, Any] | None,
+    clip: bool = False,
+    records: bool = False,
 ) -> Call:
     """Some whole training steps of a model of its own."""
     torch.manual_seed(0)
@@ -87,6 +91,8 @@ def training(
     plain = OPTIMIZERS[optimizer](model.parameters())
     if options is not None:
         attach(plain, {"a": model.a, "b": model.b}, **options)
+    if records:
+        Recorder(plain)  # which the penalty keeps
 
     def steps() -> None:
         for _ in range(STEPS):
@@ -112,6 +118,7 @@ def measure_small(rounds: int) -> dict[str, Any]:
             calls |= {
                 variant: training(width, name, options) for variant, options in variants.items()
             }
+            calls["recorded"] = training(width, name, {}, records=True)
             times = interleaved(calls, rounds, "cpu")
             us = [1e6 * t / STEPS for t in quartiles(times["plain"])]
             rows.append(
@@ -120,6 +127,7 @@ def measure_small(rounds: int) -> dict[str, Any]:
                     "width": width,
                     "plain_us": us,
                     "ratios": ratios(times, "plain"),
+                    "recorded": ratios(times, "default")["recorded"],
                 }
             )
     modes: dict[str, dict[str, Any]] = {
