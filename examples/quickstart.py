@@ -1,4 +1,4 @@
-"""An image branch beside a dead sensor: train with AdamW alone, then balanced.
+"""An image branch beside a sensor of noise: train with AdamW alone, then balanced.
 
 Run ``python examples/quickstart.py``: it prints two tables and saves quickstart.png, in half a minute.
 """

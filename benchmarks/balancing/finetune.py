@@ -28,7 +28,7 @@ from gradbalance.rules.base import Vector
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = range(400, 410)
-RATES = ((1e-4, 1e-3), (3e-5, 1e-3), (1e-4, 3e-3))  # of the encoder, and of what is new
+RATES = ((1e-4, 1e-3), (3e-5, 1e-3), (1e-4, 1e-4))  # of the encoder, and of what is new
 EPOCHS, BATCH, WIDTH = 4, 32, 64
 LAYERS = 2  # of the encoder, the last ones, are trained
 

@@ -103,13 +103,17 @@ def at_best(cells: Cells, optimizer: str) -> list[str]:
         lr = cells.rate(name, "none", optimizer)
         change = cells.change(name, "Useful", optimizer, lr)
         if change:
-            own = cells.rate(name, "Useful", optimizer)
             row = [
                 TESTBEDS[name].title,
                 f"{lr:g}",
                 points(cells.score(name, "none", optimizer, lr)),
+                change,
             ]
-            row += [change, f"{own:g}", cells.tuned(name, "Useful", optimizer)]
+            if name in NO_TUNED_CLAIM:
+                row += [None, None]
+            else:
+                row.append(f"{cells.rate(name, 'Useful', optimizer):g}")
+                row.append(cells.tuned(name, "Useful", optimizer))
             if optimizer == "SGD":
                 row.append(points(cells.score(name, "none", "AdamW", DEFAULT)))
             rows.append(row)

@@ -151,7 +151,7 @@ _TESTBEDS = [
     _POM,
     Testbed(
         "D",
-        "an image beside a dead sensor",
+        "an image beside a sensor of noise",
         (Branch("image", 2, 0.3), Branch("sensor", 2)),
         sensor,
         600,
@@ -162,7 +162,7 @@ _TESTBEDS = [
     replace(
         _S2,
         name="S2N",
-        about="the same beside a third branch of noise",
+        about="S2 beside a third branch of noise",
         branches=(_AUDIO, _VISUAL, Branch("noise", 2)),
         noisy="noise",
         starved=False,
