@@ -37,6 +37,8 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def told(self, digits: int = 3) -> str:
+        if np.isnan(self.mean):
+            return "no common seed"
         return f"{self.mean:+.{digits}f} {bounds(self.low, self.high, digits)}"
 
 

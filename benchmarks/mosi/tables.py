@@ -108,7 +108,7 @@ def differences(runs: Runs, rows: dict, constant: float, reference: str) -> Tabl
         cells = []
         for key in ("mae", "corr", "acc2_nonzero"):
             gap = difference(own, runs[reference], metric(key))
-            cells += [gap.told(), f"{gap.p:.3f}"]
+            cells += [gap.told(), "–" if np.isnan(gap.p) else f"{gap.p:.3f}"]
         lines.append(
             [
                 *label(name, rows),
