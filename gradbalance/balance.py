@@ -36,8 +36,8 @@ class Balance(NamedTuple):
         moved: Length of a step of each group, divided by that of its parameters, on a sketch of
             their entries, at the last step that was read: while a :class:`gradbalance.Recorder`
             listens these are its first 32 steps and about one of 7 after them, each known at the
-            next one. NaN where nothing was read yet, and for a group that had no gradient then,
-            shape ``[N]``.
+            next one. NaN where nothing was read yet, and for a group that had no gradient then and
+            stood still, shape ``[N]``.
         coefficients: Factor on the step of each group, shape ``[N]``.
         proposed: What the rule answered, whether or not it was applied, shape ``[N]``.
         conflicts: ``conflicts[m, k]``: group m is slowed down for the sake of group k, as the rule

@@ -51,9 +51,9 @@ class Row(NamedTuple):
         trainable: Entries of those that require a gradient.
         in_optimizer: Entries of those of them that the optimizer has.
         steps: Number of recorded steps at which the group had a gradient other than 0.
-        moved: Length of a step over the length of the parameters, on a sketch of their entries, at
-            the first 32 steps and about one of 7 after them, of those but the last at which the
-            group had a gradient; NaN if there is none.
+        moved: Length of a step over the length of the parameters, on a sketch of their entries. It
+            is read at the first 32 steps and at about one of 7 after them, but not at the last
+            step. Those count at which the group had a gradient or moved; NaN if there is none.
         norm_share: Share of the sum of the gradient norms.
         useful_share: The useful part of that share, NaN if it was not measured.
         coherence: Cosine between successive gradients, NaN if it was not measured.

@@ -184,10 +184,11 @@ class Engine:
         Args:
             moved: See :meth:`Movement.take`; None if nothing was read.
         """
-        watch, *squares = moved or [0.0]
-        self._watch_anywhere = int(watch)
-        is_new = self._watch() != self._watch_before
-        self._watch_before = self._watch()
+        anywhere, *squares = moved or [0.0]
+        self._watch_anywhere = int(anywhere)
+        watch = self._watch()
+        is_new = watch != self._watch_before
+        self._watch_before = watch
         n = len(self.state.names)
         is_read = any(squares)
         if is_read or is_new:

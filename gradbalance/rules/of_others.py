@@ -192,8 +192,7 @@ class ClipGroups:
     gradient, it changes the score by +4.7 ± 0.7 for speech beside noise, +1.3 ± 0.5 for an image
     beside a sensor of noise, +0.6 ± 0.2 for real audio and video beside noise and −0.0 ± 0.0 for a
     noisy image over faint speech. Under Adam a limit that always acts alike is a constant factor
-    and cancels.
-    It depends on the scale of the loss, which no other rule here does.
+    and cancels. It depends on the scale of the loss, which no other rule here does.
 
     Args:
         most: Largest gradient norm of a group, > 0, in units of the gradient.

@@ -54,9 +54,9 @@ class Useful:
     It helps where a branch is noise, is worse than another or, under SGD, starves another. It does
     nothing where all branches are alike, or done. It can harm at the largest learning rates, where
     every branch turns at every step, and it slows a small new branch beside a pretrained one at the
-    same rate. It cannot see that features leak the labels, and noise
-    looks useful where a small training set agrees with itself. It needs a long memory, the default
-    ``smoothing`` of .995: with a short one it takes a branch that has learned for one of noise.
+    same rate. It cannot see that features leak the labels, and noise looks useful where a small
+    training set agrees with itself. It needs a long memory, the default ``smoothing`` of .995: with
+    a short one it takes a branch that has learned for one of noise.
 
     Args:
         most: How many times more slowly a branch moves at most, >= 1. Under SGD how much further
