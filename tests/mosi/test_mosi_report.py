@@ -16,6 +16,7 @@ from benchmarks.mosi.compare import by_row, collapsed, difference, interval, met
 from benchmarks.mosi.document import Heading, Paragraph, Table, markdown
 from benchmarks.mosi.probe import ridge
 from benchmarks.mosi.rows import config, study
+from benchmarks.mosi.tables import differences
 from examples.mosi.simulated import simulate
 from tests.mosi import samples
 
@@ -63,6 +64,14 @@ def test_one_seed_has_no_interval_and_tells_nothing_apart():
     gap = difference(runs([1.0]), runs([0.5]), metric("mae"))
     assert (gap.low, gap.high, gap.distinguishable) == (-math.inf, math.inf, False)
     assert gap.told() == "+0.500 [no interval]"
+
+
+def test_rows_without_a_common_seed_are_not_compared():
+    here = runs([0.9, 0.91])
+    elsewhere = {seed + 10: run for seed, run in here.items()}
+    table = differences({"A0": here, "L": elsewhere}, study(()), 1.46, "A0")
+    cells = table.rows[1][2:8]
+    assert cells == ["no common seed", "–"] * 3
 
 
 def test_equal_rows_have_p_1():
